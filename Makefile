@@ -1,0 +1,57 @@
+# make train, make test: each first makes .venv ready (see .ci/setup) if anything it is built from changed.
+# ARGS are passed on: make train ARGS="seed=1 run=mine", make test ARGS="tests/ops -x"
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+export PYTHON QIRL_CUDA
+
+BIN := .venv/bin
+READY := .venv/.ready
+# The folder and the choices the environment was made with; another value means set-up again.
+KEY := $(CURDIR) PYTHON=$(PYTHON) QIRL_CUDA=$(QIRL_CUDA)
+CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help setup train test lint format clean cuda-check FORCE
+
+help:
+	@echo 'make train       train the packaged tiny model on the CPU   ARGS="key=value ..."'
+	@echo 'make test        run the fast tests                         ARGS="pytest arguments"'
+	@echo 'make lint        ruff, mypy, clang-format; changes nothing'
+	@echo 'make format      let ruff and clang-format rewrite the files'
+	@echo 'make cuda-check  compile the CUDA code, where nvcc is found; needs no GPU'
+	@echo 'make setup       only what the others do first: .venv, dependencies, C++ kernels'
+	@echo 'make clean       remove build products; keeps .venv and outputs/'
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt CMakeLists.txt .ci/setup $(shell find csrc -type f)
+	@.ci/setup
+	@echo '$(KEY)' > $@
+
+ifneq ($(shell cat $(READY) 2>/dev/null),$(KEY))
+$(READY): FORCE
+endif
+
+train: $(READY)
+	$(BIN)/python -m qirl_fast.train $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+cuda-check: $(READY)
+	@.ci/cuda-check
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis $(READY)
+	find . -path ./.venv -prune -o -path ./.git -prune -o -name __pycache__ -print0 | xargs -0 rm -rf
