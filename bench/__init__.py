@@ -1,0 +1,1 @@
+"""Benchmarks: medians of interleaved runs, beside the copy bandwidth of the same process."""

@@ -1,0 +1,21 @@
+// What the flow_step and flow_logp bindings share.
+#pragma once
+
+#include "bindings/cpu/ops.h"
+#include "cpu/flow_step.h"
+
+namespace qirl {
+
+constexpr int64_t kFlowGrain = 16;  // blocks a thread should at least have
+
+// Fills the inputs common to all flow kernels; `a_c_w` are the coefficients every one of them
+// needs.
+FlowArgs flow_inputs(const char* op, const Rows& x, const Rows& v, const Rows& delta, uintptr_t a_B,
+                     uintptr_t c_B, uintptr_t w_B, int64_t rows, int64_t row_size);
+
+int64_t flow_tasks(int64_t rows, int64_t row_size);
+
+// logp_B from the block sums, added in float64 in the order of the blocks.
+void finish_log_prob(const FlowArgs& args, const float* b_B, float* logp_B, int64_t rows);
+
+}  // namespace qirl

@@ -1,0 +1,76 @@
+#include "cpu/flow_step.h"
+
+#include <vector>
+
+#include "bindings/cpu/flow.h"
+#include "cpu/dtype.h"
+#include "math/flow_step.h"
+
+namespace qirl {
+
+FlowArgs flow_inputs(const char* op, const Rows& x, const Rows& v, const Rows& delta, uintptr_t a_B,
+                     uintptr_t c_B, uintptr_t w_B, int64_t rows, int64_t row_size) {
+  FlowArgs args{};
+  args.x = address_of(x);
+  args.v = address_of(v);
+  args.delta = address_of(delta);
+  args.x_stride = stride_of(x);
+  args.v_stride = stride_of(v);
+  args.delta_stride = stride_of(delta);
+  args.x_dtype = dtype_of(x);
+  args.v_dtype = dtype_of(v);
+  args.delta_dtype = dtype_of(delta);
+  args.a_B = as_pointer<float>(a_B);
+  args.c_B = as_pointer<float>(c_B);
+  args.w_B = as_pointer<float>(w_B);
+  args.row_size = row_size;
+  require_finite(op, "a", args.a_B, rows);
+  require_finite(op, "c", args.c_B, rows);
+  require_finite(op, "w", args.w_B, rows);
+  return args;
+}
+
+int64_t flow_tasks(int64_t rows, int64_t row_size) {
+  return rows * ((row_size + kFlowBlock - 1) / kFlowBlock);
+}
+
+void finish_log_prob(const FlowArgs& args, const float* b_B, float* logp_B, int64_t rows) {
+  const int64_t blocks = flow_tasks(1, args.row_size);
+  for (int64_t row = 0; row < rows; ++row) {
+    double sum = 0.0;
+    for (int64_t block = 0; block < blocks; ++block) sum += args.sums[row * blocks + block];
+    logp_B[row] = flow_log_prob(sum, args.row_size, args.w_B[row], b_B[row]);
+  }
+}
+
+namespace {
+
+// coefficients: addresses of a, c, s, w, b, each float32 [rows].
+void flow_step(
+    const Rows& x, const Rows& v, const Rows& delta,
+    const std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>& coefficients,
+    uintptr_t seed_B, int64_t offset, uintptr_t x_next, uintptr_t logp_B, int64_t rows,
+    int64_t row_size, int threads) {
+  const auto [a, c, s, w, b] = coefficients;
+  FlowArgs args = flow_inputs("flow_step", x, v, delta, a, c, w, rows, row_size);
+  args.s_B = as_pointer<float>(s);
+  require_finite("flow_step", "s", args.s_B, rows);
+  require_finite("flow_step", "b", as_pointer<float>(b), rows);
+  args.seed_B = as_pointer<int64_t>(seed_B);
+  args.offset = offset;
+  args.x_next_out = as_pointer(x_next);
+  args.stream = worth_streaming(args.x_next_out, row_size * dtype_bytes(args.x_dtype), rows);
+  const int64_t tasks = flow_tasks(rows, row_size);
+  std::vector<float> sums(tasks);
+  args.sums = sums.data();
+
+  py::gil_scoped_release released;
+  run_kernel(flow_step_kernels, &args, tasks, kFlowGrain, threads);
+  finish_log_prob(args, as_pointer<float>(b), as_pointer<float>(logp_B), rows);
+}
+
+}  // namespace
+
+void bind_flow_step(py::module_& m) { m.def("flow_step", &flow_step); }
+
+}  // namespace qirl

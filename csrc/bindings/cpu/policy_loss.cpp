@@ -1,0 +1,32 @@
+#include "cpu/policy_loss.h"
+
+#include "bindings/cpu/ops.h"
+
+namespace qirl {
+namespace {
+
+void forward(uintptr_t logp_B, uintptr_t logp_old_B, uintptr_t advantage_B, uintptr_t loss,
+             uintptr_t ratio_B, uintptr_t clip_fraction, uintptr_t approx_kl, uintptr_t grad_B,
+             int64_t rows, double low, double high, bool is_double) {
+  PolicyArgs a{};
+  a.logp_B = as_pointer<void>(logp_B);
+  a.logp_old_B = as_pointer<void>(logp_old_B);
+  a.advantage_B = as_pointer<void>(advantage_B);
+  a.loss = as_pointer<void>(loss);
+  a.ratio_B = as_pointer<void>(ratio_B);
+  a.clip_fraction = as_pointer<void>(clip_fraction);
+  a.approx_kl = as_pointer<void>(approx_kl);
+  a.grad_B = as_pointer<void>(grad_B);
+  a.rows = rows;
+  a.low = low;
+  a.high = high;
+  a.is_double = is_double;
+  py::gil_scoped_release released;
+  run_kernel(policy_loss_kernels, &a, 1, 1, 1);
+}
+
+}  // namespace
+
+void bind_policy_loss(py::module_& m) { m.def("policy_loss", &forward); }
+
+}  // namespace qirl

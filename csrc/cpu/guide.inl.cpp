@@ -1,0 +1,126 @@
+// guide: classifier-free guidance with optional norm rescale, forward and backward.
+#include "cpu/guide.h"
+
+#include "cpu/dtype.h"
+#include "cpu/vec.h"
+#include "math/guide.h"
+
+namespace qirl {
+namespace QIRL_ISA {
+namespace {
+
+QIRL_HD float scalar_sqrt(float value) { return __builtin_sqrtf(value); }
+
+// A span of `size` elements of one row, handed to the loops below.
+template <class T>
+struct Span {
+  const T* c;
+  const T* u;
+  const T* dy;
+  T* out;
+  T* out2;
+  int64_t size;
+  float scale;
+  bool stream;
+};
+
+// The span of `unit` elements (fewer at the end of the row) that begins at `start`.
+template <class T>
+QIRL_HD Span<T> span_of(const GuideArgs& a, int64_t row, int64_t start, int64_t unit) {
+  const int64_t left = a.row_size - start, at = row * a.row_size + start;
+  Span<T> s;
+  s.c = (const T*)a.c + row * a.c_stride + start;
+  s.u = (const T*)a.u + row * a.u_stride + start;
+  s.dy = a.dy ? (const T*)a.dy + row * a.dy_stride + start : nullptr;
+  s.out = (T*)a.out + at;
+  s.out2 = a.out2 ? (T*)a.out2 + at : nullptr;
+  s.size = left < unit ? left : unit;
+  s.scale = a.scale_B[row];
+  s.stream = a.stream;
+  return s;
+}
+
+template <class T>
+QIRL_HD void forward_span(const Span<T>& s, bool rescale) {
+  const F w = splat(s.scale);
+  float factor = 1.0f;
+  if (rescale) {
+    Sum16 c2, g2;
+    for_vectors(s.size, [&](int64_t i, int n) {
+      const F c = load_n(s.c + i, n), g = guide_combine(c, load_n(s.u + i, n), w);
+      c2.add(i / kLanes, c * c);
+      g2.add(i / kLanes, g * g);
+    });
+    factor = guide_factor(c2.total(), g2.total(), scalar_sqrt);
+  }
+  for_vectors(s.size, [&](int64_t i, int n) {
+    F y = guide_combine(load_n(s.c + i, n), load_n(s.u + i, n), w);
+    if (rescale) y *= factor;
+    store_n(s.out + i, round_as(s.out, y), n, s.stream);
+  });
+}
+
+// dg = f dy - k g;  dc = w dg + m c;  du = dg - w dg.
+template <class T>
+QIRL_HD void backward_span(const Span<T>& s, bool rescale) {
+  const F w = splat(s.scale);
+  float factor = 1.0f, k = 0.0f, m = 0.0f;
+  if (rescale) {
+    Sum16 c2, g2, gdy;
+    for_vectors(s.size, [&](int64_t i, int n) {
+      const F c = load_n(s.c + i, n), g = guide_combine(c, load_n(s.u + i, n), w);
+      c2.add(i / kLanes, c * c);
+      g2.add(i / kLanes, g * g);
+      gdy.add(i / kLanes, g * load_n(s.dy + i, n));
+    });
+    factor = guide_factor(c2.total(), g2.total(), scalar_sqrt);
+    k = guide_grad_k(factor, gdy.total(), g2.total());
+    m = guide_grad_m(factor, gdy.total(), c2.total());
+  }
+  for_vectors(s.size, [&](int64_t i, int n) {
+    F dg = load_n(s.dy + i, n), dc = w * dg;
+    if (rescale) {
+      const F c = load_n(s.c + i, n);
+      dg = factor * dg - k * guide_combine(c, load_n(s.u + i, n), w);
+      dc = w * dg + m * c;
+    }
+    store_n(s.out + i, round_as(s.out, dc), n, s.stream);
+    store_n(s.out2 + i, round_as(s.out2, dg - w * dg), n, s.stream);
+  });
+}
+
+template <class T>
+QIRL_HD void all_spans(const GuideArgs& a, int64_t begin, int64_t end, bool backward) {
+  const int64_t unit = a.rescale ? a.width : kGuideBlock;
+  const int64_t per_row = (a.row_size + unit - 1) / unit;
+  int64_t row = begin / per_row, start = (begin % per_row) * unit;
+  for (int64_t task = begin; task < end; ++task) {
+    const Span<T> s = span_of<T>(a, row, start, unit);
+    backward ? backward_span(s, a.rescale) : forward_span(s, a.rescale);
+    start += unit;
+    if (start >= a.row_size) {
+      start = 0;
+      ++row;
+    }
+  }
+  if (a.stream) stream_fence();
+}
+
+}  // namespace
+
+const char* guide(const void* args, int64_t begin, int64_t end) {
+  const GuideArgs& a = *(const GuideArgs*)args;
+  a.dtype == kFloat32 ? all_spans<float>(a, begin, end, false)
+                      : all_spans<bf16>(a, begin, end, false);
+  return kIsaName;
+}
+
+const char* guide_backward(const void* args, int64_t begin, int64_t end) {
+  const GuideArgs& a = *(const GuideArgs*)args;
+  a.dtype == kFloat32 ? all_spans<float>(a, begin, end, true)
+                      : all_spans<bf16>(a, begin, end, true);
+  return kIsaName;
+}
+
+}  // namespace QIRL_ISA
+}  // namespace qirl

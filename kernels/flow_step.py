@@ -1,0 +1,247 @@
+"""flow_step and flow_logp in Triton: noise drawn in the kernel, squares summed per block of 1024.
+
+The noise is that of csrc/math/philox.h: the same Philox words and the same polynomials, each
+product and sum rounded on its own (enable_fp_fusion=False). The order of sums inside a block is
+Triton's, fixed by the shape; blocks are added in float64. Math, shapes, dtypes:
+qirl_fast/ops/flow_step.py.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024
+WARPS = 4
+
+
+@triton.jit
+def _log_of_24_bits(k):
+    """ln(k / 2^24) for integer-valued float32 k in [1, 2^24]."""
+    shifted = k.to(tl.int32, bitcast=True) - 0x3F3504F3
+    e = ((shifted >> 23) - 24).to(tl.float32)
+    t = ((shifted & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
+    p = t * -0.0763449296 + 0.12761575
+    p = p * t - 0.131601825
+    p = p * t + 0.142017588
+    p = p * t - 0.166233569
+    p = p * t + 0.200012267
+    p = p * t - 0.250008196
+    p = p * t + 0.333333313
+    t2 = t * t
+    small = (t * t2) * p + e * -2.12194440e-4
+    return ((small - t2 * 0.5) + t) + e * 0.693359375
+
+
+@triton.jit
+def _sincos_of_turns(turns):
+    """sin and cos of 2 pi turns / 2^24 for int32 turns in [0, 2^24)."""
+    quarter = (turns + (1 << 21)) >> 22
+    g = (turns - (quarter << 22)).to(tl.float32) * 2.38418579e-7
+    z = g * g
+    s = g * (((z * -0.00460531004 + 0.0796815827) * z - 0.645963669) * z + 1.57079637)
+    c = (((z * 0.000904021668 - 0.0208602883) * z + 0.253669232) * z - 1.23370051) * z + 1.0
+    odd = (quarter & 1) == 1
+    sine, cosine = tl.where(odd, c, s), tl.where(odd, s, c)
+    sine = tl.where((quarter & 2) == 0, sine, -sine)
+    return sine, tl.where(((quarter + 1) & 2) == 0, cosine, -cosine)
+
+
+@triton.jit
+def _box_muller(p, q):
+    radius = tl.sqrt_rn(_log_of_24_bits(((p >> 8) + 1).to(tl.int32).to(tl.float32)) * -2.0)
+    sine, cosine = _sincos_of_turns((q >> 8).to(tl.int32))
+    return radius * cosine, radius * sine
+
+
+@triton.jit
+def _noise(seed, offset, first, BLOCK: tl.constexpr):
+    """Noise of elements [first, first + BLOCK) of the row with this seed."""
+    group = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
+    zero = group * 0
+    low, high = (offset & 0xFFFFFFFF).to(tl.uint32), ((offset >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, group, zero, zero + low, zero + high)
+    n0, n1 = _box_muller(w0, w1)
+    n2, n3 = _box_muller(w2, w3)
+    return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
+
+
+@triton.jit
+def _mean(x, v, delta, a, c, HAS_DELTA: tl.constexpr):
+    mean = a * x.to(tl.float32) + c * v.to(tl.float32)
+    return mean + delta.to(tl.float32) if HAS_DELTA else mean
+
+
+@triton.jit(do_not_specialize=["offset"])
+def flow_kernel(
+    x_ptr,
+    v_ptr,
+    delta_ptr,
+    x_next_ptr,
+    a_ptr,
+    c_ptr,
+    s_ptr,
+    seed_ptr,
+    sums_ptr,
+    offset,
+    size,
+    blocks,
+    HAS_DELTA: tl.constexpr,
+    REPLAY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One block of one row. REPLAY: x_next is read, else it is drawn and written."""
+    task = tl.program_id(0).to(tl.int64)
+    row, first = task // blocks, (task % blocks) * BLOCK
+    i = first + tl.arange(0, BLOCK)
+    inside = i < size
+    at = row * size + i
+    x = tl.load(x_ptr + at, mask=inside, other=0.0)
+    v = tl.load(v_ptr + at, mask=inside, other=0.0)
+    delta = tl.load(delta_ptr + at, mask=inside, other=0.0) if HAS_DELTA else x
+    mean = _mean(x, v, delta, tl.load(a_ptr + row), tl.load(c_ptr + row), HAS_DELTA)
+    if REPLAY:
+        x_next = tl.load(x_next_ptr + at, mask=inside, other=0.0)
+    else:
+        noise = _noise(tl.load(seed_ptr + row), offset.to(tl.int64), first, BLOCK)
+        x_next = (mean + tl.load(s_ptr + row) * noise).to(x.dtype)
+        tl.store(x_next_ptr + at, x_next, mask=inside)
+    r = tl.where(inside, x_next.to(tl.float32) - mean, 0.0)
+    tl.store(sums_ptr + task, tl.sum(r * r))
+
+
+@triton.jit
+def backward_kernel(
+    x_ptr,
+    v_ptr,
+    delta_ptr,
+    x_next_ptr,
+    a_ptr,
+    c_ptr,
+    slope_ptr,
+    dx_ptr,
+    dv_ptr,
+    size,
+    blocks,
+    HAS_DELTA: tl.constexpr,
+    WANT_DX: tl.constexpr,
+    WANT_DV: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dx = slope a r, dv = slope c r with slope = 2 w grad / N of the row."""
+    task = tl.program_id(0).to(tl.int64)
+    row, first = task // blocks, (task % blocks) * BLOCK
+    i = first + tl.arange(0, BLOCK)
+    inside = i < size
+    at = row * size + i
+    x = tl.load(x_ptr + at, mask=inside, other=0.0)
+    v = tl.load(v_ptr + at, mask=inside, other=0.0)
+    delta = tl.load(delta_ptr + at, mask=inside, other=0.0) if HAS_DELTA else x
+    a, c, slope = tl.load(a_ptr + row), tl.load(c_ptr + row), tl.load(slope_ptr + row)
+    x_next = tl.load(x_next_ptr + at, mask=inside, other=0.0)
+    r = x_next.to(tl.float32) - _mean(x, v, delta, a, c, HAS_DELTA)
+    if WANT_DX:
+        tl.store(dx_ptr + at, ((slope * a) * r).to(x.dtype), mask=inside)
+    if WANT_DV:
+        tl.store(dv_ptr + at, ((slope * c) * r).to(v.dtype), mask=inside)
+
+
+# ---- launchers ----------------------------------------------------------------------------------
+def _grid(x: Tensor) -> tuple[int, int]:
+    """Elements a row, blocks a row."""
+    size = x.numel() // x.shape[0]
+    return size, triton.cdiv(size, BLOCK)
+
+
+def _log_prob(sums: Tensor, size: int, w: Tensor, b: Tensor) -> Tensor:
+    mean_square = sums.double().sum(dim=1) / size
+    return (0.0 - w.double() * mean_square - b.double()).float()
+
+
+def flow_step(x, v, a, c, s, w, b, seed, offset, delta):
+    """(x_next, logp); arguments as the public op's, already checked."""
+    x, v = x.contiguous(), v.contiguous()
+    delta = None if delta is None else delta.contiguous()
+    a, c, s, seed = (t.contiguous() for t in (a, c, s, seed))
+    size, blocks = _grid(x)
+    x_next = x.new_empty(x.shape)
+    sums = a.new_empty((x.shape[0], blocks))
+    flow_kernel[(x.shape[0] * blocks,)](
+        x,
+        v,
+        x if delta is None else delta,
+        x_next,
+        a,
+        c,
+        s,
+        seed,
+        sums,
+        offset,
+        size,
+        blocks,
+        HAS_DELTA=delta is not None,
+        REPLAY=False,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+        enable_fp_fusion=False,
+    )
+    return x_next, _log_prob(sums, size, w, b)
+
+
+def flow_logp(x, x_next, v, a, c, w, b, delta):
+    """logp [B] of a stored x_next."""
+    x, x_next, v = x.contiguous(), x_next.contiguous(), v.contiguous()
+    delta = None if delta is None else delta.contiguous()
+    a, c = a.contiguous(), c.contiguous()
+    size, blocks = _grid(x)
+    sums = a.new_empty((x.shape[0], blocks))
+    flow_kernel[(x.shape[0] * blocks,)](
+        x,
+        v,
+        x if delta is None else delta,
+        x_next,
+        a,
+        c,
+        a,
+        a,
+        sums,
+        0,
+        size,
+        blocks,
+        HAS_DELTA=delta is not None,
+        REPLAY=True,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+        enable_fp_fusion=False,
+    )
+    return _log_prob(sums, size, w, b)
+
+
+def flow_logp_backward(grad, x, x_next, v, a, c, w, delta, want_dx, want_dv):
+    """(dx, dv); an unwanted one is an empty tensor."""
+    x, x_next, v = x.contiguous(), x_next.contiguous(), v.contiguous()
+    delta = None if delta is None else delta.contiguous()
+    a, c = a.contiguous(), c.contiguous()
+    size, blocks = _grid(x)
+    slope = ((2.0 / size) * grad.double() * w.double()).float()
+    dx = x.new_empty(x.shape if want_dx else 0)
+    dv = v.new_empty(v.shape if want_dv else 0)
+    backward_kernel[(x.shape[0] * blocks,)](
+        x,
+        v,
+        x if delta is None else delta,
+        x_next,
+        a,
+        c,
+        slope,
+        dx if want_dx else x,
+        dv if want_dv else v,
+        size,
+        blocks,
+        HAS_DELTA=delta is not None,
+        WANT_DX=want_dx,
+        WANT_DV=want_dv,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+        enable_fp_fusion=False,
+    )
+    return dx, dv

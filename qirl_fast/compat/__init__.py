@@ -1,0 +1,1 @@
+"""Other trainers' functions, with their own signatures, on this project's ops."""

@@ -1,0 +1,106 @@
+"""Argument checks shared by the ops. Metadata only: no host sync, traceable by torch.compile."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LARGE_DTYPES = (torch.float32, torch.bfloat16)
+REFERENCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1}  # enum Dtype of csrc/cpu/dtype.h
+
+
+def require_rows(op: str, name: str, x: Tensor) -> None:
+    """x is a floating tensor [B, ...] with at least one row and one element a row."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{op}: {name} must be a tensor; got {type(x).__name__}.")
+    if x.dtype not in REFERENCE_DTYPES:
+        raise ValueError(f"{op}: {name} must be float32 or bfloat16; got {x.dtype}.")
+    if x.ndim < 1 or x.numel() == 0:
+        raise ValueError(
+            f"{op}: {name} needs shape [B, ...] with at least one row and one element a row; "
+            f"got {tuple(x.shape)}."
+        )
+
+
+def require_like(
+    op: str, name: str, t: Tensor, like_name: str, like: Tensor, *, dtype: bool
+) -> None:
+    """t has the shape and device of `like`, is floating, and with dtype=True has its dtype."""
+    if not isinstance(t, Tensor):
+        raise ValueError(f"{op}: {name} must be a tensor; got {type(t).__name__}.")
+    if t.shape != like.shape:
+        raise ValueError(
+            f"{op}: {name} must have the shape of {like_name}, {tuple(like.shape)}; "
+            f"got {tuple(t.shape)}."
+        )
+    if dtype and t.dtype != like.dtype:
+        raise ValueError(
+            f"{op}: {name} must have the dtype of {like_name}, {like.dtype}; got {t.dtype}."
+        )
+    if t.dtype not in REFERENCE_DTYPES:
+        raise ValueError(f"{op}: {name} must be float32 or bfloat16; got {t.dtype}.")
+    if t.device != like.device:
+        raise ValueError(
+            f"{op}: {name} must be on the device of {like_name}, {like.device}; got {t.device}."
+        )
+
+
+def require_per_row(op: str, name: str, t: Tensor, x: Tensor, *dtypes: torch.dtype) -> None:
+    """t is a tensor [B] on x's device with one of `dtypes`."""
+    if not isinstance(t, Tensor):
+        raise ValueError(
+            f"{op}: {name} must be a tensor [{x.shape[0]}], one value a row; "
+            f"got {type(t).__name__}."
+        )
+    if t.ndim != 1 or t.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"{op}: {name} needs one value a row, shape ({x.shape[0]},); got {tuple(t.shape)}."
+        )
+    if t.dtype not in dtypes:
+        raise ValueError(
+            f"{op}: {name} must be {' or '.join(str(d) for d in dtypes)}; got {t.dtype}."
+        )
+    if t.device != x.device:
+        raise ValueError(f"{op}: {name} must be on {x.device}, as the rows are; got {t.device}.")
+
+
+def require_finite(op: str, name: str, values_B: Tensor) -> None:
+    """Values are finite. Reads the values: for real CPU tensors only."""
+    finite = torch.isfinite(values_B)
+    if not bool(finite.all()):
+        row = int((~finite).nonzero()[0])
+        raise ValueError(
+            f"{op}: {name}[{row}] is {float(values_B[row])}; coefficients must be finite."
+        )
+
+
+def require_no_grad(op: str, why: str, **tensors: Tensor | None) -> None:
+    """None of these tensors asks for a gradient, which the op would silently leave out."""
+    if not torch.is_grad_enabled():
+        return
+    for name, t in tensors.items():
+        if t is not None and t.requires_grad:
+            raise ValueError(f"{op}: {name} requires grad, but {why}. Pass {name}.detach().")
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """x itself when each row x[r] is contiguous (any row stride), else a contiguous copy."""
+    if x.is_contiguous():
+        return x
+    expected = 1
+    for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
+        if size != 1 and stride != expected:
+            return x.contiguous()
+        expected *= size
+    return x
+
+
+def rows_of(x: Tensor | None) -> tuple[int, int, int]:
+    """Address, row stride and dtype code of a tensor with dense rows, as _cpu takes them."""
+    return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), DTYPE_CODE[x.dtype])
+
+
+def row_sizes(x: Tensor) -> tuple[int, int]:
+    """Rows and elements a row."""
+    return x.shape[0], x.numel() // x.shape[0]

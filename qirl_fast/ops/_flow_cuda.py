@@ -1,0 +1,139 @@
+"""Launchers of csrc/cuda/flow_step.cu: the `cuda` backend of flow_step and flow_logp.
+
+The kernels share csrc/math/ and the order of sums with the CPU kernels. They are not the default on
+CUDA tensors: use_backend('cuda') asks for them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qirl_fast.ops._checks import dense_rows, row_sizes, rows_of
+
+_BLOCK = 1024  # elements whose squares are added together, kBlock of flow_step.cu
+
+
+@cache
+def missing_cuda() -> str | None:
+    """What the cuda backend lacks here, or None."""
+    try:
+        import_module("qirl_fast._cuda")
+    except ImportError as error:
+        return f"built without nvcc; reinstall with nvcc on PATH and QIRL_CUDA=ON ({error})."
+    return None if torch.cuda.is_available() else "torch.cuda.is_available() is False."
+
+
+def _cuda() -> Any:
+    return import_module("qirl_fast._cuda")
+
+
+def _scratch(x: Tensor) -> Tensor:
+    rows, size = row_sizes(x)
+    return x.new_empty(rows * ((size + _BLOCK - 1) // _BLOCK), dtype=torch.float32)
+
+
+def _stream(x: Tensor) -> int:
+    return int(torch.cuda.current_stream(x.device).cuda_stream)
+
+
+def flow_step_cuda(
+    x: Tensor,
+    v: Tensor,
+    a: Tensor,
+    c: Tensor,
+    s: Tensor,
+    w: Tensor,
+    b: Tensor,
+    seed: Tensor,
+    offset: int,
+    delta: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """CUDA kernel, csrc/cuda/flow_step.cu."""
+    x, v, delta = dense_rows(x), dense_rows(v), None if delta is None else dense_rows(delta)
+    a, c, s, w, b, seed = (t.contiguous() for t in (a, c, s, w, b, seed))
+    x_next, logp, sums = x.new_empty(x.shape), a.new_empty(a.shape), _scratch(x)
+    with torch.cuda.device(x.device):
+        _cuda().flow_step(
+            rows_of(x),
+            rows_of(v),
+            rows_of(delta),
+            tuple(t.data_ptr() for t in (a, c, w, b)),
+            s.data_ptr(),
+            seed.data_ptr(),
+            offset,
+            sums.data_ptr(),
+            x_next.data_ptr(),
+            logp.data_ptr(),
+            *row_sizes(x),
+            _stream(x),
+        )
+    return x_next, logp
+
+
+def flow_logp_cuda(
+    x: Tensor,
+    x_next: Tensor,
+    v: Tensor,
+    a: Tensor,
+    c: Tensor,
+    w: Tensor,
+    b: Tensor,
+    delta: Tensor | None,
+) -> Tensor:
+    """CUDA kernel, csrc/cuda/flow_step.cu."""
+    x, x_next, v = dense_rows(x), dense_rows(x_next), dense_rows(v)
+    delta = None if delta is None else dense_rows(delta)
+    a, c, w, b = (t.contiguous() for t in (a, c, w, b))
+    logp, sums = a.new_empty(a.shape), _scratch(x)
+    with torch.cuda.device(x.device):
+        _cuda().flow_logp(
+            rows_of(x),
+            rows_of(x_next),
+            rows_of(v),
+            rows_of(delta),
+            tuple(t.data_ptr() for t in (a, c, w, b)),
+            sums.data_ptr(),
+            logp.data_ptr(),
+            *row_sizes(x),
+            _stream(x),
+        )
+    return logp
+
+
+def flow_logp_backward_cuda(
+    grad: Tensor,
+    x: Tensor,
+    x_next: Tensor,
+    v: Tensor,
+    a: Tensor,
+    c: Tensor,
+    w: Tensor,
+    delta: Tensor | None,
+    want_dx: bool,
+    want_dv: bool,
+) -> tuple[Tensor, Tensor]:
+    """CUDA kernel, csrc/cuda/flow_step.cu."""
+    x, x_next, v = dense_rows(x), dense_rows(x_next), dense_rows(v)
+    delta = None if delta is None else dense_rows(delta)
+    grad, a, c, w = (t.contiguous() for t in (grad, a, c, w))
+    dx = x.new_empty(x.shape if want_dx else 0)
+    dv = v.new_empty(v.shape if want_dv else 0)
+    with torch.cuda.device(x.device):
+        _cuda().flow_logp_backward(
+            grad.data_ptr(),
+            rows_of(x),
+            rows_of(x_next),
+            rows_of(v),
+            rows_of(delta),
+            (a.data_ptr(), c.data_ptr(), w.data_ptr(), 0),
+            dx.data_ptr() if want_dx else 0,
+            dv.data_ptr() if want_dv else 0,
+            *row_sizes(x),
+            _stream(x),
+        )
+    return dx, dv

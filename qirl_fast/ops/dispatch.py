@@ -1,0 +1,125 @@
+"""The one place a backend is chosen.
+
+An op has a table of backends, one per name in BACKENDS that it implements, and a default for each
+device type. ``QIRL_BACKEND`` (read at import) or ``use_backend(...)`` forces one for every op. A
+forced backend that an op lacks, that is not installed, or that cannot serve the tensors raises
+BackendError; nothing falls back. The first choice of each op is logged (logger "qirl_fast.ops").
+
+The forced name travels through the registered op as an argument, so torch.compile guards on it and
+a backward pass uses the backend of its forward pass, whatever thread or context it runs in.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+logger = logging.getLogger("qirl_fast.ops")
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot serve this call."""
+
+
+def _nothing_missing() -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op.
+
+    run: called with the op's tensors and options, all checked by the public function.
+    devices: torch device types it serves.
+    dtypes: dtypes of the large tensors it serves.
+    missing: returns what is not installed, as a sentence for the error message, or None.
+    """
+
+    run: Callable[..., Any]
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    missing: Callable[[], str | None] = _nothing_missing
+
+
+@dataclass
+class Op:
+    """Name, backends and the default backend for each device type."""
+
+    name: str
+    backends: Mapping[str, Backend]
+    default: Mapping[str, str]
+    _logged: set[str] = field(default_factory=set)
+
+    def choose_for(self, forced: str, *tensors: torch.Tensor | None) -> Backend:
+        """The backend for these large tensors, all on the device of the first; None is absent."""
+        given = [t for t in tensors if t is not None]
+        return self.choose(forced, given[0].device, *(t.dtype for t in given))
+
+    def choose(self, forced: str, device: torch.device, *dtypes: torch.dtype) -> Backend:
+        """The backend for tensors of these dtypes on ``device``; ``forced`` is a name or ''."""
+        name = forced or self.default.get(device.type, "")
+        who = f"{self.name}: backend '{name}'" + (" (forced)" if forced else "")
+        if not name:
+            raise BackendError(
+                f"{self.name}: no backend for device type '{device.type}'; it serves "
+                f"{', '.join(self.default)}. Move the tensors there."
+            )
+        if name not in self.backends:
+            raise BackendError(
+                f"{who} does not exist for this op; it has {', '.join(self.backends)}."
+            )
+        backend = self.backends[name]
+        reason = backend.missing()
+        if reason is not None:
+            raise BackendError(f"{who} is not available: {reason}")
+        if device.type not in backend.devices:
+            raise BackendError(
+                f"{who} serves tensors on {', '.join(backend.devices)}; these are on '{device}'."
+            )
+        for dtype in dtypes:
+            if dtype not in backend.dtypes:
+                wanted = ", ".join(str(d) for d in backend.dtypes)
+                raise ValueError(
+                    f"{who} takes {wanted}; got {dtype}. Cast, or use_backend('reference')."
+                )
+        if name not in self._logged:
+            self._logged.add(name)
+            logger.info("%s on %s: backend %s", self.name, device.type, name)
+        return backend
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: unknown backend '{name}'; choose from {', '.join(BACKENDS)}.")
+    return name
+
+
+_forced: str = ""
+if os.environ.get("QIRL_BACKEND"):
+    _forced = _checked(os.environ["QIRL_BACKEND"], "QIRL_BACKEND")
+
+
+def forced_backend() -> str:
+    """Name of the forced backend, '' when each op takes its default."""
+    return _forced
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend for every op called inside the block (process-wide, not per thread).
+
+    name: 'reference', 'cpu', 'triton' or 'cuda'; anything else is a ValueError.
+    """
+    global _forced
+    before, _forced = _forced, _checked(name, "use_backend")
+    try:
+        yield
+    finally:
+        _forced = before

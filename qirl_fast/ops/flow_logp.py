@@ -1,0 +1,285 @@
+"""flow_logp: the log-probability of a stored step under a policy's velocity, with its gradient.
+
+    mean = a x + c v + delta,  r = x' - mean
+    logp = mean over the N elements of a row of (-w r^2) - b
+    d logp / d v = 2 w c r / N,   d logp / d x = 2 w a r / N
+
+On the inputs of a flow_step and its x', the result is bitwise what flow_step returned (with the
+same backend): before the first update the policy ratio is exactly 1.
+
+Shapes: x, x_next, v, delta [B, ...]; a, c, w, b, logp [B].
+Dtypes: x and x_next float32 or bfloat16, alike; v and delta float32 or bfloat16 each; coefficients
+and logp float32. Products and sums are rounded to float32 one by one, never contracted; squares are
+added in blocks of 1024 elements in float32, the blocks in float64. Gradients come in the dtype of
+their tensor.
+Source: Flow-GRPO (arXiv 2505.05470), sde_step_with_logprob(prev_sample=...).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qirl_fast import _cpu
+from qirl_fast.ops._checks import (
+    LARGE_DTYPES,
+    REFERENCE_DTYPES,
+    dense_rows,
+    require_finite,
+    require_like,
+    require_no_grad,
+    require_per_row,
+    require_rows,
+    row_sizes,
+    rows_of,
+)
+from qirl_fast.ops._flow_cuda import flow_logp_backward_cuda, flow_logp_cuda, missing_cuda
+from qirl_fast.ops._flow_triton import (
+    flow_logp_backward_triton,
+    flow_logp_triton,
+    missing_triton,
+)
+from qirl_fast.ops.dispatch import Backend, Op, forced_backend
+
+
+# ---- reference ----------------------------------------------------------------------------------
+def flow_logp_reference(
+    x: Tensor,
+    x_next: Tensor,
+    v: Tensor,
+    a: Tensor,
+    c: Tensor,
+    w: Tensor,
+    b: Tensor,
+    delta: Tensor | None,
+) -> Tensor:
+    """The definition, in float32 (float64 for float64 x)."""
+    if x.device.type == "cpu":
+        for name, value in (("a", a), ("c", c), ("w", w), ("b", b)):
+            require_finite("flow_logp", name, value)
+    r = _residual(x, x_next, v, a, c, delta)
+    return 0.0 - w.to(r.dtype) * r.square().mean(dim=1) - b.to(r.dtype)
+
+
+def flow_logp_backward_reference(
+    grad: Tensor,
+    x: Tensor,
+    x_next: Tensor,
+    v: Tensor,
+    a: Tensor,
+    c: Tensor,
+    w: Tensor,
+    delta: Tensor | None,
+    want_dx: bool,
+    want_dv: bool,
+) -> tuple[Tensor, Tensor]:
+    """(dx, dv) for grad [B]; an unwanted one is an empty tensor."""
+    r = _residual(x, x_next, v, a, c, delta)
+    slope = (2.0 / r.shape[1]) * (grad * w).to(r.dtype)[:, None] * r
+    dx = (slope * a.to(r.dtype)[:, None]).to(x.dtype).reshape(x.shape)
+    dv = (slope * c.to(r.dtype)[:, None]).to(v.dtype).reshape(v.shape)
+    return dx if want_dx else x.new_empty(0), dv if want_dv else v.new_empty(0)
+
+
+def _residual(
+    x: Tensor, x_next: Tensor, v: Tensor, a: Tensor, c: Tensor, delta: Tensor | None
+) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    mean = a.to(wide)[:, None] * x.flatten(1).to(wide) + c.to(wide)[:, None] * v.flatten(1).to(wide)
+    if delta is not None:
+        mean = mean + delta.flatten(1).to(wide)
+    return x_next.flatten(1).to(wide) - mean
+
+
+# ---- cpu ----------------------------------------------------------------------------------------
+def flow_logp_cpu(
+    x: Tensor,
+    x_next: Tensor,
+    v: Tensor,
+    a: Tensor,
+    c: Tensor,
+    w: Tensor,
+    b: Tensor,
+    delta: Tensor | None,
+) -> Tensor:
+    """C++ kernel, csrc/cpu/flow_logp.inl.cpp."""
+    x, x_next, v = dense_rows(x), dense_rows(x_next), dense_rows(v)
+    delta = None if delta is None else dense_rows(delta)
+    coefficients = [t.contiguous() for t in (a, c, w, b)]
+    logp = a.new_empty(a.shape)
+    _cpu.flow_logp(
+        rows_of(x),
+        rows_of(x_next),
+        rows_of(v),
+        rows_of(delta),
+        tuple(t.data_ptr() for t in coefficients),
+        logp.data_ptr(),
+        *row_sizes(x),
+        torch.get_num_threads(),
+    )
+    return logp
+
+
+def flow_logp_backward_cpu(
+    grad: Tensor,
+    x: Tensor,
+    x_next: Tensor,
+    v: Tensor,
+    a: Tensor,
+    c: Tensor,
+    w: Tensor,
+    delta: Tensor | None,
+    want_dx: bool,
+    want_dv: bool,
+) -> tuple[Tensor, Tensor]:
+    """C++ kernel, csrc/cpu/flow_logp.inl.cpp."""
+    x, x_next, v = dense_rows(x), dense_rows(x_next), dense_rows(v)
+    delta = None if delta is None else dense_rows(delta)
+    grad, *coefficients = (t.contiguous() for t in (grad, a, c, w))
+    dx = x.new_empty(x.shape if want_dx else 0)
+    dv = v.new_empty(v.shape if want_dv else 0)
+    _cpu.flow_logp_backward(
+        grad.data_ptr(),
+        rows_of(x),
+        rows_of(x_next),
+        rows_of(v),
+        rows_of(delta),
+        tuple(t.data_ptr() for t in coefficients),
+        dx.data_ptr() if want_dx else 0,
+        dv.data_ptr() if want_dv else 0,
+        *row_sizes(x),
+        torch.get_num_threads(),
+    )
+    return dx, dv
+
+
+# ---- registration -------------------------------------------------------------------------------
+_DEFAULT = {"cpu": "cpu", "cuda": "reference"}
+OP = Op(
+    "flow_logp",
+    {
+        "reference": Backend(flow_logp_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
+        "cpu": Backend(flow_logp_cpu, ("cpu",), LARGE_DTYPES),
+        "triton": Backend(flow_logp_triton, ("cuda",), LARGE_DTYPES, missing_triton),
+        "cuda": Backend(flow_logp_cuda, ("cuda",), LARGE_DTYPES, missing_cuda),
+    },
+    _DEFAULT,
+)
+OP_BACKWARD = Op(
+    "flow_logp_backward",
+    {
+        "reference": Backend(flow_logp_backward_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
+        "cpu": Backend(flow_logp_backward_cpu, ("cpu",), LARGE_DTYPES),
+        "triton": Backend(flow_logp_backward_triton, ("cuda",), LARGE_DTYPES, missing_triton),
+        "cuda": Backend(flow_logp_backward_cuda, ("cuda",), LARGE_DTYPES, missing_cuda),
+    },
+    _DEFAULT,
+)
+
+torch.library.define(
+    "qirl::flow_logp",
+    "(Tensor x, Tensor x_next, Tensor v, Tensor a, Tensor c, Tensor w, Tensor b, Tensor? delta,"
+    " str backend) -> Tensor",
+)
+torch.library.define(
+    "qirl::flow_logp_backward",
+    "(Tensor grad, Tensor x, Tensor x_next, Tensor v, Tensor a, Tensor c, Tensor w, Tensor? delta,"
+    " bool want_dx, bool want_dv, str backend) -> (Tensor, Tensor)",
+)
+
+
+@torch.library.impl("qirl::flow_logp", ("cpu", "cuda"))
+def _flow_logp_impl(x: Tensor, x_next: Tensor, v: Tensor, *rest: Any) -> Any:
+    *others, delta, backend = rest
+    return OP.choose_for(backend, x, v, delta).run(x, x_next, v, *others, delta)
+
+
+@torch.library.impl("qirl::flow_logp_backward", ("cpu", "cuda"))
+def _flow_logp_backward_impl(grad: Tensor, x: Tensor, x_next: Tensor, v: Tensor, *rest: Any) -> Any:
+    *others, delta, want_dx, want_dv, backend = rest
+    chosen = OP_BACKWARD.choose_for(backend, x, v, delta)
+    return chosen.run(grad, x, x_next, v, *others, delta, want_dx, want_dv)
+
+
+@torch.library.register_fake("qirl::flow_logp")
+def _flow_logp_fake(x: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape[:1], dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+@torch.library.register_fake("qirl::flow_logp_backward")
+def _flow_logp_backward_fake(
+    grad: Tensor, x: Tensor, x_next: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    want_dx, want_dv = rest[-3:-1]
+    return x.new_empty(x.shape if want_dx else 0), v.new_empty(v.shape if want_dv else 0)
+
+
+_flow_logp = torch.ops.qirl.flow_logp.default
+_flow_logp_backward = torch.ops.qirl.flow_logp_backward.default
+
+
+class _FlowLogp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        x_next: Tensor,
+        v: Tensor,
+        a: Tensor,
+        c: Tensor,
+        w: Tensor,
+        b: Tensor,
+        delta: Tensor | None,
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(x, x_next, v, a, c, w, delta)
+        ctx.backend = backend
+        return _flow_logp(x, x_next, v, a, c, w, b, delta, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        want_dx, want_dv = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+        dx, dv = _flow_logp_backward(grad, *ctx.saved_tensors, want_dx, want_dv, ctx.backend)
+        no_more = (None,) * 6
+        return dx if want_dx else None, None, dv if want_dv else None, *no_more
+
+
+# ---- public -------------------------------------------------------------------------------------
+def flow_logp(
+    x: Tensor,
+    x_next: Tensor,
+    v: Tensor,
+    a: Tensor,
+    c: Tensor,
+    w: Tensor,
+    b: Tensor,
+    *,
+    delta: Tensor | None = None,
+) -> Tensor:
+    """Log-probability [B] of the stored step x -> x_next; differentiable in v and x.
+
+    x, x_next, v, delta: [B, ...] of one shape and device, x_next in the dtype of x.
+    a, c, w, b: float32 [B], finite.
+    x_next, delta and the coefficients are constants: ValueError if one of them requires grad.
+    Raises ValueError for shapes, dtypes, devices or values outside this (on CUDA, values are not
+    read: a non-finite coefficient gives non-finite results).
+    """
+    require_rows("flow_logp", "x", x)
+    require_like("flow_logp", "x_next", x_next, "x", x, dtype=True)
+    require_like("flow_logp", "v", v, "x", x, dtype=False)
+    if delta is not None:
+        require_like("flow_logp", "delta", delta, "x", x, dtype=False)
+    for name, value in (("a", a), ("c", c), ("w", w), ("b", b)):
+        require_per_row("flow_logp", name, value, x, torch.float32)
+    backend = forced_backend()
+    if torch.is_grad_enabled():
+        require_no_grad(
+            "flow_logp", "is a constant here", x_next=x_next, delta=delta, a=a, c=c, w=w, b=b
+        )
+        if x.requires_grad or v.requires_grad:
+            return _FlowLogp.apply(x, x_next, v, a, c, w, b, delta, backend)
+    return _flow_logp(x, x_next, v, a, c, w, b, delta, backend)

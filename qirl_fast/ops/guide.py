@@ -1,0 +1,220 @@
+"""guide: classifier-free guidance, optionally rescaled to the norm of the conditional velocity.
+
+    g = v_u + w (v_c - v_u)                  w = scale, one value a row
+    v = g                                    rescale=False (Qwen-Image-2.1)
+    v = g |v_c| / |g|, 0 where |g| = 0       rescale=True (Qwen-Image), over the last dimension
+
+Shapes: v_cond, v_uncond, v [B, ...] (with rescale at least [B, D]); scale float or float32 [B].
+Dtypes: float32 or bfloat16, both velocities alike; computed in float32 and rounded once.
+Gradients: to v_cond and v_uncond, not to scale.
+Source: diffusers, pipeline_qwenimage.py (true CFG). It rounds each intermediate to the storage
+dtype and yields NaN where |g| = 0; here there is one rounding and the factor is 0.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qirl_fast import _cpu
+from qirl_fast.ops._checks import (
+    LARGE_DTYPES,
+    REFERENCE_DTYPES,
+    dense_rows,
+    require_finite,
+    require_like,
+    require_no_grad,
+    require_per_row,
+    require_rows,
+    row_sizes,
+    rows_of,
+)
+from qirl_fast.ops.dispatch import Backend, Op, forced_backend
+
+
+# ---- reference ----------------------------------------------------------------------------------
+def guide_reference(v_cond: Tensor, v_uncond: Tensor, scale_B: Tensor, rescale: bool) -> Tensor:
+    """The definition, in float32 (float64 for float64 inputs)."""
+    if scale_B.device.type == "cpu":
+        require_finite("guide", "scale", scale_B)
+    wide = torch.promote_types(v_cond.dtype, torch.float32)
+    c, u = v_cond.to(wide), v_uncond.to(wide)
+    g = u + _per_row(scale_B, c) * (c - u)
+    if rescale:
+        g = g * _norm_factor(c, g)
+    return g.to(v_cond.dtype)
+
+
+def guide_backward_reference(
+    grad: Tensor, v_cond: Tensor, v_uncond: Tensor, scale_B: Tensor, rescale: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients to v_cond and v_uncond. With f = |c|/|g|: dg = f (dy - g <g,dy>/|g|^2)."""
+    wide = torch.promote_types(v_cond.dtype, torch.float32)
+    c, u, dy = v_cond.to(wide), v_uncond.to(wide), grad.to(wide)
+    w = _per_row(scale_B, c)
+    dg, dc_norm = dy, torch.zeros_like(dy)
+    if rescale:
+        g = u + w * (c - u)
+        factor = _norm_factor(c, g)
+        dot = (g * dy).sum(-1, keepdim=True)
+        dg = factor * (dy - g * _divide_or_zero(dot, g.square().sum(-1, keepdim=True)))
+        dc_norm = c * factor * _divide_or_zero(dot, c.square().sum(-1, keepdim=True))
+    return (w * dg + dc_norm).to(v_cond.dtype), ((1 - w) * dg).to(v_uncond.dtype)
+
+
+def _per_row(values_B: Tensor, like: Tensor) -> Tensor:
+    return values_B.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _divide_or_zero(a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(b > 0, a / torch.where(b > 0, b, 1.0), 0.0)
+
+
+def _norm_factor(c: Tensor, g: Tensor) -> Tensor:
+    norm_c, norm_g = (torch.linalg.vector_norm(t, dim=-1, keepdim=True) for t in (c, g))
+    return _divide_or_zero(norm_c, norm_g)
+
+
+# ---- cpu ----------------------------------------------------------------------------------------
+def guide_cpu(v_cond: Tensor, v_uncond: Tensor, scale_B: Tensor, rescale: bool) -> Tensor:
+    """C++ kernel, csrc/cpu/guide.inl.cpp."""
+    c, u, scale_B = dense_rows(v_cond), dense_rows(v_uncond), scale_B.contiguous()
+    out = c.new_empty(c.shape)
+    _cpu.guide(
+        rows_of(c),
+        rows_of(u),
+        scale_B.data_ptr(),
+        out.data_ptr(),
+        *row_sizes(c),
+        c.shape[-1],
+        rescale,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def guide_backward_cpu(
+    grad: Tensor, v_cond: Tensor, v_uncond: Tensor, scale_B: Tensor, rescale: bool
+) -> tuple[Tensor, Tensor]:
+    """C++ kernel, csrc/cpu/guide.inl.cpp."""
+    dy, c, u, scale_B = (*map(dense_rows, (grad, v_cond, v_uncond)), scale_B.contiguous())
+    dc, du = c.new_empty(c.shape), u.new_empty(u.shape)
+    _cpu.guide_backward(
+        rows_of(dy),
+        rows_of(c),
+        rows_of(u),
+        scale_B.data_ptr(),
+        dc.data_ptr(),
+        du.data_ptr(),
+        *row_sizes(c),
+        c.shape[-1],
+        rescale,
+        torch.get_num_threads(),
+    )
+    return dc, du
+
+
+# ---- registration -------------------------------------------------------------------------------
+_DEFAULT = {"cpu": "cpu", "cuda": "reference"}
+OP = Op(
+    "guide",
+    {
+        "reference": Backend(guide_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
+        "cpu": Backend(guide_cpu, ("cpu",), LARGE_DTYPES),
+    },
+    _DEFAULT,
+)
+OP_BACKWARD = Op(
+    "guide_backward",
+    {
+        "reference": Backend(guide_backward_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
+        "cpu": Backend(guide_backward_cpu, ("cpu",), LARGE_DTYPES),
+    },
+    _DEFAULT,
+)
+
+torch.library.define(
+    "qirl::guide",
+    "(Tensor v_cond, Tensor v_uncond, Tensor scale_B, bool rescale, str backend) -> Tensor",
+)
+torch.library.define(
+    "qirl::guide_backward",
+    "(Tensor grad, Tensor v_cond, Tensor v_uncond, Tensor scale_B, bool rescale, str backend)"
+    " -> (Tensor, Tensor)",
+)
+
+
+@torch.library.impl("qirl::guide", ("cpu", "cuda"))
+def _guide_impl(v_cond: Tensor, *rest: Any) -> Any:
+    *others, backend = rest
+    return OP.choose_for(backend, v_cond).run(v_cond, *others)
+
+
+@torch.library.impl("qirl::guide_backward", ("cpu", "cuda"))
+def _guide_backward_impl(grad: Tensor, *rest: Any) -> Any:
+    *others, backend = rest
+    return OP_BACKWARD.choose_for(backend, grad).run(grad, *others)
+
+
+@torch.library.register_fake("qirl::guide")
+def _guide_fake(v_cond: Tensor, *_: object) -> Tensor:
+    return v_cond.new_empty(v_cond.shape)
+
+
+@torch.library.register_fake("qirl::guide_backward")
+def _guide_backward_fake(grad: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return grad.new_empty(grad.shape), grad.new_empty(grad.shape)
+
+
+_guide = torch.ops.qirl.guide.default
+_guide_backward = torch.ops.qirl.guide_backward.default
+
+
+class _Guide(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, v_cond: Tensor, v_uncond: Tensor, scale_B: Tensor, rescale: bool, backend: str
+    ) -> Tensor:
+        ctx.save_for_backward(v_cond, v_uncond, scale_B)
+        ctx.rescale, ctx.backend = rescale, backend
+        return _guide(v_cond, v_uncond, scale_B, rescale, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        v_cond, v_uncond, scale_B = ctx.saved_tensors
+        dc, du = _guide_backward(grad, v_cond, v_uncond, scale_B, ctx.rescale, ctx.backend)
+        return dc, du, None, None, None
+
+
+# ---- public -------------------------------------------------------------------------------------
+def guide(
+    v_cond: Tensor, v_uncond: Tensor, scale: float | Tensor, *, rescale: bool = False
+) -> Tensor:
+    """Guided velocity [B, ...] in the dtype of v_cond; see the module docstring for the math.
+
+    v_cond, v_uncond: [B, ...], float32 or bfloat16, same shape, dtype and device.
+    scale: guidance strength w, a finite float or float32 [B]; 1 returns v_cond up to rounding.
+    rescale: bring each last-dimension vector to the norm it has in v_cond.
+    Raises ValueError for shapes, dtypes, devices or values outside this.
+    """
+    require_rows("guide", "v_cond", v_cond)
+    require_like("guide", "v_uncond", v_uncond, "v_cond", v_cond, dtype=True)
+    if rescale and v_cond.ndim < 2:
+        raise ValueError(f"guide: rescale needs shape [B, ..., D]; got {tuple(v_cond.shape)}.")
+    if isinstance(scale, Tensor):
+        require_per_row("guide", "scale", scale, v_cond, torch.float32)
+        require_no_grad("guide", "the guidance strength has no gradient", scale=scale)
+        scale_B = scale
+    else:
+        if not -math.inf < scale < math.inf:
+            raise ValueError(f"guide: scale must be finite; got {scale}.")
+        scale_B = v_cond.new_full((v_cond.shape[0],), scale, dtype=torch.float32)
+    backend = forced_backend()
+    if torch.is_grad_enabled() and (v_cond.requires_grad or v_uncond.requires_grad):
+        return _Guide.apply(v_cond, v_uncond, scale_B, rescale, backend)
+    return _guide(v_cond, v_uncond, scale_B, rescale, backend)
