@@ -1,0 +1,20 @@
+"""qirl_fast: fast RL post-training of flow-matching image models.
+
+``from qirl_fast import ops`` gives the fused ops alone; ``python -m qirl_fast.train`` trains.
+"""
+
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+
+def configs_dir() -> Path:
+    """Folder of the recipes (YAML): inside the installed package, or the repository's own."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / "configs", here.parent / "configs"):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(
+        f"no recipes at {here / 'configs'} or {here.parent / 'configs'}: the installation is "
+        "incomplete; reinstall the package."
+    )

@@ -1,0 +1,26 @@
+"""Settings of a run: `load_config` reads and checks a recipe, `changes` compares two."""
+
+from qirl_fast.config.compare import (
+    changes,
+    config_hash,
+    derived,
+    describe,
+    refuse_changes,
+    save_resolved,
+)
+from qirl_fast.config.load import default_recipe, load_config
+from qirl_fast.config.schema import Config
+from qirl_fast.config.wording import ConfigError
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "changes",
+    "config_hash",
+    "default_recipe",
+    "derived",
+    "describe",
+    "load_config",
+    "refuse_changes",
+    "save_resolved",
+]

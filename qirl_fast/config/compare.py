@@ -1,0 +1,131 @@
+"""What a configuration amounts to, and whether two of them give the same numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from qirl_fast.config.schema import Config
+from qirl_fast.config.wording import ConfigError
+
+UNHASHED = ("run", "output", "resume", "threads", "tracking")  # change no number
+
+
+@dataclass(frozen=True)
+class Derived:
+    """Sizes that follow from a recipe; counts, per update unless the name says otherwise."""
+
+    samples: int  # images per update: prompts x group
+    minibatch_samples: int  # samples per optimizer step
+    recorded_steps: int  # stochastic steps stored and replayed per sample
+    replays: int  # (sample, step) pairs replayed
+    sampled_rows: int  # transformer rows of a rollout, guidance included
+    evaluation_images: int  # images of one evaluation
+    total_samples: int  # images of the whole run's rollouts
+
+
+def derived(cfg: Config) -> Derived:
+    """Return the sizes that follow from cfg."""
+    rollout = cfg.rollout
+    samples = cfg.data.prompts_per_step * rollout.group_size
+    recorded = rollout.window.size if rollout.window else 0
+    recorded += rollout.sde_steps.count if rollout.sde_steps else 0
+    return Derived(
+        samples=samples,
+        minibatch_samples=samples // cfg.train.updates_per_rollout,
+        recorded_steps=recorded,
+        replays=samples * recorded,
+        sampled_rows=samples * rollout.steps * (1 if rollout.guidance == 1 else 2),
+        evaluation_images=cfg.evaluation.prompts * cfg.evaluation.samples_per_prompt,
+        total_samples=samples * cfg.train.steps,
+    )
+
+
+def describe(cfg: Config) -> str:
+    """Return the resolved recipe as YAML, then the derived sizes, as comments."""
+    size = derived(cfg)
+    rollout, train = cfg.rollout, cfg.train
+    rows = [
+        f"samples per update      {size.samples} = {cfg.data.prompts_per_step} prompts x "
+        f"{rollout.group_size} samples, {rollout.height} x {rollout.width} px",
+        f"optimizer steps         {train.updates_per_rollout} per update, "
+        f"{size.minibatch_samples} samples each",
+        f"recorded steps          {size.recorded_steps} of {rollout.steps} per sample",
+        f"replays per update      {size.replays} (sample, step) pairs",
+        f"rollout rows per update {size.sampled_rows}, at most {rollout.max_rows} at a time",
+        f"whole run               {train.steps} updates, {size.total_samples} images",
+        f"one evaluation          {size.evaluation_images} images",
+        f"config hash             {config_hash(cfg)}",
+    ]
+    return _yaml(cfg) + "\n" + "\n".join(f"# {row}" for row in rows) + "\n"
+
+
+def _yaml(cfg: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create(cfg.model_dump(mode="json")))
+
+
+def save_resolved(cfg: Config, path: str | os.PathLike[str]) -> None:
+    """Write the resolved recipe as YAML that `load_config` reads back; whole or not at all."""
+    path = Path(path)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(_yaml(cfg), encoding="utf-8")
+    beside.replace(path)
+
+
+def config_hash(cfg: Config) -> str:
+    """Return the SHA-256 of everything that changes the numbers of a step.
+
+    Left out: run, output, resume, threads, tracking, and train.steps, which only says when to end.
+    """
+    flat = _numbers(cfg.model_dump(mode="json"))
+    flat.pop("train.steps", None)
+    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
+
+
+def _numbers(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return dotted key -> value of the keys that change numbers; empty sections stay as {}."""
+    flat: dict[str, Any] = {}
+
+    def walk(value: Any, key: str) -> None:
+        if isinstance(value, Mapping) and value:
+            for name, child in value.items():
+                walk(child, f"{key}.{name}" if key else str(name))
+        else:
+            flat[key] = value
+
+    walk({name: value for name, value in plain.items() if name not in UNHASHED}, "")
+    return flat
+
+
+def changes(old: Config | Mapping[str, Any], new: Config) -> list[str]:
+    """Return one line per key that changes the numbers: 'key: was X, is now Y'.
+
+    old: a Config, or its `model_dump(mode="json")` as kept in a checkpoint.
+    A larger train.steps is no change; a smaller one is.
+    """
+    before = _numbers(old.model_dump(mode="json") if isinstance(old, Config) else old)
+    after = _numbers(new.model_dump(mode="json"))
+    lines = []
+    for key in sorted(before.keys() | after.keys()):
+        was, now = before.get(key, "absent"), after.get(key, "absent")
+        grown = key == "train.steps" and "absent" not in (was, now) and now >= was
+        if was != now and not grown:
+            lines.append(f"{key}: was {was!r}, is now {now!r}")
+    return lines
+
+
+def refuse_changes(old: Config | Mapping[str, Any], new: Config, where: str) -> None:
+    """Raise ConfigError unless a run saved under `old` at `where` may go on under `new`."""
+    lines = changes(old, new)
+    if lines:
+        mend = (
+            f"{where} was made with other settings; go back to them, or start anew under run=NAME"
+        )
+        raise ConfigError([mend, *lines])

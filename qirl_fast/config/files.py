@@ -1,0 +1,82 @@
+"""Find what a recipe points to and what is not there: model folder, prompt files, checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+PACKAGED = ("tiny:train", "tiny:heldout")
+WEIGHTLESS = ("scheduler", "processor", "tokenizer", "feature_extractor", "image_processor")
+
+
+def missing_files(plain: Mapping[str, Any]) -> list[str]:
+    """Return one line per file or folder that the recipe (nested dicts) names and that is missing.
+
+    Keys that do not hold text are passed over: their type is reported elsewhere.
+    """
+    lines = []
+    for name in ("train", "heldout"):
+        path = _text(plain, "data", name)
+        if path is None or path in PACKAGED or path.startswith("tiny:"):
+            if path is not None and path not in PACKAGED:
+                lines.append(f"data.{name}: got {path!r}; packaged prompts: {', '.join(PACKAGED)}")
+        elif not Path(path).is_file():
+            lines.append(f"data.{name}: no such file: {path!r}; wanted a .jsonl or .txt file")
+    model = _text(plain, "model", "path")
+    if model is not None and model != "tiny":
+        lines += [f"model.path: {line}" for line in model_folder_problems(Path(model))]
+    resume = plain.get("resume")
+    if isinstance(resume, str) and resume not in ("never", "auto") and not Path(resume).is_dir():
+        lines.append(
+            f"resume: no such checkpoint folder: {resume!r}; wanted 'never', 'auto' or a folder"
+        )
+    return lines
+
+
+def _text(plain: Mapping[str, Any], section: str, name: str) -> str | None:
+    inner = plain.get(section)
+    value = inner.get(name) if isinstance(inner, Mapping) else None
+    return value if isinstance(value, str) and value else None
+
+
+def model_folder_problems(folder: Path) -> list[str]:
+    """Return what is missing from a diffusers model folder, judged by its own model_index.json."""
+    index = folder / "model_index.json"
+    if not folder.is_dir():
+        return [f"no such folder: {str(folder)!r}; wanted 'tiny' or a model in diffusers' format"]
+    if not index.is_file():
+        return [f"{folder} holds no model_index.json, so it is no model in diffusers' format"]
+    try:
+        parts = json.loads(index.read_text(encoding="utf-8"))
+        names = [k for k, v in parts.items() if isinstance(v, list) and v and v[0] is not None]
+    except (ValueError, AttributeError) as error:
+        return [f"{index} cannot be read as JSON: {error}"]
+    lines = []
+    for name in names:
+        part = folder / name
+        if not part.is_dir() or not any(part.iterdir()):
+            lines.append(f"half a model: {part} is missing or empty (named in model_index.json)")
+        elif name not in WEIGHTLESS:
+            lines += _weight_problems(part)
+    return lines
+
+
+def _weight_problems(part: Path) -> list[str]:
+    if not (part / "config.json").is_file():
+        return [f"half a model: {part / 'config.json'} is missing"]
+    lines = []
+    for index in part.glob("*.safetensors.index.json"):
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            return [f"{index} is no weight index: {error!r}"]
+        lines += [
+            f"half a model: {part / shard} is missing (named in {index.name})"
+            for shard in sorted(shards)
+            if not (part / shard).is_file()
+        ]
+    if not lines and not any(part.glob("*.safetensors")):
+        lines.append(f"half a model: {part} holds no .safetensors weights")
+    return lines

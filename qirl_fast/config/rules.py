@@ -1,0 +1,121 @@
+"""The rules of a recipe that tie several keys together: batch algebra, stochastic steps, weights.
+
+Each broken rule is a line of text and the dotted keys involved. Every single key is known to be
+valid by itself when these run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qirl_fast.config.schema import Config, RolloutConfig
+
+Problem = tuple[tuple[str, ...], str]  # (dotted keys involved, one line of text)
+
+
+class CrossError(ValueError):
+    """Rules that tie several keys together are broken; `problems` lists each."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        super().__init__("\n".join(text for _, text in problems))
+        self.problems = problems
+
+
+def cross_problems(cfg: Config) -> Iterator[Problem]:
+    """Yield each broken rule that involves several keys of `cfg`."""
+    yield from _rollout_problems(cfg.rollout)
+    yield from _batch_problems(cfg)
+    yield from _weight_problems(cfg)
+
+
+def _rollout_problems(rollout: RolloutConfig) -> Iterator[Problem]:
+    window, drawn, steps = rollout.window, rollout.sde_steps, rollout.steps
+    if rollout.dynamics == "ode":
+        yield (
+            ("rollout.dynamics",),
+            "rollout.dynamics: got 'ode', which has no density, so grpo has no ratio to train on; "
+            "allowed for grpo: 'flow_sde', 'dance_sde', 'cps', 'langevin'",
+        )
+    elif (window is None) == (drawn is None):
+        came = "neither" if window is None else "both"
+        yield (
+            ("rollout.window", "rollout.sde_steps"),
+            f"rollout.window, rollout.sde_steps: got {came}; set exactly one and the other to null",
+        )
+    if window is not None and window.start + window.size > steps - 1:
+        yield (
+            ("rollout.window.start", "rollout.window.size", "rollout.steps"),
+            f"rollout.window: steps {window.start} to {window.start + window.size - 1} do not fit; "
+            f"with rollout.steps={steps} a window lies within steps 0 to {steps - 2} "
+            f"(the last step, {steps - 1}, is never trained)",
+        )
+    if drawn is not None:
+        high = steps - 1 if drawn.high is None else drawn.high
+        keys = ("rollout.sde_steps.count", "rollout.sde_steps.high", "rollout.steps")
+        if high > steps - 1:
+            yield (
+                keys,
+                f"rollout.sde_steps.high: got {high}; with rollout.steps={steps} allowed: 1 to "
+                f"{steps - 1} (the last step, {steps - 1}, is never trained)",
+            )
+        if drawn.count > high:
+            yield (
+                keys,
+                f"rollout.sde_steps.count: got {drawn.count} distinct steps out of the first {high}"
+                f"; allowed: 1 to {high}",
+            )
+    if rollout.dynamics == "cps" and rollout.eta > 1:
+        yield (
+            ("rollout.eta", "rollout.dynamics"),
+            f"rollout.eta: got {rollout.eta:g}; for cps allowed: above 0, at most 1",
+        )
+    if rollout.guidance != 1 and rollout.ratio_mode is None:
+        yield (
+            ("rollout.ratio_mode", "rollout.guidance"),
+            f"rollout.ratio_mode: not declared, but rollout.guidance={rollout.guidance:g} guides "
+            "the rollout; set it to 'frozen_offset' (default choice), 'conditional' or 'full'",
+        )
+
+
+def _batch_problems(cfg: Config) -> Iterator[Problem]:
+    prompts, group, updates = (
+        cfg.data.prompts_per_step,
+        cfg.rollout.group_size,
+        cfg.train.updates_per_rollout,
+    )
+    samples = prompts * group
+    if samples % updates:
+        yield (
+            ("train.updates_per_rollout", "data.prompts_per_step", "rollout.group_size"),
+            f"train.updates_per_rollout: got {updates}, which does not divide the {samples} "
+            f"samples of a rollout (data.prompts_per_step {prompts} x rollout.group_size {group}); "
+            f"allowed: {_divisors(samples)}",
+        )
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+
+
+def _weight_problems(cfg: Config) -> Iterator[Problem]:
+    tables = {"rewards": cfg.rewards}
+    tables |= {f"category_weights.{name}": table for name, table in cfg.category_weights.items()}
+    for key, table in tables.items():
+        if table and not any(table.values()):
+            yield (key,), f"{key}: all weights are 0; at least one must be above 0"
+        if not table:
+            yield (key,), f"{key}: is empty; name at least one judge with a weight above 0"
+        for name in table:
+            if name not in cfg.rewards:
+                yield (
+                    (f"{key}.{name}",),
+                    f"{key}.{name}: judge {name!r} is not among rewards; allowed: "
+                    + ", ".join(cfg.rewards),
+                )
+    for name in cfg.watch:
+        if name in cfg.rewards:
+            yield ("watch",), f"watch: {name!r} is already optimised in rewards; name it only once"
+    if len(set(cfg.watch)) < len(cfg.watch):
+        yield ("watch",), f"watch: got {cfg.watch}, which repeats a judge; name each only once"

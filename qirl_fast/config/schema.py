@@ -1,0 +1,252 @@
+"""Every setting of a run: names, types, ranges and meaning.
+
+The models are frozen, refuse unknown keys and convert nothing except a whole number where a number
+is wanted. `Config` is the whole recipe. The rules that tie several keys together are in `rules`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+
+from qirl_fast.config.rules import CrossError, cross_problems
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Pixels = Annotated[int, Field(ge=16, multiple_of=16)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Text = Annotated[str, Field(min_length=1)]
+FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+=-]*$", max_length=200)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys, conversions, NaN and infinity are refused; frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class LoraConfig(Section):
+    """Low-rank adapter (PEFT)."""
+
+    rank: Count = Field(default=64, description="rank of the two adapter matrices")
+    alpha: Positive = Field(
+        default=128, description="scale numerator: the update is alpha / rank * B A x"
+    )
+    targets: list[Text] | None = Field(
+        default=None,
+        description="name endings of the linear layers to adapt; null: the family's default",
+    )
+
+
+class ModelConfig(Section):
+    """The model to train."""
+
+    path: Text = Field(description="'tiny': the packaged model; else a folder in diffusers' format")
+    family: Literal["auto", "qwenimage21"] = Field(
+        default="auto", description="model family; auto: read from model_index.json"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="dtype of the forward"
+    )
+    adapter: Literal["lora", "full"] = Field(default="lora", description="what is trained")
+    lora: LoraConfig = Field(default=LoraConfig(), description="used when adapter is lora")
+
+
+class DataConfig(Section):
+    """Prompts."""
+
+    train: Text = Field(description="training prompts: 'tiny:train', or a .jsonl or .txt file")
+    heldout: Text = Field(
+        description="evaluation prompts: 'tiny:heldout', or a .jsonl or .txt file"
+    )
+    prompts_per_step: Count = Field(description="different prompts per rollout")
+
+
+class WindowConfig(Section):
+    """A fixed run of neighbouring stochastic steps."""
+
+    start: Natural = Field(description="index of the first stochastic step; 0 is pure noise")
+    size: Count = Field(description="number of stochastic steps")
+
+
+class SdeStepsConfig(Section):
+    """Stochastic steps drawn anew for each update."""
+
+    count: Count = Field(description="distinct stochastic steps per update")
+    high: Count | None = Field(
+        default=None,
+        description="draw from the first `high` steps, biased to high noise; null: steps - 1",
+    )
+
+
+class RolloutConfig(Section):
+    """How trajectories are made."""
+
+    group_size: int = Field(ge=2, description="samples per prompt")
+    height: Pixels = Field(description="image height in pixels")
+    width: Pixels = Field(description="image width in pixels")
+    steps: int = Field(ge=2, description="denoising steps")
+    dynamics: Literal["ode", "flow_sde", "dance_sde", "cps", "langevin"] = Field(
+        description="one-step dynamics at the stochastic steps; ODE elsewhere"
+    )
+    eta: Positive = Field(default=0.7, description="noise level of the dynamics; cps: at most 1")
+    window: WindowConfig | None = Field(
+        default=None, description="fixed stochastic steps, or sde_steps"
+    )
+    sde_steps: SdeStepsConfig | None = Field(
+        default=None, description="drawn stochastic steps, or window"
+    )
+    guidance: NonNegative = Field(default=1.0, description="classifier-free guidance scale; 1: off")
+    ratio_mode: Literal["frozen_offset", "conditional", "full"] | None = Field(
+        default=None,
+        description="how a guided rollout enters the ratio; must be declared when guided",
+    )
+    rescale_guidance: bool | None = Field(
+        default=None,
+        description="rescale the guided velocity to the conditional norm; null: as the family",
+    )
+    shared_noise: bool = Field(
+        default=False, description="one initial noise for all samples of a group"
+    )
+    storage_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="dtype of stored states; a state is rounded before it is scored",
+    )
+    max_rows: Count = Field(default=64, description="most rows in one transformer forward")
+
+
+class AdvantageConfig(Section):
+    """Rewards to advantages, see `ops.group_advantage`."""
+
+    std: Literal["group", "global"] = Field(
+        default="group", description="scope of the standard deviation"
+    )
+    ddof: int = Field(
+        default=0, ge=0, le=1, description="0: population, 1: sample standard deviation"
+    )
+    eps: Positive = Field(default=1e-4, description="added to the standard deviation")
+    std_floor: NonNegative = Field(
+        default=0.0, description="a reward with less in-group std counts zero"
+    )
+    clamp: Positive = Field(default=5.0, description="advantages are clamped to +- this")
+    min_range: NonNegative = Field(
+        default=0.0, description="groups with no wider reward range are dropped"
+    )
+    mode: Literal["zscore_sum", "sum_first", "gdpo"] = Field(
+        default="zscore_sum", description="z-score each reward then sum; sum then z-score; or GDPO"
+    )
+
+
+class EmaConfig(Section):
+    """Moving average of the trained weights."""
+
+    decay: Decay = Field(default=0.9, description="share of the old average that is kept")
+    every: Count = Field(
+        default=8, description="optimizer steps between two updates of the average"
+    )
+
+
+class TrainConfig(Section):
+    """The policy update."""
+
+    steps: Count = Field(description="rollout + update rounds; may grow on resume")
+    lr: Positive = Field(description="AdamW learning rate")
+    warmup: Natural = Field(
+        default=0, description="optimizer steps over which the learning rate rises linearly to lr"
+    )
+    betas: Annotated[tuple[Decay, Decay], Strict(False)] = Field(
+        default=(0.9, 0.999), description="AdamW betas"
+    )
+    weight_decay: NonNegative = Field(default=1e-4, description="AdamW weight decay")
+    max_grad_norm: Positive = Field(default=1.0, description="gradient norm clip")
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=1e-4, description="lower ratio clip"
+    )
+    clip_high: Positive = Field(default=1e-4, description="upper ratio clip")
+    updates_per_rollout: Count = Field(
+        default=1, description="minibatches, one optimizer step each"
+    )
+    kl_weight: NonNegative = Field(
+        default=0.0, description="weight of the Gaussian KL to the reference"
+    )
+    velocity_kl_weight: NonNegative = Field(
+        default=0.0, description="weight of the mean squared velocity difference to the reference"
+    )
+    ema: EmaConfig | None = Field(default=None, description="null: off")
+
+
+class EvaluationConfig(Section):
+    """Paired before and after evaluation: ODE sampling with fixed seeds."""
+
+    prompts: Count = Field(
+        default=96, description="held-out prompts used, from the top of the file"
+    )
+    samples_per_prompt: Count = Field(default=1, description="images per prompt")
+    steps: int = Field(default=10, ge=1, description="denoising steps")
+    guidance: NonNegative = Field(default=1.0, description="classifier-free guidance scale; 1: off")
+    seed: Seed = Field(default=1234, description="seed of the initial noise")
+    every: Natural = Field(
+        default=0, description="updates between evaluations; 0: before and after only"
+    )
+
+
+class TrackingConfig(Section):
+    """What is written while training; changes no number."""
+
+    tensorboard: bool = Field(default=True, description="write TensorBoard events to tb/")
+    wandb: bool = Field(default=False, description="log to Weights & Biases")
+    checkpoint_every: Natural = Field(
+        default=10, description="updates between checkpoints; 0: the last only"
+    )
+    keep_checkpoints: Count = Field(default=2, description="newest checkpoints kept")
+    samples_every: Natural = Field(default=0, description="updates between sample images; 0: none")
+
+
+class AlgorithmConfig(Section):
+    """The training algorithm."""
+
+    name: Literal["grpo"] = Field(default="grpo", description="algorithm")
+
+
+class Config(Section):
+    """A whole recipe."""
+
+    run: FolderName | None = Field(
+        default=None, description="output folder name; null: recipe name + '-seed' + seed"
+    )
+    output: Text = Field(default="outputs", description="folder that holds the runs")
+    seed: Seed = Field(default=0, description="seed of everything random")
+    resume: Text = Field(
+        default="never",
+        description="'never'; 'auto': the newest whole checkpoint, if any; or a checkpoint folder",
+    )
+    device: Literal["cpu", "cuda", "auto"] = Field(default="auto", description="where to compute")
+    threads: Count | None = Field(default=None, description="CPU threads; null: PyTorch's choice")
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    model: ModelConfig
+    data: DataConfig
+    rollout: RolloutConfig
+    rewards: dict[str, NonNegative] = Field(
+        min_length=1, description="optimised judges and their weights; scaled to sum to 1"
+    )
+    category_weights: dict[str, dict[str, NonNegative]] = Field(
+        default={}, description="weights for prompts of one category in place of `rewards`"
+    )
+    watch: list[Text] = Field(
+        default=[], description="judges that are scored and shown, not optimised"
+    )
+    advantage: AdvantageConfig = AdvantageConfig()
+    train: TrainConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _cross(self) -> Config:
+        found = list(cross_problems(self))
+        if found:
+            raise CrossError(found)
+        return self

@@ -1,0 +1,1 @@
+"""Prompts, the order they are drawn in, and their cached text embeddings."""

@@ -1,0 +1,126 @@
+"""A picture of the change: for each prompt its text, the image before and the image after.
+
+Eight prompts make a column; the next ones stand beside it.
+
+Small images are enlarged by a whole factor without smoothing, so that a pixel stays a pixel; large
+ones are shrunk. Scores stand under the images.
+
+Shapes: N rows, H, W pixels.
+"""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+TILE = 192  # side of a drawn image, pixels
+GAP = 16
+TEXT_WIDTH = 300
+FONT = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
+FONT_SIZE = 16
+SCORE_HEIGHT = 30
+HEADER_HEIGHT = 38
+MAX_LINES = 7
+ROWS = 8  # prompts in a column
+WHITE, INK, PALE, UP, DOWN = (255,) * 3, (30, 30, 30), (225,) * 3, (0, 110, 40), (170, 30, 20)
+
+Images = NDArray[np.uint8]
+
+
+def before_after_grid(
+    before: Images,
+    after: Images,
+    prompts: Sequence[str],
+    scores: Sequence[tuple[float, float]],
+    path: str | os.PathLike[str],
+) -> Path:
+    """Draw the grid as PNG and return its path.
+
+    before, after: uint8 [N, H, W, 3], N >= 1. prompts: N texts. scores: N pairs (before, after),
+    finite. The file appears whole or not at all. Raises ValueError naming what does not fit.
+    """
+    _check(before, after, prompts, scores)
+    row_height = TILE + SCORE_HEIGHT + GAP
+    width = TEXT_WIDTH + 2 * TILE + 4 * GAP
+    columns, rows = -(-len(prompts) // ROWS), min(len(prompts), ROWS)
+    size = (columns * width, HEADER_HEIGHT + rows * row_height + GAP)
+    canvas = Image.new("RGB", size, WHITE)
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.truetype(str(FONT), FONT_SIZE)
+    for row, prompt in enumerate(prompts):
+        edge, top = width * (row // ROWS), HEADER_HEIGHT + row % ROWS * row_height
+        lefts = (edge + TEXT_WIDTH + 2 * GAP, edge + TEXT_WIDTH + TILE + 3 * GAP)
+        if row % ROWS == 0:
+            for left, text in zip(lefts, ("before", "after"), strict=True):
+                draw.text((left + TILE / 2, HEADER_HEIGHT / 2), text, INK, font, anchor="mm")
+        draw.multiline_text((edge + GAP, top + 4), _wrap(prompt, font), INK, font, spacing=5)
+        old, new = scores[row]
+        colors = (INK, UP if new > old else DOWN if new < old else INK)
+        cells = zip(lefts, (before[row], after[row]), (old, new), colors, strict=True)
+        for left, pixels, score, color in cells:
+            canvas.paste(_enlarge(pixels), (left, top))
+            draw.rectangle((left - 1, top - 1, left + TILE, top + TILE), outline=PALE)
+            spot = (left + TILE / 2, top + TILE + SCORE_HEIGHT / 2)
+            draw.text(spot, f"{score:.2f}", color, font, anchor="mm")
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.tmp")
+    canvas.save(beside, format="PNG", optimize=True)
+    beside.replace(path)
+    return path
+
+
+def _check(
+    before: Images,
+    after: Images,
+    prompts: Sequence[str],
+    scores: Sequence[tuple[float, float]],
+) -> None:
+    for name, images in (("before", before), ("after", after)):
+        if (
+            images.dtype != np.uint8
+            or images.ndim != 4
+            or images.shape[-1] != 3
+            or 0 in images.shape
+        ):
+            raise ValueError(
+                f"{name}: got {images.dtype} {list(images.shape)}; wanted uint8 [N, H, W, 3]"
+            )
+    if before.shape != after.shape or not len(before) == len(prompts) == len(scores):
+        raise ValueError(
+            f"got images {list(before.shape)} and {list(after.shape)}, {len(prompts)} prompts, "
+            f"{len(scores)} scores; wanted one of each per row"
+        )
+    if not np.isfinite(np.asarray(scores, np.float64)).all():
+        raise ValueError(f"scores hold NaN or infinity: {list(scores)}")
+
+
+def _enlarge(pixels: NDArray[np.uint8]) -> Image.Image:
+    """Return a TILE x TILE picture with the image centred: whole factor up, or smoothly down."""
+    image = Image.fromarray(pixels)
+    factor = TILE // max(image.size)
+    if factor:
+        scaled = image.resize(
+            (image.width * factor, image.height * factor), Image.Resampling.NEAREST
+        )
+    else:
+        scaled = image.copy()
+        scaled.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
+    tile = Image.new("RGB", (TILE, TILE), PALE)
+    tile.paste(scaled, ((TILE - scaled.width) // 2, (TILE - scaled.height) // 2))
+    return tile
+
+
+def _wrap(prompt: str, font: ImageFont.FreeTypeFont) -> str:
+    """Break a prompt into lines that fit beside the images; a long one ends in dots."""
+    characters = int(TEXT_WIDTH / font.getlength("abcdefghijklmnopqrstuvwxyz ") * 27)
+    lines = textwrap.wrap(prompt, characters) or [""]
+    if len(lines) > MAX_LINES:
+        lines = [*lines[: MAX_LINES - 1], lines[MAX_LINES - 1][: characters - 4] + " ..."]
+    return "\n".join(lines)

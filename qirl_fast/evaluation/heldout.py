@@ -1,0 +1,61 @@
+"""Held-out evaluation: ODE sampling with fixed seeds, scored by every judge."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from qirl_fast.rollout.sample import Model, Sampling, sample
+
+ScoreFn = Callable[[np.ndarray, list[dict[str, Any]]], dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Per prompt: each judge's mean score, float64 [P]; the first image, uint8 [P, H, W, 3]."""
+
+    scores: dict[str, np.ndarray]
+    images: np.ndarray
+
+
+def evaluate(
+    model: Any,
+    embeddings: Sequence[Tensor],
+    null: Tensor,
+    metadata: Sequence[dict[str, Any]],
+    how: Sampling,
+    scheduler_config: Mapping[str, Any],
+    score: ScoreFn,
+    *,
+    samples_per_prompt: int,
+    seed: int,
+) -> Evaluation:
+    """Sample every prompt `samples_per_prompt` times and score the images.
+
+    Args:
+        model: a model adapter; embeddings: P tensors [L_p, C]; metadata: P rows for the judges.
+        how: sampling with dynamics "ode" steps only (nothing is recorded).
+        score: images [B, H, W, 3] and B metadata rows -> {judge: [B]}.
+    """
+    model_: Model = model
+    images = []
+    for chunk in sample(
+        model_,
+        embeddings,
+        null,
+        how,
+        scheduler_config,
+        group_size=samples_per_prompt,
+        seed=seed,
+        update=0,
+    ):
+        images.append(model.decode(chunk.latents, how.height, how.width))
+    drawn = np.concatenate(images)
+    rows = [row for row in metadata for _ in range(samples_per_prompt)]
+    scores = {
+        name: values.astype(np.float64).reshape(-1, samples_per_prompt).mean(1)
+        for name, values in score(drawn, rows).items()
+    }
+    return Evaluation(scores, drawn[::samples_per_prompt])

@@ -1,0 +1,30 @@
+"""Adapters: one file per model family, the same five methods in each."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from qirl_fast.models.qwenimage21 import QwenImage21
+
+FAMILIES: dict[str, type[QwenImage21]] = {"qwenimage21": QwenImage21}
+
+
+def load_model(folder: str | Path, family: str, dtype: torch.dtype, device: str) -> QwenImage21:
+    """Load a local model folder; family "auto" reads the pipeline class in model_index.json.
+
+    Raises FileNotFoundError for a missing folder, index or component, ValueError for a pipeline
+    class no adapter serves.
+    """
+    folder = Path(folder)
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(f"{folder} holds no model_index.json: not a diffusers model folder")
+    if family == "auto":
+        name = json.loads(index.read_text())["_class_name"]
+        matches = [f for f, adapter in FAMILIES.items() if adapter.pipeline_class.__name__ == name]
+        if not matches:
+            served = ", ".join(a.pipeline_class.__name__ for a in FAMILIES.values())
+            raise ValueError(f"{index}: no adapter for pipeline {name!r}; there are: {served}")
+        family = matches[0]
+    return FAMILIES[family].load(folder, dtype, device)

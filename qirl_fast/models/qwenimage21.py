@@ -1,0 +1,284 @@
+"""Qwen-Image-2.1: Qwen3-VL text, one single-stream block-causal DiT, RGBA autoencoder.
+
+Text tokens are modulated at t = 0 and attend causally, so their keys and values depend neither on
+the timestep nor on the sample. `prefix` computes them once per prompt; `velocity` runs the target
+image's tokens alone against them. Rollout and replay both use this path, so at equal shapes they
+agree bit for bit, and gradients of every row flow into the shared prefix.
+
+Shapes: B rows, P prompts, L text tokens, C text channels, N latent tokens, Z latent channels.
+Source: diffusers `pipeline_qwenimage21.py`, `transformer_qwenimage21.py`.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKLQwenImage21,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImage21Pipeline,
+    QwenImage21Transformer2DModel,
+)
+from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
+from peft import LoraConfig
+from torch import Tensor
+from transformers import Qwen3VLForConditionalGeneration
+
+from qirl_fast.models.loading import load_component
+from qirl_fast.models.processor import QwenVLProcessor
+
+PIXELS_PER_TOKEN = 16
+TOKENS_PER_SLOT = 4
+LORA_TARGETS = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "img_mlp.proj",
+    "img_mlp.gate_layer",
+    "img_mlp.out",
+)
+COMPONENTS = ("processor", "scheduler", "text_encoder", "transformer", "vae")
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Rows whose prompts have the same token count, with their prefix keys and values."""
+
+    rows: Tensor  # int64 [b], positions in the batch
+    text: Tensor  # [b, L, C]
+    cache: QwenImage21KVCache  # per layer K, V [b, L, heads, head_dim]
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What `velocity` needs to know of the prompts: one group per text length."""
+
+    groups: tuple[_Group, ...]
+    grid: tuple[int, int]  # latent tokens down and across
+    batch: int
+
+
+class QwenImage21:
+    """The adapter: encode, latent_shape, velocity (with prefix), decode, trainable."""
+
+    family = "qwenimage21"
+    lora_targets = LORA_TARGETS
+    norm_rescaled_guidance = False
+    pipeline_class = QwenImage21Pipeline
+
+    def __init__(self, pipeline: QwenImage21Pipeline):
+        self.pipeline = pipeline
+        self.transformer = pipeline.transformer
+        self.vae = pipeline.vae
+        self.device = pipeline.transformer.device
+        self.dtype = pipeline.transformer.dtype
+        self._frozen: list[Tensor] | None = None
+        for module in (pipeline.text_encoder, pipeline.vae, pipeline.transformer):
+            module.requires_grad_(False).eval()
+
+    @classmethod
+    def load(cls, folder: str | Path, dtype: torch.dtype, device: str = "cpu") -> "QwenImage21":
+        """Load a model folder in the stock pipeline's format; nothing is downloaded.
+
+        Raises FileNotFoundError naming every missing component, ValueError for one that is there
+        in part.
+        """
+        folder = Path(folder)
+        missing = [
+            c for c in COMPONENTS if not (folder / c).is_dir() or not any((folder / c).iterdir())
+        ]
+        if missing:
+            raise FileNotFoundError(
+                f"model folder {folder} lacks {', '.join(missing)}: a Qwen-Image-2.1 folder holds "
+                f"{', '.join(COMPONENTS)} (a folder each) and model_index.json"
+            )
+        pipeline = QwenImage21Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
+            vae=load_component(AutoencoderKLQwenImage21, folder / "vae", torch_dtype=dtype),
+            text_encoder=load_component(
+                Qwen3VLForConditionalGeneration, folder / "text_encoder", dtype=dtype
+            ),
+            processor=QwenVLProcessor.from_pretrained(folder / "processor"),
+            transformer=load_component(
+                QwenImage21Transformer2DModel, folder / "transformer", torch_dtype=dtype
+            ),
+        )
+        return cls(pipeline.to(device))
+
+    def encode(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Text embeddings [L_i, C] of each prompt, unpadded: what the stock pipeline gives for one.
+
+        The empty prompt (the unconditional branch) is encoded as one space, as there.
+        """
+        embeddings = []
+        for prompt in prompts:
+            embedding, mask, _ = self.pipeline.encode_prompt(prompt, device=self.device)
+            assert mask is None
+            embeddings.append(embedding[0])
+        return embeddings
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int]:
+        """(N, Z) of a height x width image; ValueError unless both are multiples of 32."""
+        if height % 32 or width % 32 or height <= 0 or width <= 0:
+            raise ValueError(
+                f"image size {height} x {width}: Qwen-Image-2.1 draws multiples of 32 pixels; "
+                f"try {max(32, round(height / 32) * 32)} x {max(32, round(width / 32) * 32)}"
+            )
+        return (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN), self.vae.config.z_dim
+
+    def prefix(
+        self, embeddings: Sequence[Tensor], owner: Sequence[int], height: int, width: int
+    ) -> Prefix:
+        """Keys and values of each prompt's tokens, spread over the rows that share the prompt.
+
+        Args:
+            embeddings: P tensors [L_p, C].
+            owner: B prompt indices, `owner[r]` the prompt of row r.
+            height, width: image size in pixels, multiples of 32.
+        """
+        self.latent_shape(height, width)
+        grid = (height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
+        groups = []
+        for length in sorted({embeddings[p].shape[0] for p in owner}):
+            prompts = sorted({p for p in owner if embeddings[p].shape[0] == length})
+            rows = [r for r, p in enumerate(owner) if embeddings[p].shape[0] == length]
+            source = torch.tensor([prompts.index(owner[r]) for r in rows], device=self.device)
+            text = torch.stack([embeddings[p] for p in prompts]).to(self.device, self.dtype)
+            cache = QwenImage21KVCache(len(self.transformer.transformer_blocks))
+            dummy = text.new_zeros(
+                len(prompts), grid[0] * grid[1], self.transformer.config.in_channels
+            )
+            self._forward(dummy, text.new_zeros(len(prompts)), text, grid, cache, "extract")
+            for layer in cache.layer_caches:
+                layer.store(layer.k.index_select(0, source), layer.v.index_select(0, source))
+            groups.append(
+                _Group(torch.tensor(rows, device=self.device), text.index_select(0, source), cache)
+            )
+        return Prefix(tuple(groups), grid, len(owner))
+
+    def velocity(self, x: Tensor, sigma: Tensor, prefix: Prefix) -> Tensor:
+        """Velocity v = eps - x0, [B, N, Z] in the model's dtype.
+
+        Args:
+            x: latents [B, N, Z]; sigma: noise level [B] in [0, 1]; prefix: of the same B rows.
+        """
+        if x.shape[0] != prefix.batch:
+            raise ValueError(f"{x.shape[0]} latent rows but a prefix of {prefix.batch} rows")
+        x, sigma = x.to(self.dtype), sigma.to(self.dtype)
+        if len(prefix.groups) == 1:
+            g = prefix.groups[0]
+            return self._forward(x, sigma, g.text, prefix.grid, g.cache, "cached")
+        parts = [
+            self._forward(x[g.rows], sigma[g.rows], g.text, prefix.grid, g.cache, "cached")
+            for g in prefix.groups
+        ]
+        order = torch.cat([g.rows for g in prefix.groups]).argsort()
+        return torch.cat(parts)[order]
+
+    def _forward(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        text: Tensor,
+        grid: tuple[int, int],
+        cache: QwenImage21KVCache,
+        mode: str,
+    ) -> Tensor:
+        slots = text.new_zeros(x.shape[0], text.shape[1] + x.shape[1] // TOKENS_PER_SLOT).bool()
+        slots[:, text.shape[1] :] = True
+        out: Tensor = self.transformer(
+            hidden_states=x,
+            encoder_hidden_states=text,
+            timestep=sigma,
+            img_shapes=[[(1, *grid)]] * x.shape[0],
+            img_mask=slots,
+            kv_cache=cache,
+            kv_cache_mode=mode,
+            return_dict=False,
+        )[0]
+        return out[:, -x.shape[1] :]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, height: int, width: int, chunk: int = 64) -> np.ndarray:
+        """Latents [B, N, Z] -> uint8 RGB images [B, H, W, 3], never tiled.
+
+        The autoencoder is RGBA; RGB is the composite on white, as the stock pipeline documents.
+        """
+        grid = (height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
+        config = self.vae.config
+        shape = (1, config.z_dim, 1, 1, 1)
+        mean = torch.tensor(config.latents_mean, device=self.device, dtype=self.vae.dtype).view(
+            shape
+        )
+        std = torch.tensor(config.latents_std, device=self.device, dtype=self.vae.dtype).view(shape)
+        images = []
+        for part in latents.split(chunk):
+            z = part.transpose(1, 2).unflatten(2, (1, *grid)).to(self.vae.dtype)
+            rgba = self.vae.decode(z * std + mean, return_dict=False)[0][:, :, 0].float()
+            rgba = (rgba / 2 + 0.5).clamp(0, 1)
+            rgb = rgba[:, :3] * rgba[:, 3:] + (1 - rgba[:, 3:])
+            images.append((rgb.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu())
+        return torch.cat(images).numpy()
+
+    def trainable(
+        self, mode: str, rank: int, alpha: float, targets: Sequence[str] | None, seed: int
+    ) -> dict[str, Tensor]:
+        """Add a LoRA adapter "default" (mode "lora") or open all weights (mode "full").
+
+        The LoRA starts as the identity (B = 0) and A is drawn from `seed` alone. Returns the
+        trainable parameters by name, in a fixed order, in float32.
+        ValueError for an unknown mode, LoRA targets that match nothing, or "full" in another dtype
+        than float32: the weights would be float32, the activations not.
+        """
+        if mode == "full":
+            if self.dtype != torch.float32:
+                raise ValueError(
+                    f"model.adapter full trains float32 weights and model.dtype is {self.dtype}; "
+                    "set model.dtype=float32 or model.adapter=lora"
+                )
+            self.transformer.requires_grad_(True)
+            self._frozen = [p.detach().clone() for p in self.transformer.parameters()]
+        elif mode == "lora":
+            self._add_lora(rank, alpha, list(targets or self.lora_targets), seed)
+        else:
+            raise ValueError(f"adapter mode {mode!r}: use 'lora' or 'full'")
+        named = {n: p for n, p in self.transformer.named_parameters() if p.requires_grad}
+        for p in named.values():
+            p.data = p.data.float()
+        return named
+
+    def _add_lora(self, rank: int, alpha: float, targets: list[str], seed: int) -> None:
+        modules = [name for name, _ in self.transformer.named_modules()]
+        unknown = [t for t in targets if not any(name.endswith(t) for name in modules)]
+        if unknown:
+            raise ValueError(
+                f"LoRA targets {unknown} match no module of the transformer; "
+                f"the family's own are {', '.join(self.lora_targets)}"
+            )
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.transformer.add_adapter(config)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """The untrained policy: LoRA off, or the weights as they were when training began."""
+        if self._frozen is None:
+            self.transformer.disable_adapters()
+            try:
+                yield
+            finally:
+                self.transformer.enable_adapters()
+            return
+        trained = [p.data for p in self.transformer.parameters()]
+        for p, frozen in zip(self.transformer.parameters(), self._frozen, strict=True):
+            p.data = frozen
+        try:
+            yield
+        finally:
+            for p, own in zip(self.transformer.parameters(), trained, strict=True):
+                p.data = own

@@ -1,0 +1,139 @@
+"""The evaluation before training, sample grids, and the report a run ends with."""
+
+import json
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from qirl_fast import _cpu
+from qirl_fast.evaluation.grid import before_after_grid
+from qirl_fast.evaluation.heldout import Evaluation
+from qirl_fast.evaluation.paired import paired_bootstrap
+from qirl_fast.tracking import Tracker, summary_table
+from qirl_fast.trainer import Trainer
+
+GRID = 16  # prompts in a picture
+PACKAGES = ("qirl_fast", "torch", "diffusers", "transformers", "peft", "numpy")
+
+
+def before_evaluation(trainer: Trainer, run_dir: Path) -> Evaluation:
+    """The untrained policy on the held-out prompts; kept in the run folder for resuming."""
+    path = run_dir / "samples" / "before.npz"
+    if path.exists():
+        with np.load(path, allow_pickle=False) as saved:
+            scores = {n.removeprefix("score_"): saved[n] for n in saved if n != "images"}
+            return Evaluation(scores, saved["images"])
+    with trainer.model.reference():
+        before = trainer.evaluate_weights()
+    path.parent.mkdir(exist_ok=True)
+    beside = path.with_name(".before.npz")
+    arrays: dict[str, Any] = {f"score_{name}": values for name, values in before.scores.items()}
+    np.savez(beside, images=before.images, **arrays)
+    beside.replace(path)
+    return before
+
+
+def draw_samples(trainer: Trainer, run_dir: Path, update: int) -> None:
+    """samples/step-N.png: before and now, the same prompts and seeds all through the run."""
+    before, now = before_evaluation(trainer, run_dir), trainer.evaluate(GRID)
+    _grid(trainer, before, now, run_dir / "samples" / f"step-{update}.png", list(range(GRID)))
+
+
+def write_report(
+    trainer: Trainer, tracker: Tracker, run_dir: Path, before: Evaluation, after: Evaluation
+) -> None:
+    """Print the before -> after table; write summary.json and samples/before_after.png."""
+    judges: dict[str, dict[str, float]] = {}
+    for name in trainer.judges:
+        r = paired_bootstrap(before.scores[name], after.scores[name])
+        judges[name] = {k: getattr(r, k) for k in ("before", "after", "diff", "low", "high", "n")}
+    summary = {
+        "judges": judges,
+        "phases_s": _phases(run_dir),
+        "images_per_s": _images_per_s(run_dir),
+        "pre_update_clip_fraction": _worst(run_dir, "pre_update_clip_fraction"),
+        "pre_update_ratio_error": _worst(run_dir, "pre_update_ratio_error"),
+        "steps": trainer.cfg.train.steps,
+        "seed": trainer.cfg.seed,
+        "versions": _versions(),
+        "commit": _commit(),
+    }
+    path = run_dir / "summary.json"
+    beside = path.with_name(".summary.json")
+    beside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    beside.replace(path)
+    tags = [p.category for p in trainer.heldout]
+    order = sorted(range(len(tags)), key=lambda i: (tags[:i].count(tags[i]), i))[:GRID]
+    picture = run_dir / "samples" / "before_after.png"
+    _grid(trainer, before, after, picture, order)
+    console = Console()
+    console.print(summary_table(judges, f"{run_dir.name}: {len(trainer.heldout)} held-out prompts"))
+    console.print(f"picture {picture}\nsummary {path}", highlight=False, soft_wrap=True)
+
+
+def _grid(
+    trainer: Trainer, before: Evaluation, after: Evaluation, path: Path, order: list[int]
+) -> None:
+    judge = trainer.judges[0]
+    order = [i for i in order if i < len(after.images)]
+    before_after_grid(
+        before.images[order],
+        after.images[order],
+        [trainer.heldout[i].prompt for i in order],
+        [(float(before.scores[judge][i]), float(after.scores[judge][i])) for i in order],
+        path,
+    )
+
+
+def _lines(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    text = (run_dir / f"{name}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _phases(run_dir: Path) -> dict[str, float]:
+    """Seconds by phase over all steps of the run, resumed parts included."""
+    totals: dict[str, float] = {}
+    for line in _lines(run_dir, "timings"):
+        for name, seconds in line["phases_s"].items():
+            totals[name] = totals.get(name, 0.0) + seconds
+    return totals
+
+
+def _images_per_s(run_dir: Path) -> float:
+    """Sampled images per second over all steps of the run, resumed parts included."""
+    lines = _lines(run_dir, "timings")
+    seconds = sum(line["seconds"] for line in lines)
+    images = sum(line["images_per_s"] * line["seconds"] for line in lines)
+    return images / seconds if seconds else 0.0
+
+
+def _worst(run_dir: Path, metric: str) -> float:
+    return max((line[metric] for line in _lines(run_dir, "metrics")), default=0.0)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "cpu_kernels": _cpu.available_isas()[-1]}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found | {"threads": str(torch.get_num_threads())}
+
+
+def _commit() -> str:
+    """The commit of the checkout this package runs from; 'unknown' for an installed wheel."""
+    here = Path(__file__).resolve().parent
+    result = subprocess.run(
+        ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return result.stdout.strip() or "unknown"

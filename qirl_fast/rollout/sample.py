@@ -1,0 +1,197 @@
+"""Rollout: prompts in, trajectories out.
+
+Rows are laid out prompt by prompt, `group_size` rows each, in chunks of at most `max_rows`; a
+chunk is also the unit of replay, so that both run the same kernels on the same shapes. All
+randomness is a function of (seed, offset): row seeds come from the run's seed, the update and the
+sample's number, never from generator state.
+
+Shapes: B rows of a chunk, S recorded steps, T denoising steps, N latent tokens, Z channels.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qirl_fast import ops
+from qirl_fast.rollout.dynamics import StepCoefficients, step_coefficients
+from qirl_fast.rollout.guidance import Guidance
+from qirl_fast.rollout.schedule import make_sigmas
+
+INITIAL_NOISE = 1 << 40  # Philox offset of the initial noise; steps use their own index
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Model(Protocol):
+    """What rollout needs of a model adapter (models/<family>.py)."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int]: ...
+    def prefix(
+        self, embeddings: Sequence[Tensor], owner: Sequence[int], height: int, width: int
+    ) -> Any: ...
+    def velocity(self, x: Tensor, sigma: Tensor, prefix: Any) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How trajectories are made; one for training, one for evaluation."""
+
+    height: int
+    width: int
+    steps: int
+    guidance: Guidance
+    dynamics: str = "ode"
+    eta: float = 0.7
+    storage_dtype: str = "float32"
+    max_rows: int = 64
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A chunk's conditioning: embeddings [L, C] a prompt, `owner[r]` the prompt of row r."""
+
+    embeddings: tuple[Tensor, ...]
+    null: Tensor
+    owner: tuple[int, ...]
+
+    def prefix(self, model: Model, how: Sampling) -> Any:
+        return model.prefix(self.embeddings, self.owner, how.height, how.width)
+
+    def null_prefix(self, model: Model, how: Sampling) -> Any:
+        return model.prefix([self.null], [0] * len(self.owner), how.height, how.width)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One chunk's rollout. Recorded tensors are in storage dtype, log-probs in float32."""
+
+    prompts: Prompts
+    latents: Tensor  # [B, N, Z], the final state
+    rows: range  # positions of the chunk's rows in the whole batch
+    recorded: tuple[int, ...]  # S step indices
+    sigmas: tuple[float, ...]  # noise level of each recorded step
+    coefficients: tuple[StepCoefficients, ...]
+    x: tuple[Tensor, ...] = ()  # S of [B, N, Z]
+    x_next: tuple[Tensor, ...] = ()
+    delta: tuple[Tensor | None, ...] = ()  # guidance offset added to the mean
+    logp: tuple[Tensor, ...] = ()  # S of [B]
+
+
+def coefficient_tensors(step: StepCoefficients, rows: int, device: torch.device) -> list[Tensor]:
+    """(a, c, s, w, b) as float32 [rows] each; float64 host values are cast once."""
+    return [
+        torch.full((rows,), value, dtype=torch.float32, device=device)
+        for value in (step.a, step.c, step.s, step.w, step.b)
+    ]
+
+
+def row_seeds(seed: int, update: int, first: int, count: int, stream: int) -> Tensor:
+    """int64 [count]: seeds of rows `first`...; one sequence for each (seed, update, stream)."""
+    words = np.random.SeedSequence([seed, update, stream]).generate_state(first + count, np.uint64)
+    return torch.from_numpy(words[first:].view(np.int64))
+
+
+def initial_noise(seeds: Tensor, shape: tuple[int, int], device: torch.device) -> Tensor:
+    """Standard normal latents float32 [B, N, Z], row r a function of seeds[r] alone."""
+    zeros = torch.zeros((len(seeds), *shape), device=device)
+    step = StepCoefficients(a=0.0, c=0.0, s=1.0, w=0.0, b=0.0)
+    a, c, s, w, b = coefficient_tensors(step, len(seeds), device)
+    seeds = seeds.to(device)
+    return ops.flow_step(zeros, zeros, a, c, s, w, b, seed=seeds, offset=INITIAL_NOISE)[0]
+
+
+def sample(
+    model: Model,
+    embeddings: Sequence[Tensor],
+    null: Tensor,
+    how: Sampling,
+    scheduler_config: Mapping[str, Any],
+    *,
+    group_size: int,
+    seed: int,
+    update: int,
+    recorded: Sequence[int] = (),
+    shared_noise: bool = False,
+) -> Iterator[Trajectory]:
+    """Trajectories of `group_size` samples for each prompt, a chunk at a time.
+
+    Args:
+        embeddings: P text embeddings [L_p, C]; null: the unconditional one [L, C].
+        recorded: steps sampled with `how.dynamics` and kept for replay; the others follow the ODE.
+        shared_noise: all samples of a prompt start from one initial noise.
+    Yields chunks whose `rows` cover range(P * group_size) in order.
+    """
+    tokens, channels = model.latent_shape(how.height, how.width)
+    sigmas = make_sigmas(how.steps, tokens, scheduler_config)
+    total = len(embeddings) * group_size
+    for first in range(0, total, how.max_rows):
+        rows = range(first, min(first + how.max_rows, total))
+        used = sorted({r // group_size for r in rows})
+        owner = tuple(used.index(r // group_size) for r in rows)
+        prompts = Prompts(tuple(embeddings[p] for p in used), null, owner)
+        noise_rows = [r // group_size for r in rows] if shared_noise else list(rows)
+        noise_seeds = row_seeds(seed, update, 0, max(noise_rows) + 1, stream=0)[noise_rows]
+        x = initial_noise(noise_seeds, (tokens, channels), model.device)
+        seeds = row_seeds(seed, update, first, len(rows), stream=1).to(model.device)
+        yield _sample_chunk(model, prompts, rows, x, seeds, how, sigmas, tuple(recorded))
+
+
+@torch.no_grad()
+def _sample_chunk(
+    model: Model,
+    prompts: Prompts,
+    rows: range,
+    x: Tensor,
+    seeds: Tensor,
+    how: Sampling,
+    sigmas: np.ndarray,
+    recorded: tuple[int, ...],
+) -> Trajectory:
+    guidance = how.guidance
+    prefix = prompts.prefix(model, how)
+    null_prefix = prompts.null_prefix(model, how) if guidance.on else None
+    x = x.to(_DTYPES[how.storage_dtype])
+    kept: dict[str, list[Any]] = {k: [] for k in ("x", "x_next", "delta", "logp")}
+    steps = [
+        step_coefficients(
+            how.dynamics if i in recorded else "ode",
+            float(sigmas[i]),
+            float(sigmas[i + 1]),
+            eta=how.eta,
+            sigma_max=float(sigmas[1]),
+        )
+        for i in range(how.steps)
+    ]
+    for i, step in enumerate(steps):
+        sigma = torch.full((len(rows),), float(sigmas[i]), device=x.device)
+        v_cond = model.velocity(x, sigma, prefix)
+        v = v_cond
+        if null_prefix is not None:
+            v = guidance.combine(v_cond, model.velocity(x, sigma, null_prefix))
+        a, c, s, w, b = coefficient_tensors(step, len(rows), x.device)
+        delta = None
+        if i in recorded and guidance.on and guidance.ratio_mode == "frozen_offset":
+            delta = (step.c * (v.float() - v_cond.float())).to(x.dtype)
+            v = v_cond
+        x_next, logp = ops.flow_step(x, v, a, c, s, w, b, seed=seeds, offset=i, delta=delta)
+        if i in recorded:
+            if guidance.on and guidance.ratio_mode == "conditional":
+                logp = ops.flow_logp(x, x_next, v_cond, a, c, w, b)
+            for name, value in zip(kept, (x, x_next, delta, logp), strict=True):
+                kept[name].append(value)
+        x = x_next
+    return Trajectory(
+        prompts=prompts,
+        latents=x,
+        rows=rows,
+        recorded=recorded,
+        sigmas=tuple(float(sigmas[i]) for i in recorded),
+        coefficients=tuple(steps[i] for i in recorded),
+        **{name: tuple(values) for name, values in kept.items()},
+    )

@@ -1,0 +1,146 @@
+"""`python -m qirl_fast.train [recipe.yaml] [key=value ...] [--dry-run]`: GRPO on a model folder.
+
+Without a recipe it trains the packaged tiny model on the CPU. The loop is `train`; the verbs it
+calls are methods of `Trainer`. A step's metrics are written before its checkpoint, so a run killed
+at any moment resumes (`resume=auto`) with the same metrics and weights, bit for bit.
+"""
+
+import logging
+import shutil
+import sys
+from pathlib import Path
+
+from diffusers.utils import logging as diffusers_logging
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from qirl_fast.checkpoint import (
+    CheckpointError,
+    find_latest,
+    load_checkpoint,
+    pack,
+    save_checkpoint,
+    unpack,
+)
+from qirl_fast.config import Config, ConfigError, config_hash, describe, load_config
+from qirl_fast.data.prompts import PromptError
+from qirl_fast.report import before_evaluation, draw_samples, write_report
+from qirl_fast.tracking import Tracker, prepare_run_dir
+from qirl_fast.trainer import Batch, EvaluationFailed, NonFinite, Trainer, save_batch
+
+USAGE = f"""{__doc__}
+  key=value    any setting by its dotted name, e.g. seed=1 run=mine train.steps=200
+  --dry-run    print the resolved settings and the derived batch sizes, then stop
+"""
+
+
+def train(cfg: Config) -> Path:
+    """Train by the recipe and return the run's folder."""
+    fresh = not any(Path(cfg.output, str(cfg.run)).glob("*"))
+    run_dir = prepare_run_dir(cfg)
+    try:
+        trainer = Trainer(cfg)
+        step = resume(trainer, run_dir, cfg)
+    except (ValueError, FileNotFoundError) as error:  # refused by model, prompts or checkpoint
+        if fresh:
+            shutil.rmtree(run_dir)  # nothing was computed: the mended command finds its place free
+        raise ConfigError([str(error)]) from error
+    with Tracker(run_dir, cfg, step=step) as tracker:
+        tracker.say(f"{run_dir}: from step {step} to {cfg.train.steps}")
+        before = before_evaluation(trainer, run_dir)
+        for update in range(step + 1, cfg.train.steps + 1):
+            batch = None
+            try:
+                with tracker.phase("rollout"):
+                    batch = trainer.rollout(next(trainer.sampler), update)
+                with tracker.phase("update"):
+                    advantage = trainer.advantages(batch)
+                    metrics = trainer.update(batch, advantage)
+            except NonFinite as error:
+                raise stopped(error, batch or error.batch, run_dir, update) from error
+            metrics |= trainer.reward_metrics(batch, advantage)
+            every = cfg.evaluation.every
+            if every and update % every == 0 and update < cfg.train.steps:
+                with tracker.phase("evaluate"):
+                    scores = trainer.evaluate().scores
+                metrics |= {f"heldout/{name}": float(s.mean()) for name, s in scores.items()}
+            tracker.log(update, metrics, images=len(batch.images))
+            samples_every = cfg.tracking.samples_every
+            if samples_every and due(update, samples_every, cfg.train.steps):
+                draw_samples(trainer, run_dir, update)
+            if due(update, cfg.tracking.checkpoint_every, cfg.train.steps):
+                save(trainer, run_dir, update, cfg)
+        tracker.say("evaluating the trained policy on the held-out prompts")
+        after = trainer.evaluate()
+    write_report(trainer, tracker, run_dir, before, after)
+    return run_dir
+
+
+def due(update: int, every: int, last: int) -> bool:
+    """True at every `every`-th update and at the last one; 0: at the last one only."""
+    return update == last or (every > 0 and update % every == 0)
+
+
+def save(trainer: Trainer, run_dir: Path, update: int, cfg: Config) -> None:
+    """Write checkpoint-`update`, exports included."""
+    tensors, tree = pack(trainer.state())
+    state = {"tree": tree, "config": config_hash(cfg)}
+    save_checkpoint(run_dir, update, tensors, state, trainer.lora(), cfg.tracking.keep_checkpoints)
+
+
+def resume(trainer: Trainer, run_dir: Path, cfg: Config) -> int:
+    """Load what `resume` asks for and return its step; 0 where there is nothing to resume."""
+    if cfg.resume == "never":
+        return 0
+    found = find_latest(run_dir) if cfg.resume == "auto" else load_checkpoint(Path(cfg.resume))
+    if found is None:
+        return 0
+    if found.state["config"] != config_hash(cfg):
+        raise ConfigError(
+            [f"resume: {found.path} was written by another recipe; resume with that one's settings"]
+        )
+    trainer.load_state(unpack(found.tensors, found.state["tree"]))
+    return found.step
+
+
+def stopped(error: NonFinite, batch: Batch | None, run_dir: Path, update: int) -> NonFinite:
+    """Save the batch and make the error that ends the run; the update was not applied."""
+    assert batch is not None, "rollout attaches its batch"
+    where = save_batch(batch, run_dir / "failed" / f"step-{update}")
+    return NonFinite(
+        f"step {update} is stopped, its update not applied: {error}. The batch is in {where}; "
+        f"after mending the cause run the same command with resume=auto"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point: 0 done, 1 the run stopped, 2 the settings are wrong."""
+    args = sys.argv[1:] if argv is None else argv
+    if "-h" in args or "--help" in args:
+        print(USAGE)
+        return 0
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    try:
+        cfg = load_config([arg for arg in args if arg != "--dry-run"])
+        if "--dry-run" in args:
+            print(describe(cfg))
+            return 0
+        train(cfg)
+    except (ConfigError, PromptError, CheckpointError, FileNotFoundError) as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        return 2
+    except NonFinite as error:
+        console.print(f"stopped: {error}", style="red", markup=False)
+        return 1
+    except EvaluationFailed as error:
+        mend = "after mending the cause run the same command with resume=auto"
+        console.print(f"stopped: {error}; {mend}", style="red", markup=False)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,387 @@
+"""What a run holds, and the steps the training loop is made of."""
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qirl_fast import ops
+from qirl_fast.algorithms import ALGORITHMS
+from qirl_fast.algorithms.grpo import Objective
+from qirl_fast.checkpoint import lora_state, rng_state, set_rng_state
+from qirl_fast.config import Config
+from qirl_fast.data.embeddings import EmbeddingCache
+from qirl_fast.data.prompts import Prompt, load_prompts
+from qirl_fast.data.sampler import PromptSampler
+from qirl_fast.evaluation.heldout import Evaluation, evaluate
+from qirl_fast.models import load_model
+from qirl_fast.models.ema import Ema
+from qirl_fast.preflight import preflight
+from qirl_fast.rewards.composite import NonFiniteReward, score_all, weights_for
+from qirl_fast.rollout.guidance import Guidance
+from qirl_fast.rollout.sample import Sampling, Trajectory, sample
+
+PACKAGED = Path(__file__).parent / "tiny"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class NonFinite(RuntimeError):
+    """A reward, loss or gradient is NaN or infinite: the update is not applied.
+
+    `batch` is the one it happened in, where it is known.
+    """
+
+    def __init__(self, message: str, batch: "Batch | None" = None):
+        super().__init__(message)
+        self.batch = batch
+
+
+class EvaluationFailed(RuntimeError):
+    """A judge could not score the held-out images, so there is nothing to compare."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One update's samples: B = prompts x group_size rows, prompt by prompt."""
+
+    prompts: list[Prompt]
+    trajectories: list[Trajectory]
+    images: np.ndarray  # uint8 [B, H, W, 3]
+    scores: Tensor  # float32 [B, K], all judges
+    valid: Tensor  # bool [B, K]
+
+
+def packaged(name: str) -> Path:
+    """The file or folder behind 'tiny', 'tiny:train' and the like; other paths stay."""
+    if name == "tiny":
+        return PACKAGED / "weights"
+    if name.startswith("tiny:"):
+        return PACKAGED / "prompts" / f"{name.removeprefix('tiny:')}.jsonl"
+    return Path(name)
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over what decides a text embedding: text encoder and processor files."""
+    digest = hashlib.sha256()
+    for part in ("text_encoder", "processor"):
+        for file in sorted((folder / part).iterdir()):
+            digest.update(f"{file.name}:{file.stat().st_size}:".encode())
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def save_batch(batch: Batch, folder: Path) -> Path:
+    """Write a batch for inspection: images, scores, prompts and recorded states."""
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(
+        folder / "batch.npz",
+        images=batch.images,
+        scores=batch.scores.numpy(),
+        valid=batch.valid.numpy(),
+    )
+    rows = "".join(json.dumps(p.metadata) + "\n" for p in batch.prompts)
+    (folder / "prompts.jsonl").write_text(rows, encoding="utf-8")
+    tensors = {}
+    for t in batch.trajectories:
+        for name in ("x", "x_next", "logp"):
+            for step, value in zip(t.recorded, getattr(t, name), strict=True):
+                tensors[f"rows{t.rows.start}.step{step}.{name}"] = value.cpu().clone()
+    save_file(tensors, folder / "trajectories.safetensors")
+    return folder
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every global generator; ours need none, but a judge or a library may draw from one."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+class Trainer:
+    """Model, prompts, judges, optimizer; every method is one verb of the loop in train.py."""
+
+    def __init__(self, cfg: Config):
+        self.cfg = cfg
+        seed_everything(cfg.seed)
+        if cfg.threads:
+            torch.set_num_threads(cfg.threads)
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        device = best if cfg.device == "auto" else cfg.device
+        folder = packaged(cfg.model.path)
+        self.model = load_model(folder, cfg.model.family, DTYPES[cfg.model.dtype], device)
+        self.scheduler = dict(self.model.pipeline.scheduler.config)
+        self.algorithm: ModuleType = ALGORITHMS[cfg.algorithm.name]
+        self.judges = [*cfg.rewards, *cfg.watch]
+        files = {"train": packaged(cfg.data.train), "heldout": packaged(cfg.data.heldout)}
+        prompts = {name: load_prompts(file) for name, file in files.items()}
+        preflight(cfg, self.model, self.scheduler, prompts, files)
+        self.sampler = PromptSampler(prompts["train"], cfg.data.prompts_per_step, cfg.seed)
+        self.heldout = prompts["heldout"][: cfg.evaluation.prompts]
+        key = f"{fingerprint(folder)}-{cfg.model.dtype}"
+        self.cache = EmbeddingCache(Path(cfg.output) / "embeddings", key)
+        self.null = self.embed([""])[0]
+        lora = cfg.model.lora
+        self.trainable = self.model.trainable(
+            cfg.model.adapter, lora.rank, lora.alpha, lora.targets, cfg.seed
+        )
+        self.optimizer = torch.optim.AdamW(
+            self.trainable.values(),
+            lr=cfg.train.lr,
+            betas=cfg.train.betas,
+            weight_decay=cfg.train.weight_decay,
+        )
+        ema = cfg.train.ema
+        self.ema = Ema(list(self.trainable.values()), ema.decay, ema.every) if ema else None
+        self.optimizer_steps = 0
+        self.rollout_sampling = self._sampling(cfg.rollout.steps, cfg.rollout.guidance)
+        self.evaluation_sampling = self._sampling(cfg.evaluation.steps, cfg.evaluation.guidance)
+        self.objective = Objective(
+            cfg.train.clip_low,
+            cfg.train.clip_high,
+            cfg.train.kl_weight,
+            cfg.train.velocity_kl_weight,
+        )
+        self._judging = ThreadPoolExecutor(1, thread_name_prefix="judges")
+
+    def _sampling(self, steps: int, scale: float) -> Sampling:
+        r = self.cfg.rollout
+        own = self.model.norm_rescaled_guidance
+        rescale = own if r.rescale_guidance is None else r.rescale_guidance
+        samples = (
+            self.cfg.data.prompts_per_step * r.group_size // self.cfg.train.updates_per_rollout
+        )
+        rows = max(n for n in range(1, min(r.max_rows, samples) + 1) if samples % n == 0)
+        return Sampling(
+            height=r.height,
+            width=r.width,
+            steps=steps,
+            guidance=Guidance(scale, rescale, r.ratio_mode),
+            dynamics=r.dynamics,
+            eta=r.eta,
+            storage_dtype=r.storage_dtype,
+            max_rows=rows,
+        )
+
+    def embed(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Text embeddings [L, C], each prompt encoded once and kept on disk."""
+        with torch.no_grad():
+            return self.cache.get(list(prompts), self.model.encode)
+
+    def judge(self, images: np.ndarray, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
+        """Scores float32 [B, K] and valid bool [B, K] of all judges, optimised ones first."""
+        scores, valid = score_all(self.judges, images, [p.metadata for p in prompts])
+        return torch.as_tensor(scores), torch.as_tensor(valid)
+
+    def rollout(self, prompts: list[Prompt], update: int) -> Batch:
+        """Sample every prompt's group; judges score one chunk while the next is sampled."""
+        r = self.cfg.rollout
+        rows = [prompt for prompt in prompts for _ in range(r.group_size)]
+        recorded = self.algorithm.record(
+            r.steps,
+            (r.window.start, r.window.size) if r.window else None,
+            (r.sde_steps.count, r.sde_steps.high or r.steps - 1) if r.sde_steps else None,
+            self.cfg.seed,
+            update,
+        )
+        trajectories: list[Trajectory] = []
+        images: list[np.ndarray] = []
+        scored: list[Future[tuple[Tensor, Tensor]]] = []
+        with self.algorithm.sampling(self.model):
+            for chunk in sample(
+                self.model,
+                self.embed([p.prompt for p in prompts]),
+                self.null,
+                self.rollout_sampling,
+                self.scheduler,
+                group_size=r.group_size,
+                seed=self.cfg.seed,
+                update=update,
+                recorded=recorded,
+                shared_noise=r.shared_noise,
+            ):
+                drawn = self.model.decode(chunk.latents, r.height, r.width)
+                part = rows[chunk.rows.start : chunk.rows.stop]
+                scored.append(self._judging.submit(self.judge, drawn, part))
+                trajectories.append(chunk)
+                images.append(drawn)
+        drawn = np.concatenate(images)
+        results = []
+        for chunk, future in zip(trajectories, scored, strict=True):
+            try:
+                results.append(future.result())
+            except NonFiniteReward as error:
+                row = chunk.rows.start + error.row
+                none = torch.zeros(len(rows), len(self.judges))
+                raise NonFinite(
+                    f"judge {error.judge!r} scored row {row} ({rows[row].prompt!r}) {error.value}",
+                    Batch(prompts, trajectories, drawn, none, none.bool()),
+                ) from error
+        scores, valid = (torch.cat(parts) for parts in zip(*results, strict=True))
+        return Batch(prompts, trajectories, drawn, scores, valid)
+
+    def advantages(self, batch: Batch) -> ops.GroupAdvantage:
+        """Group advantages of the optimised judges, by each prompt's category weights."""
+        cfg, names = self.cfg, list(self.cfg.rewards)
+        categories = [p.category for p in batch.prompts for _ in range(cfg.rollout.group_size)]
+        weights = weights_for(categories, cfg.rewards, cfg.category_weights, names)
+        a = cfg.advantage
+        return ops.group_advantage(
+            batch.scores[:, : len(names)],
+            torch.arange(len(batch.prompts)).repeat_interleave(cfg.rollout.group_size),
+            torch.as_tensor(weights),
+            std=a.std,
+            ddof=a.ddof,
+            eps=a.eps,
+            std_floor=a.std_floor,
+            clamp=a.clamp,
+            min_range=a.min_range,
+            mode=a.mode,
+            valid=batch.valid[:, : len(names)],
+        )
+
+    def reward_metrics(self, batch: Batch, advantage: ops.GroupAdvantage) -> dict[str, float]:
+        """Mean score of each judge over its valid rows, and the share of rows that train.
+
+        `reward` is the weighted mean of the optimised ones, absent where one failed on all rows.
+        """
+        metrics = {}
+        for i, name in enumerate(self.judges):
+            valid = batch.valid[:, i]
+            if bool(valid.any()):
+                metrics[f"reward/{name}"] = batch.scores[valid, i].double().mean().item()
+            metrics[f"failed/{name}"] = (~valid).double().mean().item()
+        if all(f"reward/{name}" in metrics for name in self.cfg.rewards):
+            metrics["reward"] = sum(w * metrics[f"reward/{n}"] for n, w in self.cfg.rewards.items())
+        metrics["kept_groups"] = advantage.keep.double().mean().item()
+        return metrics
+
+    def update(self, batch: Batch, advantage: ops.GroupAdvantage) -> dict[str, float]:
+        """One optimizer step per minibatch of chunks; returns the metrics of the update.
+
+        `pre_update_*` are measured before the first optimizer step, where rollout and replay must
+        agree: the ratio is 1 there, bit for bit.
+        """
+        count = self.cfg.train.updates_per_rollout
+        size = len(batch.trajectories) // count
+        sums: dict[str, float] = {}
+        for k in range(count):
+            chunks = batch.trajectories[k * size : (k + 1) * size]
+            found = self._backward(chunks, advantage.advantage)
+            norm = self._optimizer_step()
+            if k == 0:
+                sums["pre_update_clip_fraction"] = found["clip_fraction"] * count
+                sums["pre_update_ratio_error"] = found["ratio_error"] * count
+            for name, value in {**found, "grad_norm": norm}.items():
+                sums[name] = sums.get(name, 0.0) + value
+        return {name: value / count for name, value in sums.items()}
+
+    def _backward(self, chunks: list[Trajectory], advantage: Tensor) -> dict[str, float]:
+        rows = sum(len(chunk.rows) for chunk in chunks)
+        totals: dict[str, float] = {}
+        error = 0.0
+        for chunk in chunks:
+            part = advantage[chunk.rows.start : chunk.rows.stop].to(self.model.device).float()
+            steps = list(
+                self.algorithm.loss(self.model, chunk, part, self.rollout_sampling, self.objective)
+            )
+            share = len(chunk.rows) / (rows * len(steps))
+            loss = torch.stack([step.loss for step in steps]).sum() * share
+            if not torch.isfinite(loss):
+                raise NonFinite(f"the loss of rows {chunk.rows} is {loss.item()}")
+            loss.backward()
+            totals["loss"] = totals.get("loss", 0.0) + loss.item()
+            for step in steps:
+                error = max(error, (step.ratio - 1).abs().max().item())
+                for name, value in step.metrics.items():
+                    totals[name] = totals.get(name, 0.0) + value.item() * share
+        return {**totals, "ratio_error": error}
+
+    def _optimizer_step(self) -> float:
+        parameters = list(self.trainable.values())
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.cfg.train.max_grad_norm)
+        if not torch.isfinite(norm):
+            self.optimizer.zero_grad()
+            raise NonFinite(f"the gradient norm is {norm.item()}")
+        train = self.cfg.train
+        for group in self.optimizer.param_groups:
+            group["lr"] = train.lr * min(1.0, (self.optimizer_steps + 1) / max(1, train.warmup))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.optimizer_steps += 1
+        if self.ema:
+            self.ema.update(self.optimizer_steps)
+        self.algorithm.after_step(self.model)
+        return norm.item()
+
+    def evaluate(self, count: int | None = None) -> Evaluation:
+        """Score the first `count` held-out prompts, with averaged weights where there are some."""
+        with self.ema.applied() if self.ema else nullcontext():
+            return self.evaluate_weights(count)
+
+    def evaluate_weights(self, count: int | None = None) -> Evaluation:
+        """Score held-out prompts under the weights as they are."""
+        prompts = self.heldout[:count]
+        return evaluate(
+            self.model,
+            self.embed([p.prompt for p in prompts]),
+            self.null,
+            [p.metadata for p in prompts],
+            self.evaluation_sampling,
+            self.scheduler,
+            self._scores_by_name,
+            samples_per_prompt=self.cfg.evaluation.samples_per_prompt,
+            seed=self.cfg.evaluation.seed,
+        )
+
+    def _scores_by_name(
+        self, images: np.ndarray, metadata: list[dict[str, Any]]
+    ) -> dict[str, np.ndarray]:
+        try:
+            scores, valid = score_all(self.judges, images, metadata)
+        except NonFiniteReward as error:
+            raise EvaluationFailed(f"held-out images: {error}") from error
+        failed = [n for i, n in enumerate(self.judges) if not bool(valid[:, i].all())]
+        if failed:
+            raise EvaluationFailed(f"judges {failed} failed on held-out images; see the log")
+        return {name: np.asarray(scores)[:, i] for i, name in enumerate(self.judges)}
+
+    def state(self) -> dict[str, Any]:
+        """Everything the next step depends on, as a tree for `checkpoint.pack`."""
+        return {
+            "weights": {name: p.detach() for name, p in self.trainable.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "optimizer_steps": self.optimizer_steps,
+            "ema": self.ema.average if self.ema else [],
+            "sampler": self.sampler.state_dict(),
+            "rng": rng_state(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on exactly where `state` was taken."""
+        with torch.no_grad():
+            for name, p in self.trainable.items():
+                p.copy_(state["weights"][name])
+            if self.ema:
+                torch._foreach_copy_(self.ema.average, state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer_steps = state["optimizer_steps"]
+        self.sampler.load_state_dict(state["sampler"])
+        set_rng_state(state["rng"])
+
+    def lora(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The adapter for export (averaged weights where there are some), None in full training."""
+        if self.cfg.model.adapter != "lora":
+            return None
+        with self.ema.applied() if self.ema else nullcontext():
+            return lora_state(self.model.transformer)
