@@ -1,0 +1,256 @@
+"""Fixtures for the tests that need a model or a whole run.
+
+Runs are real processes. Importing torch and diffusers takes seconds, so most of them are forked
+from a server that has imported the trainer and done nothing else (`start`); a forked run starts
+with random generators as fresh as those of a new interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: bits are compared, and cores are shared
+os.environ["MKL_NUM_THREADS"] = "1"
+
+import torch
+from torch import Tensor
+
+from qirl_fast.models.qwenimage21 import QwenImage21
+
+torch.set_num_threads(1)
+
+WEIGHTS = Path(__file__).resolve().parents[1] / "qirl_fast" / "tiny" / "weights"
+
+# Two updates of two prompts x four samples: what a run does, in two or three seconds. Whatever the
+# tests count on is set here, not left to the packaged recipe, which is tuned for its result.
+SMALL = (
+    "threads=1",
+    "seed=0",
+    "model.adapter=lora",
+    "model.lora={rank: 8, alpha: 16}",
+    "train={steps: 2, lr: 0.002, warmup: 0, clip_low: 0.001, clip_high: 0.001, ema: null}",
+    "data.prompts_per_step=2",
+    "rollout={group_size: 4, height: 64, width: 64, steps: 4, dynamics: flow_sde, eta: 0.7}",
+    "rollout={window: {start: 0, size: 2}, guidance: 1.5, ratio_mode: frozen_offset}",
+    "rollout.shared_noise=true",
+    "rewards={alignment: 0.9, aesthetics: 0.1}",
+    "evaluation={prompts: 4, samples_per_prompt: 1, steps: 3, guidance: 1.5}",
+    "tracking={checkpoint_every: 1, keep_checkpoints: 2}",
+)
+
+# What a forked run executes. `hook` is source run first; it may patch what the run imports.
+CHILD = """
+import os, random, sys
+import numpy
+log = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+os.dup2(log, 1)
+os.dup2(log, 2)
+sys.stdout = open(1, "w", buffering=1, closefd=False)
+sys.stderr = open(2, "w", buffering=1, closefd=False)
+random.seed(os.urandom(16))
+numpy.random.seed(list(os.urandom(16)))
+sys.path[:0] = PATHS
+from qirl_fast.train import main
+exec(HOOK)
+code = main(ARGV)
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code)
+"""
+
+
+@dataclass
+class Run:
+    """A forked `python -m qirl_fast.train`."""
+
+    process: BaseProcess
+    log: Path
+
+    def wait(self, timeout_s: float = 300.0) -> int:
+        """The exit code; a run killed by signal n gives -n."""
+        self.process.join(timeout_s)
+        assert self.process.exitcode is not None, f"still running: {self.output()}"
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        self.process.kill()
+        self.process.join()
+
+    def output(self) -> str:
+        """What it has written to stdout and stderr so far."""
+        return self.log.read_text() if self.log.exists() else ""
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """`start(argv, paths=(), hook="")` forks a run; paths go to the front of sys.path."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["qirl_fast.train", "torch.utils.tensorboard"])
+    logs = tmp_path_factory.mktemp("logs")
+    started: list[Run] = []
+
+    def fork(argv: Sequence[str], *, paths: Sequence[Path] = (), hook: str = "") -> Run:
+        log = logs / f"{len(started)}.txt"
+        names: dict[str, Any] = {
+            "__name__": "run",
+            "ARGV": [str(a) for a in argv],
+            "LOG": str(log),
+            "PATHS": [str(p) for p in paths],
+            "HOOK": hook,
+        }
+        process = context.Process(target=exec, args=(CHILD, names), daemon=True)
+        process.start()
+        started.append(Run(process, log))
+        return started[-1]
+
+    return fork
+
+
+@pytest.fixture(scope="session")
+def small() -> tuple[str, ...]:
+    """Settings of a run of a few seconds."""
+    return SMALL
+
+
+@pytest.fixture(scope="session")
+def finished(
+    start: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """`finished(name, *settings)` is the folder of a finished small run, made once a session."""
+    output = tmp_path_factory.mktemp("finished")
+
+    def make(name: str, *settings: str) -> Path:
+        folder = output / name
+        if not (folder / "summary.json").exists():
+            run = start([*SMALL, f"output={output}", f"run={name}", *settings])
+            assert run.wait() == 0, run.output()
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def weights() -> Path:
+    """The packaged model folder. Tests do not depend on how well it draws."""
+    return WEIGHTS
+
+
+@pytest.fixture
+def make_model() -> Callable[..., QwenImage21]:
+    """`make_model(dtype=torch.float32)` loads the packaged model anew."""
+    return lambda dtype=torch.float32: QwenImage21.load(WEIGHTS, dtype)
+
+
+@pytest.fixture(scope="session")
+def frozen_model() -> QwenImage21:
+    """The packaged model, shared by the tests that do not change it."""
+    return QwenImage21.load(WEIGHTS, torch.float32)
+
+
+@pytest.fixture(scope="session")
+def stock_pipeline() -> Any:
+    """The same folder through the stock pipeline's own loading."""
+    from diffusers import QwenImage21Pipeline
+
+    from qirl_fast.models.processor import QwenVLProcessor
+
+    processor = QwenVLProcessor.from_pretrained(WEIGHTS / "processor")
+    pipeline = QwenImage21Pipeline.from_pretrained(WEIGHTS, processor=processor)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def model_copy(tmp_path: Path) -> Path:
+    """A copy of the packaged model folder, to be damaged."""
+    return Path(shutil.copytree(WEIGHTS, tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def read_jsonl() -> Callable[[Path], list[dict[str, Any]]]:
+    """Rows of a JSONL file."""
+    return lambda path: [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class Toy(torch.nn.Module):
+    """A model adapter of a few dozen parameters that meets the protocol of rollout/sample.py.
+
+    v = tanh(x W + text U + sigma b) V, text the mean of a prompt's tokens; 6 tokens of 4 channels,
+    any image size. `calls` counts the forwards.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, dtype: torch.dtype = torch.float32, seed: int = 0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        shapes = {"w": (4, 8), "u": (5, 8), "b": (8,), "v": (8, 4)}
+        for name, shape in shapes.items():
+            value = torch.randn(shape, generator=generator, dtype=torch.float64) / shape[0] ** 0.5
+            setattr(self, name, torch.nn.Parameter(value.to(dtype)))
+        self.dtype = dtype
+        self.calls = 0
+        self.untrained = [p.detach().clone() for p in self.parameters()]
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int]:
+        return 6, 4
+
+    def prefix(
+        self, embeddings: Sequence[Tensor], owner: Sequence[int], height: int, width: int
+    ) -> Tensor:
+        return torch.stack([embeddings[p].to(self.dtype).mean(0) for p in owner]) @ self.u
+
+    def velocity(self, x: Tensor, sigma: Tensor, prefix: Tensor) -> Tensor:
+        self.calls += 1
+        noise_level = sigma.to(self.dtype)[:, None, None] * self.b
+        return torch.tanh(x.to(self.dtype) @ self.w + prefix[:, None] + noise_level) @ self.v
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        own = [p.data for p in self.parameters()]
+        for p, data in zip(self.parameters(), self.untrained, strict=True):
+            p.data = data
+        yield
+        for p, data in zip(self.parameters(), own, strict=True):
+            p.data = data
+
+
+@pytest.fixture
+def make_toy() -> type[Toy]:
+    """`make_toy(dtype, seed)`: see Toy."""
+    return Toy
+
+
+@pytest.fixture(scope="session")
+def toy_text() -> tuple[list[Tensor], Tensor]:
+    """Embeddings of three prompts for Toy, of different lengths, and the unconditional one."""
+    generator = torch.Generator().manual_seed(9)
+    lengths = (3, 5, 4, 1)
+    *text, null = [torch.randn(length, 5, generator=generator) for length in lengths]
+    return text, null
+
+
+PROMPTS = (
+    "a photo of a red circle",
+    "a photo of two blue squares",
+    "a photo of a green triangle left of a yellow circle",
+    "a photo of a square",
+)
+
+
+@pytest.fixture(scope="session")
+def prompts() -> tuple[str, ...]:
+    """Prompts of different token counts, the first two of equal count or not as the BPE has it."""
+    return PROMPTS

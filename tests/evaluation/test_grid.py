@@ -1,0 +1,96 @@
+"""The before/after picture: pixels are where they should be and unsmoothed; text is drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qirl_fast.evaluation import before_after_grid
+from qirl_fast.evaluation.grid import GAP, HEADER_HEIGHT, SCORE_HEIGHT, TEXT_WIDTH, TILE
+
+LEFTS = (TEXT_WIDTH + 2 * GAP, TEXT_WIDTH + TILE + 3 * GAP)
+
+
+def random_images(n: int, h: int, w: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (n, h, w, 3), dtype=np.uint8)
+
+
+def draw(path: Path, **changes: object) -> np.ndarray:
+    values = {
+        "before": random_images(3, 32, 32, 0),
+        "after": random_images(3, 32, 32, 1),
+        "prompts": ["a red circle", "two squares " * 60, "gr\u00fcn \U0001f600"],
+        "scores": [(0.25, 0.75), (0.5, 0.5), (1, 0)],
+    } | changes
+    assert before_after_grid(**values, path=path) == path  # type: ignore[arg-type]
+    return np.asarray(Image.open(path))
+
+
+def tile(canvas: np.ndarray, row: int, column: int) -> np.ndarray:
+    top = HEADER_HEIGHT + row * (TILE + SCORE_HEIGHT + GAP)
+    return canvas[top : top + TILE, LEFTS[column] : LEFTS[column] + TILE]
+
+
+@pytest.mark.parametrize("size", [32, 64, 192])
+def test_small_images_are_enlarged_by_whole_pixels(tmp_path: Path, size: int) -> None:
+    before, after = random_images(3, size, size, 0), random_images(3, size, size, 1)
+    canvas = draw(tmp_path / "g.png", before=before, after=after)
+    factor = TILE // size
+    for row in range(3):
+        for column, images in enumerate((before, after)):
+            wanted = images[row].repeat(factor, axis=0).repeat(factor, axis=1)
+            assert np.array_equal(tile(canvas, row, column), wanted)
+
+
+def test_large_and_oblong_images_are_shrunk_whole(tmp_path: Path) -> None:
+    images = np.full((1, 200, 400, 3), 40, np.uint8)
+    canvas = draw(
+        tmp_path / "g.png", before=images, after=images, prompts=["wide"], scores=[(0, 1)]
+    )
+    dark = (tile(canvas, 0, 0) == 40).all(axis=-1)
+    assert dark.any(axis=1).sum() == TILE // 2 and dark.any(axis=0).sum() == TILE
+
+
+def test_prompts_and_scores_are_drawn_and_stay_in_their_place(tmp_path: Path) -> None:
+    canvas = draw(tmp_path / "g.png")
+    plain = draw(tmp_path / "h.png", prompts=[" ", " ", " "])
+    scored = draw(tmp_path / "i.png", scores=[(0.25, 0.76), (0.5, 0.5), (1, 0)])
+    text = (canvas != plain).any(axis=-1)
+    assert text[:, :TEXT_WIDTH].any() and not text[:, TEXT_WIDTH + GAP :].any()
+    for row in range(3):
+        top = HEADER_HEIGHT + row * (TILE + SCORE_HEIGHT + GAP)
+        assert text[top : top + TILE].any(), "each row has its text"
+        assert not text[top + TILE + SCORE_HEIGHT : top + TILE + SCORE_HEIGHT + GAP].any()
+    changed_rows, changed_columns = np.nonzero((canvas != scored).any(axis=-1))
+    assert len(changed_rows) and changed_columns.min() > LEFTS[1]
+    assert changed_rows.min() >= HEADER_HEIGHT + TILE
+    assert changed_rows.max() < HEADER_HEIGHT + TILE + SCORE_HEIGHT
+
+
+def test_the_file_is_a_png_and_nothing_else_is_left(tmp_path: Path) -> None:
+    draw(tmp_path / "g.png")
+    draw(tmp_path / "g.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["g.png"]
+    assert Image.open(tmp_path / "g.png").format == "PNG"
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"before": random_images(3, 8, 8, 0).astype(np.float32)}, "before: got float32"),
+        ({"after": random_images(3, 8, 8, 0)[..., :1]}, r"after: got uint8 \[3, 8, 8, 1\]"),
+        ({"before": random_images(2, 32, 32, 0)}, "got images"),
+        ({"prompts": ["a"]}, "1 prompts"),
+        ({"scores": [(0, 1)] * 4}, "4 scores"),
+        ({"scores": [(0, float("nan"))] * 3}, "NaN or infinity"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    tmp_path: Path, changes: dict[str, object], part: str
+) -> None:
+    with pytest.raises(ValueError, match=part):
+        draw(tmp_path / "g.png", **changes)
+    assert not list(tmp_path.iterdir())

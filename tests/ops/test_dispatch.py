@@ -1,0 +1,149 @@
+"""dispatch: a table per op, forced backends that raise, one log line, forced CPU kernels."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from qirl_fast import _cpu, ops
+from qirl_fast.ops import dispatch, flow_logp, flow_step, group_advantage, guide, policy_loss
+from qirl_fast.ops.dispatch import BACKENDS, Backend, BackendError, Op
+
+CPU = torch.device("cpu")
+FLOATS = (torch.float32,)
+
+
+def make_op(**more: Backend) -> Op:
+    table = {"reference": Backend(lambda: "r", ("cpu", "cuda"), FLOATS), **more}
+    return Op("toy", table, {"cpu": "reference"})
+
+
+def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True
+    )
+
+
+def tables() -> list[Op]:
+    modules = [
+        sys.modules[f"qirl_fast.ops.{f.__name__}"]
+        for f in (flow_step, flow_logp, guide, group_advantage, policy_loss)
+    ]
+    return [op for m in modules for op in vars(m).values() if isinstance(op, Op)]
+
+
+def test_every_op_has_reference_and_cpu_and_a_default_per_device():
+    assert len(tables()) >= 5
+    for op in tables():
+        assert {"reference", "cpu"} <= set(op.backends) <= set(BACKENDS)
+        assert op.default["cpu"] == "cpu"
+        for device, name in op.default.items():
+            assert device in op.backends[name].devices
+
+
+def test_the_default_follows_the_device():
+    op = make_op()
+    assert op.choose("", CPU, torch.float32).run() == "r"
+    with pytest.raises(BackendError, match=r"toy: no backend for device type 'xpu'; it serves cpu"):
+        op.choose("", torch.device("xpu"), torch.float32)
+
+
+def test_a_forced_backend_that_cannot_serve_raises():
+    op = make_op(
+        triton=Backend(lambda: "t", ("cuda",), FLOATS, lambda: "triton is not installed."),
+        cuda=Backend(lambda: "c", ("cuda",), FLOATS),
+    )
+    for name, message in (
+        ("cpu", "does not exist for this op; it has reference, triton, cuda"),
+        ("triton", "is not available: triton is not installed"),
+        ("cuda", "serves tensors on cuda; these are on 'cpu'"),
+    ):
+        with pytest.raises(BackendError, match=message):
+            op.choose(name, CPU, torch.float32)
+    with pytest.raises(ValueError, match=r"takes torch.float32; got torch.float16"):
+        op.choose("reference", CPU, torch.float16)
+
+
+def test_a_backend_the_op_lacks_is_refused_by_the_public_function():
+    x = torch.ones(2, 8)
+    with ops.use_backend("triton"), pytest.raises(BackendError, match="guide: backend 'triton'"):
+        ops.guide(x, x, 2.0)
+
+
+def test_use_backend_nests_and_is_undone_by_errors():
+    assert dispatch.forced_backend() == ""
+    with ops.use_backend("cpu"):
+        with pytest.raises(RuntimeError), ops.use_backend("reference"):
+            assert dispatch.forced_backend() == "reference"
+            raise RuntimeError
+        assert dispatch.forced_backend() == "cpu"
+    assert dispatch.forced_backend() == ""
+    with pytest.raises(ValueError, match="unknown backend 'gpu'; choose from reference, cpu"):
+        ops.use_backend("gpu").__enter__()
+
+
+def test_backward_uses_the_backend_of_its_forward(monkeypatch):
+    ran = []
+    for table in tables():
+        if table.name == "guide_backward":
+            for name, backend in table.backends.items():
+                spy = Backend(
+                    lambda *a, _name=name, _run=backend.run: (ran.append(_name), _run(*a))[1],
+                    backend.devices,
+                    backend.dtypes,
+                )
+                monkeypatch.setitem(table.backends, name, spy)
+    x = torch.ones(2, 8, requires_grad=True)
+    with ops.use_backend("reference"):
+        y = ops.guide(x, torch.zeros(2, 8), 2.0)
+    y.sum().backward()
+    assert ran == ["reference"]
+
+
+def test_forcing_is_seen_by_compiled_code():
+    x = torch.randn(2, 8)
+    compiled = torch.compile(lambda t: ops.guide(t, -t, 2.0), fullgraph=True, backend="aot_eager")
+    compiled(x)
+    before = _cpu.last_isa()
+    assert before != ""
+    with ops.use_backend("triton"), pytest.raises(BackendError, match="triton"):
+        compiled(x)
+
+
+def test_the_choice_is_logged_once(caplog):
+    op = make_op()
+    with caplog.at_level(logging.INFO, logger="qirl_fast.ops"):
+        for _ in range(3):
+            op.choose("", CPU, torch.float32)
+    assert [r.getMessage() for r in caplog.records] == ["toy on cpu: backend reference"]
+
+
+def test_environment_forces_a_backend():
+    show = "from qirl_fast.ops import dispatch; print(dispatch.forced_backend())"
+    assert run_python(show, QIRL_BACKEND="reference").stdout.strip() == "reference"
+    wrong = run_python(show, QIRL_BACKEND="fast")
+    assert wrong.returncode != 0 and "QIRL_BACKEND: unknown backend 'fast'" in wrong.stderr
+
+
+def test_environment_forces_an_instruction_set():
+    show = (
+        "import torch; from qirl_fast import _cpu, ops; x = torch.ones(1, 4);"
+        "ops.guide(x, x, 2.0); print(_cpu.last_isa())"
+    )
+    for name in _cpu.available_isas():
+        assert run_python(show, QIRL_CPU_ISA=name).stdout.strip() == name
+    wrong = run_python(show, QIRL_CPU_ISA="sse9")
+    assert wrong.returncode != 0 and "QIRL_CPU_ISA='sse9' cannot run here" in wrong.stderr
+
+
+def test_a_missing_instruction_set_cannot_be_forced():
+    missing = {"base", "avx2", "avx512"} - set(_cpu.available_isas())
+    for name in (*missing, "nonsense"):
+        with pytest.raises(ValueError, match=rf"'{name}' cannot run here: built are .*supports"):
+            _cpu.force_isa(name)
+    assert _cpu.active_isa() == _cpu.available_isas()[-1]

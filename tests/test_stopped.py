@@ -1,0 +1,167 @@
+"""NaN and infinity while a run goes on: the step stops, its batch is kept, the run resumes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+Start = Callable[..., Any]
+
+# Scores of a training batch (eight images) follow the file `mode`; an evaluation has four.
+JUDGE = """
+import numpy
+from pathlib import Path
+
+batches = 0
+
+def score(images, metadata):
+    global batches
+    scores = (images.mean((1, 2, 3)) / 255).astype(numpy.float32)
+    mode = (Path(__file__).parent / "mode").read_text()
+    if len(metadata) == 8:
+        batches += 1
+    if mode == "held-out" and len(metadata) == 4:
+        scores[1] = numpy.nan
+    if mode == "raise" and len(metadata) == 4:
+        raise RuntimeError("no contact")
+    if mode in ("nan", "inf", "-inf") and batches == 2:
+        scores[5] = float(mode)
+    return scores
+"""
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs of these tests lie, one folder a name, and the judge with its mode."""
+    folder = tmp_path_factory.mktemp("stopped")
+    (folder / "moody.py").write_text(JUDGE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def moody(small: tuple[str, ...], start: Start, output: Path) -> Callable[..., Any]:
+    """`moody(name, mode, *settings, hook="")`: an ended run under a judge in that mode."""
+
+    def run(name: str, mode: str, *settings: str, hook: str = "") -> Any:
+        (output / "mode").write_text(mode)
+        argv = [*small, "train.steps=3", "rewards={'moody:score': 1.0}", f"output={output}"]
+        process = start([*argv, f"run={name}", *settings], paths=[output], hook=hook)
+        process.wait()
+        return process
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(moody: Callable[..., Any], output: Path) -> tuple[bytes, bytes]:
+    """Metrics and state of the run in which nothing goes wrong."""
+    run = moody("whole", "fine")
+    assert run.wait() == 0, run.output()
+    return outcome(output / "whole")
+
+
+def outcome(run: Path) -> tuple[bytes, bytes]:
+    state = run / "checkpoints" / "checkpoint-3" / "state.safetensors"
+    return (run / "metrics.jsonl").read_bytes(), state.read_bytes()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_reward_that_is_no_number(moody, output: Path, whole, read_jsonl, value: str) -> None:
+    name = f"reward{value}"
+    broken = moody(name, value)
+    said = broken.output()
+    assert broken.wait() == 1, said
+    assert re.search(
+        r"stopped: step 2 is stopped, its update not applied: judge 'moody:score' scored row 5 "
+        rf"\('a photo of .*'\) {value}\. The batch is in .*/{name}/failed/step-2; after mending "
+        r"the cause run the same command with resume=auto",
+        said,
+    )
+    assert "Traceback" not in said
+    folder = output / name
+    assert [row["step"] for row in read_jsonl(folder / "metrics.jsonl")] == [1]
+    assert_batch_is_saved(folder / "failed" / "step-2")
+    mended = moody(name, "fine", "resume=auto")
+    assert mended.wait() == 0, mended.output()
+    assert "from step 1 to 3" in mended.output()
+    assert outcome(folder) == whole
+
+
+def assert_batch_is_saved(failed: Path) -> None:
+    """Images, prompts and the states of both recorded steps, readable without this package."""
+    with np.load(failed / "batch.npz") as batch:
+        assert batch["images"].shape == (8, 64, 64, 3) and batch["images"].std() > 0
+        assert batch["scores"].shape == batch["valid"].shape == (8, 3)
+    rows = [json.loads(line) for line in (failed / "prompts.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all("include" in row for row in rows)
+    states = load_file(failed / "trajectories.safetensors")
+    names = {f"rows0.step{i}.{name}" for i in (0, 1) for name in ("x", "x_next", "logp")}
+    assert set(states) == names
+    assert states["rows0.step0.x"].shape == (8, 16, 16)
+
+
+# The first is a weight gone bad, seen by the loss; the second a backward gone bad.
+POISON = {
+    "loss": """
+        if self.optimizer_steps == 1:
+            next(iter(self.trainable.values())).data.fill_(float("nan"))
+    """,
+    "gradient": """
+        if self.optimizer_steps == 1:
+            next(iter(self.trainable.values())).register_hook(lambda g: g * float("inf"))
+    """,
+}
+HOOK = """
+from qirl_fast.trainer import Trainer
+whole = Trainer.{method}
+def poisoned(self, *arguments):
+{poison}
+    return whole(self, *arguments)
+Trainer.{method} = poisoned
+"""
+
+
+@pytest.mark.parametrize("what", list(POISON))
+def test_a_loss_or_gradient_that_is_no_number(moody, output: Path, whole, what: str) -> None:
+    poison = "\n".join(line[4:] for line in POISON[what].splitlines())
+    hook = HOOK.format(method="update", poison=poison)
+    broken = moody(what, "fine", hook=hook)
+    said = broken.output()
+    assert broken.wait() == 1, said
+    reason = {"loss": r"the loss of rows .* is nan", "gradient": r"the gradient norm is (nan|inf)"}
+    assert re.search(rf"stopped: step 2 is stopped, .*{reason[what]}.*resume=auto", said)
+    assert_batch_is_saved(output / what / "failed" / "step-2")
+    mended = moody(what, "fine", "resume=auto")
+    assert mended.wait() == 0, mended.output()
+    assert outcome(output / what) == whole
+
+
+def test_a_learning_rate_that_bursts_the_weights(moody, output: Path) -> None:
+    """Nothing is patched here: the weights of 1e30 make the next loss NaN by themselves."""
+    broken = moody("burst", "fine", "train.lr=1e30")
+    assert broken.wait() == 1, broken.output()
+    assert re.search(r"stopped: step 2 is stopped, .*is (nan|-?inf)", broken.output())
+    assert (output / "burst" / "failed" / "step-2" / "batch.npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("mode", "reason"),
+    [
+        ("held-out", r"held-out images: judge 'moody:score' scored row 1 nan"),
+        ("raise", r"judges \['moody:score'\] failed on held-out images"),
+    ],
+    ids=["nan", "raise"],
+)
+def test_held_out_images_that_cannot_be_scored(moody, mode: str, reason: str) -> None:
+    run = moody(mode, mode)
+    assert run.wait() == 1, run.output()
+    assert re.search(rf"stopped: {reason}.*run the same command with resume=auto", run.output())
+    mended = moody(mode, "fine", "resume=auto")
+    assert mended.wait() == 0, mended.output()
