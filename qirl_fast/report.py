@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 
 from qirl_fast import _cpu
@@ -61,7 +60,7 @@ def write_report(
         "pre_update_ratio_error": _worst(run_dir, "pre_update_ratio_error"),
         "steps": trainer.cfg.train.steps,
         "seed": trainer.cfg.seed,
-        "versions": _versions(),
+        "versions": _versions() | {"threads": str(trainer.workers.count)},
         "commit": _commit(),
     }
     path = run_dir / "summary.json"
@@ -124,7 +123,7 @@ def _versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "not installed"
-    return found | {"threads": str(torch.get_num_threads())}
+    return found
 
 
 def _commit() -> str:

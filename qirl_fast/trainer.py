@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qirl_fast import ops
 from qirl_fast.algorithms import ALGORITHMS
-from qirl_fast.algorithms.grpo import Objective
+from qirl_fast.algorithms.grpo import Objective, StepLoss
 from qirl_fast.checkpoint import lora_state, rng_state, set_rng_state
 from qirl_fast.config import Config
 from qirl_fast.data.embeddings import EmbeddingCache
@@ -30,7 +30,8 @@ from qirl_fast.models.ema import Ema
 from qirl_fast.preflight import preflight
 from qirl_fast.rewards.composite import NonFiniteReward, score_all, weights_for
 from qirl_fast.rollout.guidance import Guidance
-from qirl_fast.rollout.sample import Sampling, Trajectory, sample
+from qirl_fast.rollout.sample import Sampling, Trajectory, sample_then
+from qirl_fast.workers import Workers, cpu_workers
 
 PACKAGED = Path(__file__).parent / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -114,10 +115,9 @@ class Trainer:
     def __init__(self, cfg: Config):
         self.cfg = cfg
         seed_everything(cfg.seed)
-        if cfg.threads:
-            torch.set_num_threads(cfg.threads)
         best = "cuda" if torch.cuda.is_available() else "cpu"
         device = best if cfg.device == "auto" else cfg.device
+        self.workers = cpu_workers(cfg.threads) if device == "cpu" else Workers(1)
         folder = packaged(cfg.model.path)
         self.model = load_model(folder, cfg.model.family, DTYPES[cfg.model.dtype], device)
         self.scheduler = dict(self.model.pipeline.scheduler.config)
@@ -194,30 +194,33 @@ class Trainer:
             self.cfg.seed,
             update,
         )
-        trajectories: list[Trajectory] = []
-        images: list[np.ndarray] = []
-        scored: list[Future[tuple[Tensor, Tensor]]] = []
+
+        def draw(chunk: Trajectory) -> tuple[Trajectory, np.ndarray, Future[tuple[Tensor, Tensor]]]:
+            images = self.model.decode(chunk.latents, r.height, r.width)
+            part = rows[chunk.rows.start : chunk.rows.stop]
+            return chunk, images, self._judging.submit(self.judge, images, part)
+
         with self.algorithm.sampling(self.model):
-            for chunk in sample(
-                self.model,
-                self.embed([p.prompt for p in prompts]),
-                self.null,
-                self.rollout_sampling,
-                self.scheduler,
-                group_size=r.group_size,
-                seed=self.cfg.seed,
-                update=update,
-                recorded=recorded,
-                shared_noise=r.shared_noise,
-            ):
-                drawn = self.model.decode(chunk.latents, r.height, r.width)
-                part = rows[chunk.rows.start : chunk.rows.stop]
-                scored.append(self._judging.submit(self.judge, drawn, part))
-                trajectories.append(chunk)
-                images.append(drawn)
-        drawn = np.concatenate(images)
+            chunks = list(
+                sample_then(
+                    draw,
+                    self.workers,
+                    self.model,
+                    self.embed([p.prompt for p in prompts]),
+                    self.null,
+                    self.rollout_sampling,
+                    self.scheduler,
+                    group_size=r.group_size,
+                    seed=self.cfg.seed,
+                    update=update,
+                    recorded=recorded,
+                    shared_noise=r.shared_noise,
+                )
+            )
+        trajectories = [chunk for chunk, _, _ in chunks]
+        drawn = np.concatenate([images for _, images, _ in chunks])
         results = []
-        for chunk, future in zip(trajectories, scored, strict=True):
+        for chunk, _, future in chunks:
             try:
                 results.append(future.result())
             except NonFiniteReward as error:
@@ -287,20 +290,34 @@ class Trainer:
         return {name: value / count for name, value in sums.items()}
 
     def _backward(self, chunks: list[Trajectory], advantage: Tensor) -> dict[str, float]:
+        """Leave the gradient of the loss over all chunks in `.grad`; returns its metrics.
+
+        Chunks are summed in order, whoever computed them first.
+        """
         rows = sum(len(chunk.rows) for chunk in chunks)
-        totals: dict[str, float] = {}
-        error = 0.0
-        for chunk in chunks:
+        parameters = list(self.trainable.values())
+        how, objective = self.rollout_sampling, self.objective
+        references = self.algorithm.references(self.model, chunks, how, objective)
+
+        def gradient(k: int) -> tuple[tuple[Tensor, ...], Tensor, list[StepLoss], float]:
+            chunk = chunks[k]
             part = advantage[chunk.rows.start : chunk.rows.stop].to(self.model.device).float()
-            steps = list(
-                self.algorithm.loss(self.model, chunk, part, self.rollout_sampling, self.objective)
-            )
-            share = len(chunk.rows) / (rows * len(steps))
-            loss = torch.stack([step.loss for step in steps]).sum() * share
+            with torch.enable_grad():
+                steps = list(
+                    self.algorithm.loss(self.model, chunk, part, how, objective, references[k])
+                )
+                share = len(chunk.rows) / (rows * len(steps))
+                loss = torch.stack([step.loss for step in steps]).sum() * share
             if not torch.isfinite(loss):
                 raise NonFinite(f"the loss of rows {chunk.rows} is {loss.item()}")
-            loss.backward()
-            totals["loss"] = totals.get("loss", 0.0) + loss.item()
+            return torch.autograd.grad(loss, parameters), loss.detach(), steps, share
+
+        totals: dict[str, float] = {"loss": 0.0}
+        error = 0.0
+        for gradients, loss, steps, share in self.workers.map(gradient, range(len(chunks))):
+            for p, g in zip(parameters, gradients, strict=True):
+                p.grad = g if p.grad is None else p.grad.add_(g)
+            totals["loss"] += loss.item()
             for step in steps:
                 error = max(error, (step.ratio - 1).abs().max().item())
                 for name, value in step.metrics.items():
@@ -340,6 +357,7 @@ class Trainer:
             self.evaluation_sampling,
             self.scheduler,
             self._scores_by_name,
+            self.workers,
             samples_per_prompt=self.cfg.evaluation.samples_per_prompt,
             seed=self.cfg.evaluation.seed,
         )

@@ -36,6 +36,11 @@ class Objective:
     kl_weight: float = 0.0
     velocity_kl_weight: float = 0.0
 
+    @property
+    def needs_reference(self) -> bool:
+        """True when a KL to the untrained policy is part of the loss."""
+        return self.kl_weight > 0 or self.velocity_kl_weight > 0
+
 
 @dataclass(frozen=True)
 class StepLoss:
@@ -81,12 +86,35 @@ def sampling(model: Any) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+def references(
+    model: Any, trajectories: list[Trajectory], how: Sampling, objective: Objective
+) -> list[list[Tensor] | None]:
+    """For each chunk the reference policy's velocity at every recorded step, where a KL needs it.
+
+    Apart from `loss`, because turning the adapter off changes the model for everyone.
+    """
+    if not objective.needs_reference:
+        return [None] * len(trajectories)
+    with torch.no_grad(), model.reference():
+        return [[step.velocity for step in replay(model, t, how)] for t in trajectories]
+
+
 def loss(
-    model: Any, trajectory: Trajectory, advantage: Tensor, how: Sampling, objective: Objective
+    model: Any,
+    trajectory: Trajectory,
+    advantage: Tensor,
+    how: Sampling,
+    objective: Objective,
+    reference: list[Tensor] | None,
 ) -> Iterator[StepLoss]:
-    """One StepLoss per recorded step; `advantage` float32 [B] is that of the chunk's rows."""
-    needs_reference = objective.kl_weight > 0 or objective.velocity_kl_weight > 0
-    reference = list(_reference_velocity(model, trajectory, how)) if needs_reference else None
+    """One StepLoss per recorded step.
+
+    Args:
+        advantage: float32 [B], of the chunk's rows; reference: the chunk's, from `references`.
+    ValueError when the objective has a KL and no reference came.
+    """
+    if objective.needs_reference != (reference is not None):
+        raise ValueError(f"{objective} and a reference of {reference}: take it from `references`")
     for i, step in enumerate(replay(model, trajectory, how)):
         policy = ops.policy_loss(
             step.logp,
@@ -104,13 +132,6 @@ def loss(
             total = total + objective.kl_weight * kl + objective.velocity_kl_weight * velocity_kl
             metrics |= {"kl": kl.detach(), "velocity_kl": velocity_kl.detach()}
         yield StepLoss(total, policy.ratio.detach(), metrics)
-
-
-@torch.no_grad()
-def _reference_velocity(model: Any, trajectory: Trajectory, how: Sampling) -> Iterator[Tensor]:
-    with model.reference():
-        for step in replay(model, trajectory, how):
-            yield step.velocity
 
 
 def after_step(model: Any) -> None:

@@ -225,7 +225,7 @@ class Config(Section):
         description="'never'; 'auto': the newest whole checkpoint, if any; or a checkpoint folder",
     )
     device: Literal["cpu", "cuda", "auto"] = Field(default="auto", description="where to compute")
-    threads: Count | None = Field(default=None, description="CPU threads; null: PyTorch's choice")
+    threads: Count | None = Field(default=None, description="CPU threads; null: one a core")
     algorithm: AlgorithmConfig = AlgorithmConfig()
     model: ModelConfig
     data: DataConfig

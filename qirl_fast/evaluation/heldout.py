@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from qirl_fast.rollout.sample import Model, Sampling, sample
+from qirl_fast.rollout.sample import Model, Sampling, sample_then
+from qirl_fast.workers import Workers
 
 ScoreFn = Callable[[np.ndarray, list[dict[str, Any]]], dict[str, np.ndarray]]
 
@@ -28,6 +29,7 @@ def evaluate(
     how: Sampling,
     scheduler_config: Mapping[str, Any],
     score: ScoreFn,
+    workers: Workers,
     *,
     samples_per_prompt: int,
     seed: int,
@@ -38,10 +40,12 @@ def evaluate(
         model: a model adapter; embeddings: P tensors [L_p, C]; metadata: P rows for the judges.
         how: sampling with dynamics "ode" steps only (nothing is recorded).
         score: images [B, H, W, 3] and B metadata rows -> {judge: [B]}.
+        workers: make the chunks.
     """
     model_: Model = model
-    images = []
-    for chunk in sample(
+    images = sample_then(
+        lambda chunk: model.decode(chunk.latents, how.height, how.width),
+        workers,
         model_,
         embeddings,
         null,
@@ -50,9 +54,8 @@ def evaluate(
         group_size=samples_per_prompt,
         seed=seed,
         update=0,
-    ):
-        images.append(model.decode(chunk.latents, how.height, how.width))
-    drawn = np.concatenate(images)
+    )
+    drawn: np.ndarray = np.concatenate(list(images))
     rows = [row for row in metadata for _ in range(samples_per_prompt)]
     scores = {
         name: values.astype(np.float64).reshape(-1, samples_per_prompt).mean(1)

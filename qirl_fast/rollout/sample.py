@@ -8,9 +8,9 @@ sample's number, never from generator state.
 Shapes: B rows of a chunk, S recorded steps, T denoising steps, N latent tokens, Z channels.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from qirl_fast import ops
 from qirl_fast.rollout.dynamics import StepCoefficients, step_coefficients
 from qirl_fast.rollout.guidance import Guidance
 from qirl_fast.rollout.schedule import make_sigmas
+from qirl_fast.workers import Workers
+
+R = TypeVar("R")
 
 INITIAL_NOISE = 1 << 40  # Philox offset of the initial noise; steps use their own index
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -119,18 +122,51 @@ def sample(
     recorded: Sequence[int] = (),
     shared_noise: bool = False,
 ) -> Iterator[Trajectory]:
-    """Trajectories of `group_size` samples for each prompt, a chunk at a time.
+    """Trajectories of `group_size` samples for each prompt by chunks: see `sample_then`."""
+    return sample_then(
+        lambda chunk: chunk,
+        Workers(1),
+        model,
+        embeddings,
+        null,
+        how,
+        scheduler_config,
+        group_size=group_size,
+        seed=seed,
+        update=update,
+        recorded=recorded,
+        shared_noise=shared_noise,
+    )
+
+
+def sample_then(
+    then: Callable[[Trajectory], R],
+    workers: Workers,
+    model: Model,
+    embeddings: Sequence[Tensor],
+    null: Tensor,
+    how: Sampling,
+    scheduler_config: Mapping[str, Any],
+    *,
+    group_size: int,
+    seed: int,
+    update: int,
+    recorded: Sequence[int] = (),
+    shared_noise: bool = False,
+) -> Iterator[R]:
+    """`then` of each chunk of `group_size` samples for each prompt, made by `workers`, in order.
 
     Args:
         embeddings: P text embeddings [L_p, C]; null: the unconditional one [L, C].
         recorded: steps sampled with `how.dynamics` and kept for replay; the others follow the ODE.
         shared_noise: all samples of a prompt start from one initial noise.
-    Yields chunks whose `rows` cover range(P * group_size) in order.
+    The chunks' `rows` cover range(P * group_size) in order.
     """
     tokens, channels = model.latent_shape(how.height, how.width)
     sigmas = make_sigmas(how.steps, tokens, scheduler_config)
     total = len(embeddings) * group_size
-    for first in range(0, total, how.max_rows):
+
+    def chunk(first: int) -> R:
         rows = range(first, min(first + how.max_rows, total))
         used = sorted({r // group_size for r in rows})
         owner = tuple(used.index(r // group_size) for r in rows)
@@ -139,7 +175,9 @@ def sample(
         noise_seeds = row_seeds(seed, update, 0, max(noise_rows) + 1, stream=0)[noise_rows]
         x = initial_noise(noise_seeds, (tokens, channels), model.device)
         seeds = row_seeds(seed, update, first, len(rows), stream=1).to(model.device)
-        yield _sample_chunk(model, prompts, rows, x, seeds, how, sigmas, tuple(recorded))
+        return then(_sample_chunk(model, prompts, rows, x, seeds, how, sigmas, tuple(recorded)))
+
+    return workers.map(chunk, range(0, total, how.max_rows))
 
 
 @torch.no_grad()

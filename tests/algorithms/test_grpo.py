@@ -122,6 +122,11 @@ def expected_loss(
     return total / len(chunk.coefficients), ratios, kls
 
 
+def losses(model, chunk, advantage, how, objective) -> list[grpo.StepLoss]:
+    (reference,) = grpo.references(model, [chunk], how, objective)
+    return list(grpo.loss(model, chunk, advantage, how, objective, reference))
+
+
 @pytest.mark.parametrize(
     "guidance",
     [Guidance(), Guidance(2.0, ratio_mode="frozen_offset")],
@@ -147,7 +152,7 @@ def test_loss_and_gradient(make_toy, toy_text, guidance: Guidance, weights) -> N
     order = torch.randperm(3 * GROUP, generator=torch.Generator().manual_seed(0))
     advantage = torch.linspace(-2, 2, 3 * GROUP)[order]
     objective = Objective(0.02, 0.03, *weights)
-    steps = list(grpo.loss(model, chunk, advantage, how, objective))
+    steps = losses(model, chunk, advantage, how, objective)
     ours = torch.stack([step.loss for step in steps]).mean()
     ours.backward()
     theirs, ratios, kls = expected_loss(exact, chunk, how, advantage.double(), objective)
@@ -178,7 +183,7 @@ def test_kl_terms_are_zero_before_the_first_update(make_toy, toy_text) -> None:
     model = make_toy()
     chunk, how = roll(model, toy_text, Guidance())
     objective = Objective(1e-4, 1e-4, 0.3, 2.0)
-    for step in grpo.loss(model, chunk, torch.linspace(-1, 1, 12), how, objective):
+    for step in losses(model, chunk, torch.linspace(-1, 1, 12), how, objective):
         assert step.metrics["kl"].item() == step.metrics["velocity_kl"].item() == 0
         assert (step.ratio == 1).all() and step.metrics["clip_fraction"].item() == 0
         assert step.metrics["approx_kl"].item() == 0
@@ -189,8 +194,14 @@ def test_the_reference_is_run_only_when_asked_for(make_toy, toy_text) -> None:
     chunk, how = roll(model, toy_text, Guidance())
     for weights, forwards in (((0.0, 0.0), 3), ((0.1, 0.0), 6), ((0.0, 0.1), 6)):
         model.calls = 0
-        list(grpo.loss(model, chunk, torch.ones(12), how, Objective(1e-4, 1e-4, *weights)))
+        losses(model, chunk, torch.ones(12), how, Objective(1e-4, 1e-4, *weights))
         assert model.calls == forwards
+
+
+def test_a_kl_without_its_reference_is_refused(make_toy, toy_text) -> None:
+    chunk, how = roll(make_toy(), toy_text, Guidance())
+    with pytest.raises(ValueError, match="take it from `references`"):
+        next(grpo.loss(make_toy(), chunk, torch.ones(12), how, Objective(0.1, 0.1, 0.1), None))
 
 
 def test_flat_and_failed_groups_contribute_nothing(make_toy, toy_text) -> None:
@@ -204,8 +215,8 @@ def test_flat_and_failed_groups_contribute_nothing(make_toy, toy_text) -> None:
     valid[6] = False
     group = torch.arange(3).repeat_interleave(GROUP)
     found = ops.group_advantage(rewards, group, torch.ones(1), valid=valid)
-    losses = [s.loss for s in grpo.loss(model, chunk, found.advantage, how, Objective(0.1, 0.1))]
-    torch.stack(losses).sum().backward()
+    steps = losses(model, chunk, found.advantage, how, Objective(0.1, 0.1))
+    torch.stack([step.loss for step in steps]).sum().backward()
     assert not text[0].grad.any() and not text[1].grad.any()
     assert text[2].grad.abs().max() > 0
 
