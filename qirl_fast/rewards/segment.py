@@ -15,6 +15,7 @@ Shapes: B images, H, W pixels, K named colours, N foreground pixels, h, w a boun
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -90,11 +91,14 @@ def resample(images_BHW3: np.ndarray, low: int, high: int) -> np.ndarray:
     """Bring the longest side into [low, high], high >= 2 low; uint8 [B, H, W, 3] -> float32.
 
     Larger images are averaged over square blocks of the smallest size that will do (edges are
-    repeated where it does not divide a side), smaller ones are doubled by linear interpolation.
+    repeated where it does not divide a side), smaller ones are doubled by linear interpolation;
+    images that need neither come back as they are.
     """
     _, height, width, _ = images_BHW3.shape
     f = -(-max(height, width) // high)
     if f == 1:
+        if max(height, width) >= low:
+            return images_BHW3
         x = images_BHW3.astype(np.float32)
         while max(x.shape[1:3]) < low:
             x = _double(_double(x, 1), 2)
@@ -115,11 +119,24 @@ def _double(x: np.ndarray, axis: int) -> np.ndarray:
 
 
 def segment(images_BHW3: np.ndarray) -> Iterator[Segmented]:
-    """Segment every image, in order; in chunks, so that memory does not grow with the batch."""
+    """Segment every image, in order; in chunks, so that memory does not grow with the batch.
+
+    The last few chunks are kept: a second judge of the same small uint8 images finds them done.
+    """
     b, height, width, _ = images_BHW3.shape
     step = max(1, CHUNK_PIXELS // (height * width))
     for i in range(0, b, step):
-        yield from _segment_chunk(images_BHW3[i : i + step].astype(np.float32))
+        part = images_BHW3[i : i + step]
+        if part.dtype == np.uint8 and height * width <= CHUNK_PIXELS:
+            yield from _kept_chunk(part.tobytes(), part.shape)
+        else:
+            yield from _segment_chunk(part.astype(np.float32))
+
+
+@lru_cache(maxsize=16)
+def _kept_chunk(data: bytes, shape: tuple[int, ...]) -> tuple[Segmented, ...]:
+    images = np.frombuffer(data, np.uint8).reshape(shape)
+    return tuple(_segment_chunk(images.astype(np.float32)))
 
 
 def _segment_chunk(images_BHW3: np.ndarray) -> Iterator[Segmented]:

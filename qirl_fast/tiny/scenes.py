@@ -10,6 +10,7 @@ All randomness comes from a numpy Generator, so a seed fixes every scene, captio
 """
 
 import itertools
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ COLORS = {
     "purple": (150, 60, 190),
 }
 RELATIONS = ("left of", "right of", "above", "below")
+OPPOSITE = {"right of": "left of", "below": "above"}
 NUMBERS = {1: "one", 2: "two", 3: "three"}
 TAGS = ("single_object", "colors", "counting", "two_object", "position", "color_attr")
 BACKGROUND = (236, 236, 240)
@@ -197,21 +199,45 @@ def misread(row: Row, rate: float, rng: np.random.Generator) -> Row:
     return _row(row["tag"], *include)
 
 
+def scene_key(row: Row) -> str:
+    """Equal for rows that ask for one picture in other words.
+
+    "a circle and a square" is "a square and a circle"; A left of B is B right of A.
+    """
+    entries = [{k: v for k, v in entry.items() if k != "position"} for entry in row["include"]]
+    position = row["include"][-1].get("position")
+    if position is None:
+        return json.dumps(sorted(entries, key=json.dumps))
+    relation = position[0]
+    if relation in OPPOSITE:
+        return json.dumps([entries[0], OPPOSITE[relation], entries[1]])
+    return json.dumps([entries[1], relation, entries[0]])
+
+
 def split_rows(seed: int = 0) -> dict[str, list[Row]]:
-    """Disjoint train / validation / heldout prompts, each with every tag that has enough rows.
+    """Train / validation / heldout prompts, no scene in two of them, with every tag as far as it goes.
 
     Of each tag's rows a third, at most HELDOUT, goes to heldout, an eighth, at most 16, to
     validation, and the rest, at most TRAIN, to train: the many colourings of relations would crowd
-    out the other tags.
+    out the other tags. All wordings of a scene go together.
     """
     rng = np.random.default_rng(seed)
     splits: dict[str, list[Row]] = {"train": [], "validation": [], "heldout": []}
     for tag in TAGS:
         rows = [row for row in all_rows() if row["tag"] == tag]
-        rows = [rows[i] for i in rng.permutation(len(rows))]
-        n_held = min(HELDOUT.get(tag, len(rows)), len(rows) // 3)
-        n_val = min(16, len(rows) // 8)
-        splits["heldout"] += rows[:n_held]
-        splits["validation"] += rows[n_held : n_held + n_val]
-        splits["train"] += rows[n_held + n_val :][:TRAIN]
+        wordings: dict[str, list[Row]] = {}
+        for row in rows:
+            wordings.setdefault(scene_key(row), []).append(row)
+        scenes = list(wordings.values())
+        shuffled = iter([scenes[i] for i in rng.permutation(len(scenes))])
+        room = {
+            "heldout": min(HELDOUT.get(tag, len(rows)), len(rows) // 3),
+            "validation": min(16, len(rows) // 8),
+            "train": TRAIN,
+        }
+        for name, most in room.items():
+            own: list[Row] = []
+            while len(own) < most and (scene := next(shuffled, None)):
+                own += scene
+            splits[name] += own
     return {name: [rows[i] for i in rng.permutation(len(rows))] for name, rows in splits.items()}

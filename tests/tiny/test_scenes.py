@@ -28,6 +28,8 @@ def test_splits_are_disjoint_and_show_every_tag() -> None:
     prompts = {name: {row["prompt"] for row in rows} for name, rows in splits.items()}
     assert sum(map(len, prompts.values())) == len(set().union(*prompts.values()))
     assert sum(map(len, prompts.values())) == sum(map(len, splits.values())), "no repeats"
+    asked = {name: {scenes.scene_key(row) for row in rows} for name, rows in splits.items()}
+    assert sum(map(len, asked.values())) == len(set().union(*asked.values())), "nor in other words"
     everything = {key(row) for row in scenes.all_rows()}
     for name, rows in splits.items():
         assert {key(row) for row in rows} <= everything
@@ -35,6 +37,23 @@ def test_splits_are_disjoint_and_show_every_tag() -> None:
             assert {row["tag"] for row in rows} == set(scenes.TAGS)
     tags = [row["tag"] for row in splits["heldout"][:48]]
     assert len(set(tags)) >= 4, "tags are mixed from the top of the file, which is what is used"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("a red circle and a blue square", "a blue square and a red circle", True),
+        ("a red circle and a blue square", "a blue circle and a red square", False),
+        ("a circle left of a square", "a square right of a circle", True),
+        ("a circle left of a square", "a circle right of a square", False),
+        ("a red circle above a blue square", "a blue square below a red circle", True),
+        ("a red circle above a blue square", "a blue square above a red circle", False),
+        ("two circles", "two red circles", False),
+    ],
+)
+def test_scene_key_sees_through_wording(one: str, other: str, same: bool) -> None:
+    rows = {row["prompt"].removeprefix("a photo of "): row for row in scenes.all_rows()}
+    assert (scenes.scene_key(rows[one]) == scenes.scene_key(rows[other])) == same
 
 
 def test_splits_follow_their_seed() -> None:
