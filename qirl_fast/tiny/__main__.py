@@ -94,7 +94,7 @@ def main() -> None:
     recipe = pretrain.Recipe(seed=args.seed)
     if args.quick:
         recipe = pretrain.Recipe(
-            seed=args.seed, vae_steps=5, vae_scenes=320, dit_steps=5, dit_scenes=512
+            seed=args.seed, vae_steps=5, vae_scenes=320, dit_steps=5, wrong_steps=2, dit_scenes=512
         )
     build(args.output, recipe)
 

@@ -29,12 +29,12 @@ class Recipe:
     vae_steps: int = 1600
     vae_batch: int = 32
     vae_scenes: int = 6000
-    dit_steps: int = 2600
+    dit_steps: int = 7000
     wrong_steps: int = 600
     captions_per_step: int = 32
     scenes_per_caption: int = 4
     dit_scenes: int = 16384
-    wrong_words: float = 0.45
+    wrong_words: float = 0.5
     drop_text: float = 0.1
 
 
@@ -141,7 +141,11 @@ def _text(model: QwenImage21, captions: list[str]) -> list[Tensor]:
 
 
 def train_dit(model: QwenImage21, recipe: Recipe, report: Report) -> None:
-    """Flow matching on partly wrong captions, text encoder included; ends on averaged weights."""
+    """Flow matching, text encoder included, right captions then wrong; ends on averaged weights.
+
+    Noise levels lean to the high end (median 0.83): what is drawn where is settled there, and at
+    the usual middle the text is learnt several times more slowly.
+    """
     right = _Pool(model, recipe, 0.0, report)
     wrong = _Pool(model, recipe, recipe.wrong_words, report)
     rng = np.random.default_rng(recipe.seed + 2)
@@ -150,20 +154,22 @@ def train_dit(model: QwenImage21, recipe: Recipe, report: Report) -> None:
         module.requires_grad_(True).train()
     parameters = [p for module in modules for p in module.parameters()]
     averaged = copy.deepcopy([p.detach() for p in parameters])
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 2e-3, total_steps=recipe.dit_steps, pct_start=0.05
+    optimizer = torch.optim.AdamW(parameters, 1.5e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    right_steps = recipe.dit_steps - recipe.wrong_steps
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min(1.0, (step + 1) / 150, (recipe.dit_steps - step) / recipe.wrong_steps),
     )
     size = scenes.SIZE
     for step in range(recipe.dit_steps):
-        pool = right if step < recipe.dit_steps - recipe.wrong_steps else wrong
+        pool = right if step < right_steps else wrong
         captions, x0 = pool.draw(recipe, rng)
         if rng.random() < recipe.drop_text:
             captions = [" "] * len(captions)
         owner = [i for i in range(len(captions)) for _ in range(recipe.scenes_per_caption)]
         prefix = model.prefix(_text(model, captions), owner, size, size)
         noise = torch.randn_like(x0)
-        sigma = torch.sigmoid(torch.randn(len(x0)) * 1.2 + 0.7)
+        sigma = torch.sigmoid(torch.randn(len(x0)) * 1.2 + 1.6)
         x = torch.lerp(x0, noise, sigma[:, None, None])
         loss = (model.velocity(x, sigma, prefix) - (noise - x0)).square().mean()
         optimizer.zero_grad()
@@ -171,7 +177,7 @@ def train_dit(model: QwenImage21, recipe: Recipe, report: Report) -> None:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        decay = min(0.998, (step + 1) / (step + 10))
+        decay = min(0.995, (step + 1) / (step + 10))
         torch._foreach_lerp_(averaged, [p.detach() for p in parameters], 1 - decay)
         report("flow matching", step + 1, recipe.dit_steps, {"loss": loss.item()})
     with torch.no_grad():

@@ -215,7 +215,7 @@ def scene_key(row: Row) -> str:
 
 
 def split_rows(seed: int = 0) -> dict[str, list[Row]]:
-    """Train / validation / heldout prompts, no scene in two of them, with every tag as far as it goes.
+    """Train, validation and heldout prompts, no scene in two of them, with what tags they can have.
 
     Of each tag's rows a third, at most HELDOUT, goes to heldout, an eighth, at most 16, to
     validation, and the rest, at most TRAIN, to train: the many colourings of relations would crowd
