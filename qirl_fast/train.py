@@ -14,6 +14,7 @@ from diffusers.utils import logging as diffusers_logging
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
+from qirl_fast.batch import Batch, StepFailed, save_batch
 from qirl_fast.checkpoint import (
     CheckpointError,
     find_latest,
@@ -26,7 +27,7 @@ from qirl_fast.config import Config, ConfigError, config_hash, describe, load_co
 from qirl_fast.data.prompts import PromptError
 from qirl_fast.report import before_evaluation, draw_samples, write_report
 from qirl_fast.tracking import Tracker, prepare_run_dir
-from qirl_fast.trainer import Batch, EvaluationFailed, NonFinite, Trainer, save_batch
+from qirl_fast.trainer import EvaluationFailed, Trainer
 
 USAGE = f"""{__doc__}
   key=value    any setting by its dotted name, e.g. seed=1 run=mine train.steps=200
@@ -56,7 +57,7 @@ def train(cfg: Config) -> Path:
                 with tracker.phase("update"):
                     advantage = trainer.advantages(batch)
                     metrics = trainer.update(batch, advantage)
-            except NonFinite as error:
+            except StepFailed as error:
                 raise stopped(error, batch or error.batch, run_dir, update) from error
             metrics |= trainer.reward_metrics(batch, advantage)
             every = cfg.evaluation.every
@@ -103,11 +104,11 @@ def resume(trainer: Trainer, run_dir: Path, cfg: Config) -> int:
     return found.step
 
 
-def stopped(error: NonFinite, batch: Batch | None, run_dir: Path, update: int) -> NonFinite:
+def stopped(error: StepFailed, batch: Batch | None, run_dir: Path, update: int) -> StepFailed:
     """Save the batch and make the error that ends the run; the update was not applied."""
     assert batch is not None, "rollout attaches its batch"
     where = save_batch(batch, run_dir / "failed" / f"step-{update}")
-    return NonFinite(
+    return StepFailed(
         f"step {update} is stopped, its update not applied: {error}. The batch is in {where}; "
         f"after mending the cause run the same command with resume=auto"
     )
@@ -132,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, PromptError, CheckpointError, FileNotFoundError) as error:
         console.print(f"error: {error}", style="red", markup=False)
         return 2
-    except NonFinite as error:
+    except StepFailed as error:
         console.print(f"stopped: {error}", style="red", markup=False)
         return 1
     except EvaluationFailed as error:

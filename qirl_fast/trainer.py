@@ -1,105 +1,41 @@
 """What a run holds, and the steps the training loop is made of."""
 
-import hashlib
-import json
 import random
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qirl_fast import ops
 from qirl_fast.algorithms import ALGORITHMS
 from qirl_fast.algorithms.grpo import Objective, StepLoss
+from qirl_fast.batch import Batch, StepFailed
 from qirl_fast.checkpoint import lora_state, rng_state, set_rng_state
 from qirl_fast.config import Config
-from qirl_fast.data.embeddings import EmbeddingCache
+from qirl_fast.data.embeddings import EmbeddingCache, fingerprint
 from qirl_fast.data.prompts import Prompt, load_prompts
 from qirl_fast.data.sampler import PromptSampler
 from qirl_fast.evaluation.heldout import Evaluation, evaluate
 from qirl_fast.models import load_model
 from qirl_fast.models.ema import Ema
 from qirl_fast.preflight import preflight
-from qirl_fast.rewards.composite import NonFiniteReward, score_all, weights_for
+from qirl_fast.rewards.composite import BadReward, score_all, weights_for
 from qirl_fast.rollout.guidance import Guidance
 from qirl_fast.rollout.sample import Sampling, Trajectory, sample_then
+from qirl_fast.tiny import packaged
 from qirl_fast.workers import Workers, cpu_workers
 
-PACKAGED = Path(__file__).parent / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class NonFinite(RuntimeError):
-    """A reward, loss or gradient is NaN or infinite: the update is not applied.
-
-    `batch` is the one it happened in, where it is known.
-    """
-
-    def __init__(self, message: str, batch: "Batch | None" = None):
-        super().__init__(message)
-        self.batch = batch
 
 
 class EvaluationFailed(RuntimeError):
     """A judge could not score the held-out images, so there is nothing to compare."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One update's samples: B = prompts x group_size rows, prompt by prompt."""
-
-    prompts: list[Prompt]
-    trajectories: list[Trajectory]
-    images: np.ndarray  # uint8 [B, H, W, 3]
-    scores: Tensor  # float32 [B, K], all judges
-    valid: Tensor  # bool [B, K]
-
-
-def packaged(name: str) -> Path:
-    """The file or folder behind 'tiny', 'tiny:train' and the like; other paths stay."""
-    if name == "tiny":
-        return PACKAGED / "weights"
-    if name.startswith("tiny:"):
-        return PACKAGED / "prompts" / f"{name.removeprefix('tiny:')}.jsonl"
-    return Path(name)
-
-
-def fingerprint(folder: Path) -> str:
-    """SHA-256 over what decides a text embedding: text encoder and processor files."""
-    digest = hashlib.sha256()
-    for part in ("text_encoder", "processor"):
-        for file in sorted((folder / part).iterdir()):
-            digest.update(f"{file.name}:{file.stat().st_size}:".encode())
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
-
-
-def save_batch(batch: Batch, folder: Path) -> Path:
-    """Write a batch for inspection: images, scores, prompts and recorded states."""
-    folder.mkdir(parents=True, exist_ok=True)
-    np.savez(
-        folder / "batch.npz",
-        images=batch.images,
-        scores=batch.scores.numpy(),
-        valid=batch.valid.numpy(),
-    )
-    rows = "".join(json.dumps(p.metadata) + "\n" for p in batch.prompts)
-    (folder / "prompts.jsonl").write_text(rows, encoding="utf-8")
-    tensors = {}
-    for t in batch.trajectories:
-        for name in ("x", "x_next", "logp"):
-            for step, value in zip(t.recorded, getattr(t, name), strict=True):
-                tensors[f"rows{t.rows.start}.step{step}.{name}"] = value.cpu().clone()
-    save_file(tensors, folder / "trajectories.safetensors")
-    return folder
 
 
 def seed_everything(seed: int) -> None:
@@ -223,11 +159,11 @@ class Trainer:
         for chunk, _, future in chunks:
             try:
                 results.append(future.result())
-            except NonFiniteReward as error:
+            except BadReward as error:
                 row = chunk.rows.start + error.row
                 none = torch.zeros(len(rows), len(self.judges))
-                raise NonFinite(
-                    f"judge {error.judge!r} scored row {row} ({rows[row].prompt!r}) {error.value}",
+                raise StepFailed(
+                    f"judge {error.judge!r}, row {row} ({rows[row].prompt!r}): {error.reason}",
                     Batch(prompts, trajectories, drawn, none, none.bool()),
                 ) from error
         scores, valid = (torch.cat(parts) for parts in zip(*results, strict=True))
@@ -309,7 +245,7 @@ class Trainer:
                 share = len(chunk.rows) / (rows * len(steps))
                 loss = torch.stack([step.loss for step in steps]).sum() * share
             if not torch.isfinite(loss):
-                raise NonFinite(f"the loss of rows {chunk.rows} is {loss.item()}")
+                raise StepFailed(f"the loss of rows {chunk.rows} is {loss.item()}")
             return torch.autograd.grad(loss, parameters), loss.detach(), steps, share
 
         totals: dict[str, float] = {"loss": 0.0}
@@ -329,7 +265,7 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.cfg.train.max_grad_norm)
         if not torch.isfinite(norm):
             self.optimizer.zero_grad()
-            raise NonFinite(f"the gradient norm is {norm.item()}")
+            raise StepFailed(f"the gradient norm is {norm.item()}")
         train = self.cfg.train
         for group in self.optimizer.param_groups:
             group["lr"] = train.lr * min(1.0, (self.optimizer_steps + 1) / max(1, train.warmup))
@@ -367,7 +303,7 @@ class Trainer:
     ) -> dict[str, np.ndarray]:
         try:
             scores, valid = score_all(self.judges, images, metadata)
-        except NonFiniteReward as error:
+        except BadReward as error:
             raise EvaluationFailed(f"held-out images: {error}") from error
         failed = [n for i, n in enumerate(self.judges) if not bool(valid[:, i].all())]
         if failed:

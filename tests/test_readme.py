@@ -11,7 +11,7 @@ from qirl_fast.checkpoint import lora_state, save_checkpoint
 from qirl_fast.config import default_recipe, load_config
 from qirl_fast.config.wording import valid_keys
 from qirl_fast.models import load_model
-from qirl_fast.trainer import packaged
+from qirl_fast.tiny import packaged
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

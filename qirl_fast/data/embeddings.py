@@ -124,3 +124,13 @@ def _checked(encoded: Sequence[Tensor], prompt: str) -> Tensor:
 def _digest(tensor: Tensor) -> str:
     layout = f"{tensor.dtype}{list(tensor.shape)}".encode()
     return hashlib.sha256(layout + tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over what decides a text embedding: text encoder and processor files."""
+    digest = hashlib.sha256()
+    for part in ("text_encoder", "processor"):
+        for file in sorted((folder / part).iterdir()):
+            digest.update(f"{file.name}:{file.stat().st_size}:".encode())
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()

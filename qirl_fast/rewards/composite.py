@@ -4,7 +4,7 @@ A reward is a score, failed, or missing; failed and missing are not zero. Scores
 - a judge that raises has failed on the batch: its column is invalid, and the exception is logged
   once with the judge's name, with its traceback (the same exception again is not);
 - a judge may return a numpy masked array: masked rows are missing (there was nothing to judge);
-- a judge that returns NaN or infinity is broken: NonFiniteReward, which stops the step.
+- a judge that returns NaN, infinity or another shape is broken: BadReward, which stops the step.
 Invalid entries hold 0.0, so that no NaN reaches arithmetic; consumers must use the mask (as
 `qirl_fast.ops.group_advantage(valid=...)` does: it drops the group).
 
@@ -36,15 +36,15 @@ logger = logging.getLogger(__name__)
 _logged: set[str] = set()
 
 
-class NonFiniteReward(ArithmeticError):
-    """A judge returned NaN or infinity; `judge` is its name and `row` the first such row."""
+class BadReward(ValueError):
+    """A judge returned NaN, infinity or something else than a number a row.
 
-    def __init__(self, judge: str, row: int, value: float) -> None:
-        self.judge, self.row, self.value = judge, row, value
-        super().__init__(
-            f"judge {judge!r} scored row {row} {value}; a judge that cannot score a row must mask "
-            "it (numpy.ma) or raise"
-        )
+    `judge` is its name and `row` the first such row.
+    """
+
+    def __init__(self, judge: str, row: int, reason: str) -> None:
+        self.judge, self.row, self.reason = judge, row, reason
+        super().__init__(f"judge {judge!r}, row {row}: {reason}")
 
 
 def resolve(name: str) -> Judge:
@@ -76,8 +76,7 @@ def score_all(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores float32 [B, K] and valid bool [B, K] of uint8 images [B, H, W, 3].
 
-    Raises ValueError for an unknown name, before any judge runs, or a judge's result that is not
-    one number a row, and NonFiniteReward.
+    Raises ValueError for an unknown name, before any judge runs, and BadReward.
     """
     judges = [resolve(name) for name in names]
     b = len(images_BHW3)
@@ -96,12 +95,20 @@ def score_all(
 def _checked(name: str, result: Any, b: int) -> tuple[np.ndarray, np.ndarray]:
     """(scores, valid) of one judge's result, both [B]."""
     if np.shape(result) != (b,):
-        raise ValueError(f"judge {name!r} returned shape {np.shape(result)}; wanted ({b},)")
-    valid_B = ~np.ma.getmaskarray(np.ma.asarray(result))
-    scores_B = np.where(valid_B, np.ma.getdata(result), 0.0).astype(np.float32)
+        raise BadReward(name, 0, f"the result has shape {np.shape(result)}; wanted ({b},)")
+    values_B = np.ma.asarray(result)
+    if values_B.dtype.kind not in "biuf":
+        raise BadReward(name, 0, f"the result is of {values_B.dtype}; wanted numbers")
+    valid_B = ~np.ma.getmaskarray(values_B)
+    scores_B = np.where(valid_B, np.ma.getdata(values_B), 0.0).astype(np.float32)
     bad = np.flatnonzero(~np.isfinite(scores_B))
     if bad.size:
-        raise NonFiniteReward(name, int(bad[0]), float(scores_B[bad[0]]))
+        raise BadReward(
+            name,
+            int(bad[0]),
+            f"scored {scores_B[bad[0]]}; a judge that cannot score a row must mask it "
+            "(numpy.ma) or raise",
+        )
     return scores_B, valid_B
 
 

@@ -10,10 +10,8 @@ from diffusers import QwenImage21Pipeline
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qirl_fast.models.qwenimage21 import QwenImage21
+from qirl_fast.tiny import HERE, pretrain, scenes
 from qirl_fast.tiny import model as tiny
-from qirl_fast.tiny import pretrain, scenes
-
-HERE = Path(__file__).parent
 
 
 def write_prompts(folder: Path) -> None:

@@ -25,7 +25,7 @@ from qirl_fast.models.qwenimage21 import QwenImage21
 from qirl_fast.rewards import alignment
 from qirl_fast.rollout.guidance import Guidance
 from qirl_fast.rollout.sample import Sampling, initial_noise, row_seeds, sample
-from qirl_fast.trainer import packaged
+from qirl_fast.tiny import packaged
 
 LORA = Path("checkpoints", "latest", "pytorch_lora_weights.safetensors")
 

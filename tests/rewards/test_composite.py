@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qirl_fast.rewards import alignment, composite
-from qirl_fast.rewards.composite import NonFiniteReward, resolve, score_all, weights_for
+from qirl_fast.rewards.composite import BadReward, resolve, score_all, weights_for
 from qirl_fast.tiny import scenes
 
 IMAGES = np.zeros((3, 64, 64, 3), np.uint8)
@@ -23,6 +23,7 @@ def judges(monkeypatch):
     module.nan = lambda images, rows: np.array([0.1, np.nan, np.inf])
     module.masked = lambda images, rows: np.ma.masked_invalid([0.1, np.nan, 0.3])
     module.short = lambda images, rows: np.zeros(2)
+    module.words = lambda images, rows: ["good"] * 3
     module.number = 3
 
     def broken(images, rows):
@@ -65,7 +66,7 @@ def test_another_failure_of_the_same_judge_is_logged_too(judges, caplog):
 
 
 def test_a_non_finite_score_names_judge_and_row(judges):
-    with pytest.raises(NonFiniteReward, match=r"'some_judges:nan' scored row 1 nan") as error:
+    with pytest.raises(BadReward, match=r"'some_judges:nan', row 1: scored nan") as error:
         score_all(["some_judges:half", "some_judges:nan"], IMAGES, ROWS)
     assert (error.value.judge, error.value.row) == ("some_judges:nan", 1)
 
@@ -77,8 +78,10 @@ def test_masked_rows_are_missing_and_hold_no_nan(judges):
 
 
 def test_a_result_that_is_not_one_score_a_row_is_an_error(judges):
-    with pytest.raises(ValueError, match=r"some_judges:short.*\(2,\).*\(3,\)"):
+    with pytest.raises(BadReward, match=r"some_judges:short.*\(2,\).*\(3,\)"):
         score_all(["some_judges:short"], IMAGES, ROWS)
+    with pytest.raises(BadReward, match=r"'some_judges:words', row 0: the result is of <U4"):
+        score_all(["some_judges:words"], IMAGES, ROWS)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,54 @@
+"""One update's samples, the error that stops a step, and what is kept of one for inspection."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qirl_fast.data.prompts import Prompt
+from qirl_fast.rollout.sample import Trajectory
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One update's samples: B = prompts x group_size rows, prompt by prompt."""
+
+    prompts: list[Prompt]
+    trajectories: list[Trajectory]
+    images: np.ndarray  # uint8 [B, H, W, 3]
+    scores: Tensor  # float32 [B, K], all judges
+    valid: Tensor  # bool [B, K]
+
+
+class StepFailed(RuntimeError):
+    """A reward, loss or gradient is of no use: the update is not applied.
+
+    `batch` is the one it happened in, where it is known.
+    """
+
+    def __init__(self, message: str, batch: Batch | None = None):
+        super().__init__(message)
+        self.batch = batch
+
+
+def save_batch(batch: Batch, folder: Path) -> Path:
+    """Write a batch for inspection: images, scores, prompts and recorded states."""
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(
+        folder / "batch.npz",
+        images=batch.images,
+        scores=batch.scores.numpy(),
+        valid=batch.valid.numpy(),
+    )
+    rows = "".join(json.dumps(p.metadata) + "\n" for p in batch.prompts)
+    (folder / "prompts.jsonl").write_text(rows, encoding="utf-8")
+    tensors = {}
+    for t in batch.trajectories:
+        for name in ("x", "x_next", "logp"):
+            for step, value in zip(t.recorded, getattr(t, name), strict=True):
+                tensors[f"rows{t.rows.start}.step{step}.{name}"] = value.cpu().clone()
+    save_file(tensors, folder / "trajectories.safetensors")
+    return folder
