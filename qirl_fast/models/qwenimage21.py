@@ -9,6 +9,7 @@ Shapes: B rows, P prompts, L text tokens, C text channels, N latent tokens, Z la
 Source: diffusers `pipeline_qwenimage21.py`, `transformer_qwenimage21.py`.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ class QwenImage21:
         self.device = pipeline.transformer.device
         self.dtype = pipeline.transformer.dtype
         self._frozen: list[Tensor] | None = None
+        self._decoding = threading.Lock()
         for module in (pipeline.text_encoder, pipeline.vae, pipeline.transformer):
             module.requires_grad_(False).eval()
 
@@ -207,6 +209,7 @@ class QwenImage21:
         """Latents [B, N, Z] -> uint8 RGB images [B, H, W, 3], never tiled.
 
         The autoencoder is RGBA; RGB is the composite on white, as the stock pipeline documents.
+        Threads take turns: the stock autoencoder keeps state on itself while it decodes.
         """
         grid = (height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
         config = self.vae.config
@@ -218,7 +221,8 @@ class QwenImage21:
         images = []
         for part in latents.split(chunk):
             z = part.transpose(1, 2).unflatten(2, (1, *grid)).to(self.vae.dtype)
-            rgba = self.vae.decode(z * std + mean, return_dict=False)[0][:, :, 0].float()
+            with self._decoding:
+                rgba = self.vae.decode(z * std + mean, return_dict=False)[0][:, :, 0].float()
             rgba = (rgba / 2 + 0.5).clamp(0, 1)
             rgb = rgba[:, :3] * rgba[:, 3:] + (1 - rgba[:, 3:])
             images.append((rgb.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu())

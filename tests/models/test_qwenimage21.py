@@ -21,6 +21,7 @@ from qirl_fast.models import load_model
 from qirl_fast.models.qwenimage21 import QwenImage21
 from qirl_fast.rollout.guidance import Guidance
 from qirl_fast.rollout.sample import Sampling, initial_noise, row_seeds, sample
+from qirl_fast.workers import Workers
 
 SIZE = 64
 TOKENS, CHANNELS = 16, 16
@@ -332,3 +333,21 @@ def test_the_loader_is_deaf_to_the_network(
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     assert make_model().family == "qwenimage21"
+
+
+def test_threads_may_share_a_model(make_model: Callable[..., QwenImage21], prompts) -> None:
+    """Prefix, velocity and decode of 24 chunks of different sizes, four at a time and in turn."""
+    model = make_model()
+    text = model.encode(prompts[:3])
+
+    def chunk(i: int) -> tuple[torch.Tensor, np.ndarray]:
+        rows = 1 + i % 5
+        x = torch.randn(rows, 16, 16, generator=torch.Generator().manual_seed(i))
+        with torch.no_grad():
+            prefix = model.prefix(text, [(i + r) % 3 for r in range(rows)], 64, 64)
+            v = model.velocity(x, torch.full((rows,), 0.5), prefix)
+        return v, model.decode(x - v, 64, 64)
+
+    together = Workers(4).map(chunk, range(24))
+    for (v, image), (v_alone, image_alone) in zip(together, map(chunk, range(24)), strict=True):
+        assert torch.equal(v, v_alone) and np.array_equal(image, image_alone)
