@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-PACKAGED = ("tiny:train", "tiny:heldout")
+PACKAGED = ("tiny:train", "tiny:validation", "tiny:heldout")
 WEIGHTLESS = ("scheduler", "processor", "tokenizer", "feature_extractor", "image_processor")
 
 
