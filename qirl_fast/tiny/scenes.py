@@ -33,7 +33,7 @@ NUMBERS = {1: "one", 2: "two", 3: "three"}
 TAGS = ("single_object", "colors", "counting", "two_object", "position", "color_attr")
 BACKGROUND = (236, 236, 240)
 HELDOUT = {"position": 32, "color_attr": 44}
-TRAIN = 96
+TRAIN = 320
 RADIUS = (9.5, 12.0)
 CELLS = ((16.0, 16.0), (48.0, 16.0), (16.0, 48.0), (48.0, 48.0))
 JITTER = 3.0
@@ -219,7 +219,7 @@ def split_rows(seed: int = 0) -> dict[str, list[Row]]:
 
     Of each tag's rows a third, at most HELDOUT, goes to heldout, an eighth, at most 16, to
     validation, and the rest, at most TRAIN, to train: the many colourings of relations would crowd
-    out the other tags. All wordings of a scene go together.
+    out the others. All wordings of a scene go together.
     """
     rng = np.random.default_rng(seed)
     splits: dict[str, list[Row]] = {"train": [], "validation": [], "heldout": []}

@@ -108,13 +108,18 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_training_by_the_recipe_raises_alignment(trained_run: Path) -> None:
+    """The README's table has +0.25 and more for three seeds, the second judge level.
+
+    Another processor rounds otherwise and so takes another course, hence the distance to that.
+    """
     cfg = load_config([str(trained_run / "config.resolved.yaml")])
     packaged_recipe = load_config([])
     assert cfg.train.steps == packaged_recipe.train.steps and cfg.model.path == "tiny"
     summary = json.loads((trained_run / "summary.json").read_text())
     aligned = summary["judges"]["alignment"]
     assert aligned["n"] >= 96
-    assert aligned["low"] > 0
+    assert aligned["diff"] > 0.2 and aligned["low"] > 0.1
+    assert summary["judges"]["aesthetics"]["diff"] > -0.02
     assert summary["pre_update_clip_fraction"] == summary["pre_update_ratio_error"] == 0
 
 
