@@ -131,28 +131,28 @@ class Trainer:
             update,
         )
 
-        def draw(chunk: Trajectory) -> tuple[Trajectory, np.ndarray, Future[tuple[Tensor, Tensor]]]:
-            images = self.model.decode(chunk.latents, r.height, r.width)
-            part = rows[chunk.rows.start : chunk.rows.stop]
-            return chunk, images, self._judging.submit(self.judge, images, part)
+        def draw(chunk: Trajectory) -> tuple[Trajectory, np.ndarray]:
+            return chunk, self.model.decode(chunk.latents, r.height, r.width)
 
+        chunks: list[tuple[Trajectory, np.ndarray, Future[tuple[Tensor, Tensor]]]] = []
         with self.algorithm.sampling(self.model):
-            chunks = list(
-                sample_then(
-                    draw,
-                    self.workers,
-                    self.model,
-                    self.embed([p.prompt for p in prompts]),
-                    self.null,
-                    self.rollout_sampling,
-                    self.scheduler,
-                    group_size=r.group_size,
-                    seed=self.cfg.seed,
-                    update=update,
-                    recorded=recorded,
-                    shared_noise=r.shared_noise,
-                )
-            )
+            for chunk, images in sample_then(
+                draw,
+                self.workers,
+                self.model,
+                self.embed([p.prompt for p in prompts]),
+                self.null,
+                self.rollout_sampling,
+                self.scheduler,
+                group_size=r.group_size,
+                seed=self.cfg.seed,
+                update=update,
+                recorded=recorded,
+                shared_noise=r.shared_noise,
+            ):
+                # Judges see the chunks in order, whichever was drawn first: one may draw numbers.
+                part = rows[chunk.rows.start : chunk.rows.stop]
+                chunks.append((chunk, images, self._judging.submit(self.judge, images, part)))
         trajectories = [chunk for chunk, _, _ in chunks]
         drawn = np.concatenate([images for _, images, _ in chunks])
         results = []
@@ -283,9 +283,13 @@ class Trainer:
             return self.evaluate_weights(count)
 
     def evaluate_weights(self, count: int | None = None) -> Evaluation:
-        """Score held-out prompts under the weights as they are."""
+        """Score held-out prompts under the weights as they are.
+
+        The generators are left as they were: a resumed run may not evaluate again.
+        """
         prompts = self.heldout[:count]
-        return evaluate(
+        generators = rng_state()
+        found = evaluate(
             self.model,
             self.embed([p.prompt for p in prompts]),
             self.null,
@@ -297,6 +301,8 @@ class Trainer:
             samples_per_prompt=self.cfg.evaluation.samples_per_prompt,
             seed=self.cfg.evaluation.seed,
         )
+        set_rng_state(generators)
+        return found
 
     def _scores_by_name(
         self, images: np.ndarray, metadata: list[dict[str, Any]]

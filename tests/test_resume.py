@@ -42,8 +42,6 @@ import numpy
 
 def score(images, metadata):
     count = len(metadata)
-    if count == 2:
-        return numpy.full(count, 0.5, numpy.float32)
     draws = numpy.random.random(count) + [random.random() for _ in range(count)]
     return (draws / 2).astype(numpy.float32)
 """
@@ -124,6 +122,15 @@ def test_the_course_depends_on_the_generators(reference: Path, begin, tmp_path: 
     assert run.wait() == 0
     (row,) = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(row) == rows[0]
+
+
+def test_a_judge_that_draws_numbers_sees_chunks_in_order(begin, tmp_path: Path, read_jsonl) -> None:
+    metrics = []
+    for threads in (1, 3):
+        run = begin(tmp_path / str(threads), "rollout.max_rows=2", f"threads={threads}")
+        assert run.wait() == 0, run.output()
+        metrics.append(read_jsonl(tmp_path / str(threads) / "r" / "metrics.jsonl"))
+    assert metrics[0] == metrics[1]
 
 
 def test_killed_at_random_times(reference: Path, begin, tmp_path: Path) -> None:
