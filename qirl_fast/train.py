@@ -42,10 +42,12 @@ def train(cfg: Config) -> Path:
     try:
         trainer = Trainer(cfg)
         step = resume(trainer, run_dir, cfg)
-    except (ValueError, FileNotFoundError) as error:  # refused by model, prompts or checkpoint
+    except BaseException as error:
         if fresh:
             shutil.rmtree(run_dir)  # nothing was computed: the mended command finds its place free
-        raise ConfigError([str(error)]) from error
+        if isinstance(error, (ValueError, OSError)):  # refused by model, prompts, checkpoint, disk
+            raise ConfigError([str(error)]) from error
+        raise
     with Tracker(run_dir, cfg, step=step) as tracker:
         tracker.say(f"{run_dir}: from step {step} to {cfg.train.steps}")
         before = before_evaluation(trainer, run_dir)

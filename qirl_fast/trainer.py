@@ -28,8 +28,8 @@ from qirl_fast.preflight import preflight
 from qirl_fast.rewards.composite import BadReward, score_all, weights_for
 from qirl_fast.rollout.guidance import Guidance
 from qirl_fast.rollout.sample import Sampling, Trajectory, sample_then
+from qirl_fast.rollout.workers import Workers, cpu_workers
 from qirl_fast.tiny import packaged
-from qirl_fast.workers import Workers, cpu_workers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -142,6 +142,10 @@ def truncated(name: str) -> Callable[[Path], None]:
     return damage
 
 
+def overwritten(name: str, text: str) -> Callable[[Path], None]:
+    return lambda model: (model / name).write_text(text) and None
+
+
 def lacking_a_weight(name: str) -> Callable[[Path], None]:
     """Libraries fill such a hole with random numbers and go on."""
 
@@ -163,6 +167,19 @@ HALVES = {
     "no weights": (without(TRANSFORMER), r"half a model: .*transformer holds no \.safetensors"),
     "no config": (without("vae/config.json"), r"half a model: .*vae/config\.json is missing"),
     "no tokenizer": (without("processor/tokenizer.json"), r"holds no tokenizer\.json"),
+    "no class": (overwritten("model_index.json", "{}"), r"no adapter for pipeline None"),
+    "bad scheduler": (
+        overwritten("scheduler/scheduler_config.json", "{"),
+        r"half a model: .*scheduler cannot be loaded",
+    ),
+    "bad tokenizer": (
+        overwritten("processor/tokenizer.json", '{"model": 3}'),
+        r"half a model: .*processor cannot be loaded",
+    ),
+    "empty config": (
+        overwritten("text_encoder/config.json", "{}"),
+        r"half a model: .*text_encoder/config\.json names no model",
+    ),
     "cut transformer": (truncated(TRANSFORMER), r"half a model: .*transformer cannot be loaded"),
     "cut text encoder": (truncated(TEXT), r"half a model: .*text_encoder cannot be loaded"),
     "hole in transformer": (lacking_a_weight(TRANSFORMER), r"transformer lack 1 weights \("),

@@ -263,7 +263,7 @@ def make_model_folder(folder: Path) -> Path:
     parts |= {"scheduler": ["diffusers", "S"]}
     for name in ("transformer", "vae", "scheduler"):
         (folder / name).mkdir(parents=True)
-        (folder / name / "config.json").write_text("{}")
+        (folder / name / "config.json").write_text('{"_class_name": "X"}')
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "P", **parts}))
     (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"x")
     shards = {"weight_map": {"a": "s-1.safetensors", "b": "s-2.safetensors"}}

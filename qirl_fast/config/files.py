@@ -64,8 +64,16 @@ def model_folder_problems(folder: Path) -> list[str]:
 
 
 def _weight_problems(part: Path) -> list[str]:
-    if not (part / "config.json").is_file():
-        return [f"half a model: {part / 'config.json'} is missing"]
+    config = part / "config.json"
+    if not config.is_file():
+        return [f"half a model: {config} is missing"]
+    try:
+        keys = set(json.loads(config.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        return [f"half a model: {config} cannot be read as JSON: {error}"]
+    if not keys & {"_class_name", "architectures", "model_type"}:
+        # A library would build its default, which for a text encoder is billions of weights.
+        return [f"half a model: {config} names no model (_class_name, architectures, model_type)"]
     lines = []
     for index in part.glob("*.safetensors.index.json"):
         try:

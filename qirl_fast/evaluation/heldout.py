@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from qirl_fast.rollout.sample import Model, Sampling, sample_then
-from qirl_fast.workers import Workers
+from qirl_fast.rollout.workers import Workers
 
 ScoreFn = Callable[[np.ndarray, list[dict[str, Any]]], dict[str, np.ndarray]]
 

@@ -21,7 +21,7 @@ def load_model(folder: str | Path, family: str, dtype: torch.dtype, device: str)
     if not index.is_file():
         raise FileNotFoundError(f"{folder} holds no model_index.json: not a diffusers model folder")
     if family == "auto":
-        name = json.loads(index.read_text())["_class_name"]
+        name = json.loads(index.read_text()).get("_class_name")
         matches = [f for f, adapter in FAMILIES.items() if adapter.pipeline_class.__name__ == name]
         if not matches:
             served = ", ".join(a.pipeline_class.__name__ for a in FAMILIES.values())

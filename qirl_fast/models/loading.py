@@ -1,9 +1,8 @@
 """Load one component of a model folder, and refuse half of one."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
 
 SHOWN = 3  # names in a message
 
@@ -16,16 +15,14 @@ def load_component(component: Any, folder: Path, **settings: Any) -> Any:
     Raises ValueError naming the folder if files are unreadable or do not fit the config, or weights
     are missing.
     """
-    try:
-        loaded, info = component.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            **settings,
-        )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"half a model: {folder} cannot be loaded: {error}") from error
+    loaded, info = load_part(
+        component.from_pretrained,
+        folder,
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+        **settings,
+    )
     missing = sorted(info["missing_keys"])
     if missing:
         names = ", ".join(missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
@@ -34,3 +31,12 @@ def load_component(component: Any, folder: Path, **settings: Any) -> Any:
             "fetch the folder again"
         )
     return loaded
+
+
+def load_part(load: Callable[..., Any], folder: Path, **settings: Any) -> Any:
+    """`load(folder)`; whatever a library raises for broken files becomes a ValueError naming it."""
+    try:
+        return load(folder, **settings)
+    except Exception as error:  # tokenizers raises bare Exception, configs KeyError and TypeError
+        reason = str(error) or repr(error)
+        raise ValueError(f"half a model: {folder} cannot be loaded: {reason}") from error

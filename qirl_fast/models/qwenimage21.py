@@ -28,7 +28,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
-from qirl_fast.models.loading import load_component
+from qirl_fast.models.loading import load_component, load_part
 from qirl_fast.models.processor import QwenVLProcessor
 
 PIXELS_PER_TOKEN = 16
@@ -99,12 +99,14 @@ class QwenImage21:
                 f"{', '.join(COMPONENTS)} (a folder each) and model_index.json"
             )
         pipeline = QwenImage21Pipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
+            scheduler=load_part(
+                FlowMatchEulerDiscreteScheduler.from_pretrained, folder / "scheduler"
+            ),
             vae=load_component(AutoencoderKLQwenImage21, folder / "vae", torch_dtype=dtype),
             text_encoder=load_component(
                 Qwen3VLForConditionalGeneration, folder / "text_encoder", dtype=dtype
             ),
-            processor=QwenVLProcessor.from_pretrained(folder / "processor"),
+            processor=load_part(QwenVLProcessor.from_pretrained, folder / "processor"),
             transformer=load_component(
                 QwenImage21Transformer2DModel, folder / "transformer", torch_dtype=dtype
             ),

@@ -20,7 +20,7 @@ from qirl_fast import ops
 from qirl_fast.rollout.dynamics import StepCoefficients, step_coefficients
 from qirl_fast.rollout.guidance import Guidance
 from qirl_fast.rollout.schedule import make_sigmas
-from qirl_fast.workers import Workers
+from qirl_fast.rollout.workers import Workers
 
 R = TypeVar("R")
 

@@ -21,7 +21,7 @@ from qirl_fast.models import load_model
 from qirl_fast.models.qwenimage21 import QwenImage21
 from qirl_fast.rollout.guidance import Guidance
 from qirl_fast.rollout.sample import Sampling, initial_noise, row_seeds, sample
-from qirl_fast.workers import Workers
+from qirl_fast.rollout.workers import Workers
 
 SIZE = 64
 TOKENS, CHANNELS = 16, 16

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qirl_fast.workers import Workers, cpu_workers
+from qirl_fast.rollout.workers import Workers, cpu_workers
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
