@@ -19,6 +19,28 @@ T* as_pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// What an op's file adds to its module: `static const Binding binding([](py::module_& m) {...});`
+// The module binds all that are linked into it.
+class Binding {
+ public:
+  using Bind = void (*)(py::module_&);
+
+  explicit Binding(Bind bind) : bind_(bind), next_(first()) { first() = this; }
+
+  static void bind_all(py::module_& m) {
+    for (const Binding* b = first(); b != nullptr; b = b->next_) b->bind_(m);
+  }
+
+ private:
+  static const Binding*& first() {
+    static const Binding* head = nullptr;
+    return head;
+  }
+
+  Bind bind_;
+  const Binding* next_;
+};
+
 inline void* address_of(const Rows& rows) { return as_pointer(std::get<0>(rows)); }
 inline int64_t stride_of(const Rows& rows) { return std::get<1>(rows); }
 inline int dtype_of(const Rows& rows) { return std::get<2>(rows); }

@@ -1,44 +1,22 @@
 """Launchers of csrc/cuda/flow_step.cu: the `cuda` backend of flow_step and flow_logp.
 
-The kernels share csrc/math/ and the order of sums with the CPU kernels. They are not the default on
-CUDA tensors: use_backend('cuda') asks for them.
+Sums have the order of the CPU kernels.
 """
 
 from __future__ import annotations
-
-from functools import cache
-from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qirl_fast.ops._checks import dense_rows, row_sizes, rows_of
+from qirl_fast.ops._cuda import cuda_module, device_of, stream_of
 
 _BLOCK = 1024  # elements whose squares are added together, kBlock of flow_step.cu
-
-
-@cache
-def missing_cuda() -> str | None:
-    """What the cuda backend lacks here, or None."""
-    try:
-        import_module("qirl_fast._cuda")
-    except ImportError as error:
-        return f"built without nvcc; reinstall with nvcc on PATH and QIRL_CUDA=ON ({error})."
-    return None if torch.cuda.is_available() else "torch.cuda.is_available() is False."
-
-
-def _cuda() -> Any:
-    return import_module("qirl_fast._cuda")
 
 
 def _scratch(x: Tensor) -> Tensor:
     rows, size = row_sizes(x)
     return x.new_empty(rows * ((size + _BLOCK - 1) // _BLOCK), dtype=torch.float32)
-
-
-def _stream(x: Tensor) -> int:
-    return int(torch.cuda.current_stream(x.device).cuda_stream)
 
 
 def flow_step_cuda(
@@ -57,8 +35,8 @@ def flow_step_cuda(
     x, v, delta = dense_rows(x), dense_rows(v), None if delta is None else dense_rows(delta)
     a, c, s, w, b, seed = (t.contiguous() for t in (a, c, s, w, b, seed))
     x_next, logp, sums = x.new_empty(x.shape), a.new_empty(a.shape), _scratch(x)
-    with torch.cuda.device(x.device):
-        _cuda().flow_step(
+    with device_of(x):
+        cuda_module().flow_step(
             rows_of(x),
             rows_of(v),
             rows_of(delta),
@@ -70,7 +48,7 @@ def flow_step_cuda(
             x_next.data_ptr(),
             logp.data_ptr(),
             *row_sizes(x),
-            _stream(x),
+            stream_of(x),
         )
     return x_next, logp
 
@@ -90,8 +68,8 @@ def flow_logp_cuda(
     delta = None if delta is None else dense_rows(delta)
     a, c, w, b = (t.contiguous() for t in (a, c, w, b))
     logp, sums = a.new_empty(a.shape), _scratch(x)
-    with torch.cuda.device(x.device):
-        _cuda().flow_logp(
+    with device_of(x):
+        cuda_module().flow_logp(
             rows_of(x),
             rows_of(x_next),
             rows_of(v),
@@ -100,7 +78,7 @@ def flow_logp_cuda(
             sums.data_ptr(),
             logp.data_ptr(),
             *row_sizes(x),
-            _stream(x),
+            stream_of(x),
         )
     return logp
 
@@ -123,8 +101,8 @@ def flow_logp_backward_cuda(
     grad, a, c, w = (t.contiguous() for t in (grad, a, c, w))
     dx = x.new_empty(x.shape if want_dx else 0)
     dv = v.new_empty(v.shape if want_dv else 0)
-    with torch.cuda.device(x.device):
-        _cuda().flow_logp_backward(
+    with device_of(x):
+        cuda_module().flow_logp_backward(
             grad.data_ptr(),
             rows_of(x),
             rows_of(x_next),
@@ -134,6 +112,6 @@ def flow_logp_backward_cuda(
             dx.data_ptr() if want_dx else 0,
             dv.data_ptr() if want_dv else 0,
             *row_sizes(x),
-            _stream(x),
+            stream_of(x),
         )
     return dx, dv

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,6 +93,29 @@ class Op:
             self._logged.add(name)
             logger.info("%s on %s: backend %s", self.name, device.type, name)
         return backend
+
+    def register(
+        self, schema: str, fake: Callable[..., Any], large: Sequence[int] = (0,)
+    ) -> torch._ops.OpOverload:
+        """Define the torch op `qirl::<name>` and return it.
+
+        schema: arguments and results, e.g. "(Tensor x, float eps) -> Tensor". Callers pass the
+            forced backend ('' for none) as one more, last argument.
+        fake: takes the same arguments without the backend and returns outputs by `new_empty`.
+        large: positions of the tensors whose device and dtypes choose the backend; an absent one
+            (None) is left out.
+        """
+        qualified = f"qirl::{self.name}"
+        arguments, result = schema.split("->")
+        torch.library.define(qualified, f"{arguments.rstrip()[:-1]}, str backend) ->{result}")
+
+        def run(*args: Any) -> Any:
+            *rest, backend = args
+            return self.choose_for(backend, *(rest[i] for i in large)).run(*rest)
+
+        torch.library.impl(qualified, ("cpu", "cuda"), run)
+        torch.library.register_fake(qualified, lambda *args: fake(*args[:-1]))
+        return getattr(torch.ops.qirl, self.name).default
 
 
 def _checked(name: str, source: str) -> str:

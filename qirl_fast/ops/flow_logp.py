@@ -36,12 +36,9 @@ from qirl_fast.ops._checks import (
     row_sizes,
     rows_of,
 )
-from qirl_fast.ops._flow_cuda import flow_logp_backward_cuda, flow_logp_cuda, missing_cuda
-from qirl_fast.ops._flow_triton import (
-    flow_logp_backward_triton,
-    flow_logp_triton,
-    missing_triton,
-)
+from qirl_fast.ops._cuda import missing_cuda
+from qirl_fast.ops._flow_cuda import flow_logp_backward_cuda, flow_logp_cuda
+from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 
 
@@ -163,7 +160,9 @@ OP = Op(
     {
         "reference": Backend(flow_logp_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
         "cpu": Backend(flow_logp_cpu, ("cpu",), LARGE_DTYPES),
-        "triton": Backend(flow_logp_triton, ("cuda",), LARGE_DTYPES, missing_triton),
+        "triton": Backend(
+            triton_launcher("flow_step", "flow_logp"), ("cuda",), LARGE_DTYPES, missing_triton
+        ),
         "cuda": Backend(flow_logp_cuda, ("cuda",), LARGE_DTYPES, missing_cuda),
     },
     _DEFAULT,
@@ -173,52 +172,41 @@ OP_BACKWARD = Op(
     {
         "reference": Backend(flow_logp_backward_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
         "cpu": Backend(flow_logp_backward_cpu, ("cpu",), LARGE_DTYPES),
-        "triton": Backend(flow_logp_backward_triton, ("cuda",), LARGE_DTYPES, missing_triton),
+        "triton": Backend(
+            triton_launcher("flow_step", "flow_logp_backward"),
+            ("cuda",),
+            LARGE_DTYPES,
+            missing_triton,
+        ),
         "cuda": Backend(flow_logp_backward_cuda, ("cuda",), LARGE_DTYPES, missing_cuda),
     },
     _DEFAULT,
 )
 
-torch.library.define(
-    "qirl::flow_logp",
-    "(Tensor x, Tensor x_next, Tensor v, Tensor a, Tensor c, Tensor w, Tensor b, Tensor? delta,"
-    " str backend) -> Tensor",
-)
-torch.library.define(
-    "qirl::flow_logp_backward",
-    "(Tensor grad, Tensor x, Tensor x_next, Tensor v, Tensor a, Tensor c, Tensor w, Tensor? delta,"
-    " bool want_dx, bool want_dv, str backend) -> (Tensor, Tensor)",
-)
 
-
-@torch.library.impl("qirl::flow_logp", ("cpu", "cuda"))
-def _flow_logp_impl(x: Tensor, x_next: Tensor, v: Tensor, *rest: Any) -> Any:
-    *others, delta, backend = rest
-    return OP.choose_for(backend, x, v, delta).run(x, x_next, v, *others, delta)
-
-
-@torch.library.impl("qirl::flow_logp_backward", ("cpu", "cuda"))
-def _flow_logp_backward_impl(grad: Tensor, x: Tensor, x_next: Tensor, v: Tensor, *rest: Any) -> Any:
-    *others, delta, want_dx, want_dv, backend = rest
-    chosen = OP_BACKWARD.choose_for(backend, x, v, delta)
-    return chosen.run(grad, x, x_next, v, *others, delta, want_dx, want_dv)
-
-
-@torch.library.register_fake("qirl::flow_logp")
-def _flow_logp_fake(x: Tensor, *_: object) -> Tensor:
+def _fake(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape[:1], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-@torch.library.register_fake("qirl::flow_logp_backward")
-def _flow_logp_backward_fake(
+def _backward_fake(
     grad: Tensor, x: Tensor, x_next: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    want_dx, want_dv = rest[-3:-1]
+    want_dx, want_dv = rest[-2:]
     return x.new_empty(x.shape if want_dx else 0), v.new_empty(v.shape if want_dv else 0)
 
 
-_flow_logp = torch.ops.qirl.flow_logp.default
-_flow_logp_backward = torch.ops.qirl.flow_logp_backward.default
+_flow_logp = OP.register(
+    "(Tensor x, Tensor x_next, Tensor v, Tensor a, Tensor c, Tensor w, Tensor b, Tensor? delta)"
+    " -> Tensor",
+    _fake,
+    large=(0, 2, 7),
+)
+_flow_logp_backward = OP_BACKWARD.register(
+    "(Tensor grad, Tensor x, Tensor x_next, Tensor v, Tensor a, Tensor c, Tensor w, Tensor? delta,"
+    " bool want_dx, bool want_dv) -> (Tensor, Tensor)",
+    _backward_fake,
+    large=(1, 3, 7),
+)
 
 
 class _FlowLogp(torch.autograd.Function):

@@ -22,8 +22,6 @@ Generator and which scores x' before it is rounded to storage.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -39,9 +37,10 @@ from qirl_fast.ops._checks import (
     row_sizes,
     rows_of,
 )
-from qirl_fast.ops._flow_cuda import flow_step_cuda, missing_cuda
-from qirl_fast.ops._flow_triton import flow_step_triton, missing_triton
+from qirl_fast.ops._cuda import missing_cuda
+from qirl_fast.ops._flow_cuda import flow_step_cuda
 from qirl_fast.ops._noise import reference_noise
+from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 
 
@@ -114,32 +113,26 @@ OP = Op(
     {
         "reference": Backend(flow_step_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
         "cpu": Backend(flow_step_cpu, ("cpu",), LARGE_DTYPES),
-        "triton": Backend(flow_step_triton, ("cuda",), LARGE_DTYPES, missing_triton),
+        "triton": Backend(
+            triton_launcher("flow_step", "flow_step"), ("cuda",), LARGE_DTYPES, missing_triton
+        ),
         "cuda": Backend(flow_step_cuda, ("cuda",), LARGE_DTYPES, missing_cuda),
     },
     default={"cpu": "cpu", "cuda": "reference"},
 )
 
-torch.library.define(
-    "qirl::flow_step",
-    "(Tensor x, Tensor v, Tensor a, Tensor c, Tensor s, Tensor w, Tensor b, Tensor seed,"
-    " SymInt offset, Tensor? delta, str backend) -> (Tensor, Tensor)",
-)
 
-
-@torch.library.impl("qirl::flow_step", ("cpu", "cuda"))
-def _flow_step_impl(x: Tensor, v: Tensor, *rest: Any) -> Any:
-    *others, delta, backend = rest
-    return OP.choose_for(backend, x, v, delta).run(x, v, *others, delta)
-
-
-@torch.library.register_fake("qirl::flow_step")
-def _flow_step_fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     return x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=wide)
 
 
-_flow_step = torch.ops.qirl.flow_step.default
+_flow_step = OP.register(
+    "(Tensor x, Tensor v, Tensor a, Tensor c, Tensor s, Tensor w, Tensor b, Tensor seed,"
+    " SymInt offset, Tensor? delta) -> (Tensor, Tensor)",
+    _fake,
+    large=(0, 1, 9),
+)
 
 
 # ---- public -------------------------------------------------------------------------------------

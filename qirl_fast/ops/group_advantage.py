@@ -178,55 +178,13 @@ OP = Op(
     {"cpu": "cpu", "cuda": "reference"},
 )
 
-torch.library.define(
-    "qirl::group_advantage",
+
+_group_advantage = OP.register(
     "(Tensor rewards, Tensor group, Tensor weights, Tensor valid, SymInt num_groups, str mode,"
-    " str std, int ddof, float eps, float std_floor, float clamp, float min_range, str backend)"
+    " str std, int ddof, float eps, float std_floor, float clamp, float min_range)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda rewards, group, weights, valid, num_groups, *_: _empty_outputs(rewards, num_groups),
 )
-
-
-@torch.library.impl("qirl::group_advantage", ("cpu", "cuda"))
-def _group_advantage_impl(
-    rewards: Tensor,
-    group: Tensor,
-    weights: Tensor,
-    valid: Tensor,
-    num_groups: int,
-    mode: str,
-    std: str,
-    ddof: int,
-    eps: float,
-    std_floor: float,
-    clamp: float,
-    min_range: float,
-    backend: str,
-) -> _Outputs:
-    chosen = OP.choose(backend, rewards.device, rewards.dtype)
-    numbers = (ddof, eps, std_floor, clamp, min_range)
-    return chosen.run(rewards, group, weights, valid, num_groups, mode, std, *numbers)
-
-
-@torch.library.register_fake("qirl::group_advantage")
-def _group_advantage_fake(
-    rewards: Tensor,
-    group: Tensor,
-    weights: Tensor,
-    valid: Tensor,
-    num_groups: int,
-    mode: str,
-    std: str,
-    ddof: int,
-    eps: float,
-    std_floor: float,
-    clamp: float,
-    min_range: float,
-    backend: str,
-) -> _Outputs:
-    return _empty_outputs(rewards, num_groups)
-
-
-_group_advantage = torch.ops.qirl.group_advantage.default
 
 
 # ---- public -------------------------------------------------------------------------------------

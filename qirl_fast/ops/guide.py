@@ -137,41 +137,23 @@ OP_BACKWARD = Op(
     _DEFAULT,
 )
 
-torch.library.define(
-    "qirl::guide",
-    "(Tensor v_cond, Tensor v_uncond, Tensor scale_B, bool rescale, str backend) -> Tensor",
-)
-torch.library.define(
-    "qirl::guide_backward",
-    "(Tensor grad, Tensor v_cond, Tensor v_uncond, Tensor scale_B, bool rescale, str backend)"
-    " -> (Tensor, Tensor)",
-)
 
-
-@torch.library.impl("qirl::guide", ("cpu", "cuda"))
-def _guide_impl(v_cond: Tensor, *rest: Any) -> Any:
-    *others, backend = rest
-    return OP.choose_for(backend, v_cond).run(v_cond, *others)
-
-
-@torch.library.impl("qirl::guide_backward", ("cpu", "cuda"))
-def _guide_backward_impl(grad: Tensor, *rest: Any) -> Any:
-    *others, backend = rest
-    return OP_BACKWARD.choose_for(backend, grad).run(grad, *others)
-
-
-@torch.library.register_fake("qirl::guide")
-def _guide_fake(v_cond: Tensor, *_: object) -> Tensor:
+def _fake(v_cond: Tensor, *_: object) -> Tensor:
     return v_cond.new_empty(v_cond.shape)
 
 
-@torch.library.register_fake("qirl::guide_backward")
-def _guide_backward_fake(grad: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _backward_fake(grad: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return grad.new_empty(grad.shape), grad.new_empty(grad.shape)
 
 
-_guide = torch.ops.qirl.guide.default
-_guide_backward = torch.ops.qirl.guide_backward.default
+_guide = OP.register(
+    "(Tensor v_cond, Tensor v_uncond, Tensor scale_B, bool rescale) -> Tensor", _fake
+)
+_guide_backward = OP_BACKWARD.register(
+    "(Tensor grad, Tensor v_cond, Tensor v_uncond, Tensor scale_B, bool rescale)"
+    " -> (Tensor, Tensor)",
+    _backward_fake,
+)
 
 
 class _Guide(torch.autograd.Function):

@@ -100,39 +100,12 @@ OP = Op(
     {"cpu": "cpu", "cuda": "reference"},
 )
 
-torch.library.define(
-    "qirl::policy_loss",
-    "(Tensor logp, Tensor logp_old, Tensor advantage, float clip_low, float clip_high, str backend)"
+
+_policy_loss = OP.register(
+    "(Tensor logp, Tensor logp_old, Tensor advantage, float clip_low, float clip_high)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda logp, *_: _empty_outputs(logp),
 )
-
-
-@torch.library.impl("qirl::policy_loss", ("cpu", "cuda"))
-def _policy_loss_impl(
-    logp: Tensor,
-    logp_old: Tensor,
-    advantage: Tensor,
-    clip_low: float,
-    clip_high: float,
-    backend: str,
-) -> _Outputs:
-    chosen = OP.choose(backend, logp.device, logp.dtype)
-    return chosen.run(logp, logp_old, advantage, clip_low, clip_high)
-
-
-@torch.library.register_fake("qirl::policy_loss")
-def _policy_loss_fake(
-    logp: Tensor,
-    logp_old: Tensor,
-    advantage: Tensor,
-    clip_low: float,
-    clip_high: float,
-    backend: str,
-) -> _Outputs:
-    return _empty_outputs(logp)
-
-
-_policy_loss = torch.ops.qirl.policy_loss.default
 
 
 class _PolicyLoss(torch.autograd.Function):

@@ -44,11 +44,11 @@ void flow_logp_backward(uintptr_t grad_B, const Rows& x, const Rows& x_next, con
   run_kernel(flow_logp_backward_kernels, &args, flow_tasks(rows, row_size), kFlowGrain, threads);
 }
 
-}  // namespace
-
-void bind_flow_logp(py::module_& m) {
+const Binding binding([](py::module_& m) {
   m.def("flow_logp", &flow_logp);
   m.def("flow_logp_backward", &flow_logp_backward);
-}
+});
+
+}  // namespace
 
 }  // namespace qirl

@@ -69,8 +69,8 @@ void flow_step(
   finish_log_prob(args, as_pointer<float>(b), as_pointer<float>(logp_B), rows);
 }
 
-}  // namespace
+const Binding binding([](py::module_& m) { m.def("flow_step", &flow_step); });
 
-void bind_flow_step(py::module_& m) { m.def("flow_step", &flow_step); }
+}  // namespace
 
 }  // namespace qirl

@@ -50,8 +50,8 @@ void forward(uintptr_t rewards_NK, uintptr_t group_N, uintptr_t weights_NK, uint
   run_kernel(group_advantage_kernels, &a, 1, 1, 1);
 }
 
-}  // namespace
+const Binding binding([](py::module_& m) { m.def("group_advantage", &forward); });
 
-void bind_group_advantage(py::module_& m) { m.def("group_advantage", &forward); }
+}  // namespace
 
 }  // namespace qirl

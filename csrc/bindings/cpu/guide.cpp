@@ -51,11 +51,11 @@ void backward(const Rows& dy, const Rows& c, const Rows& u, uintptr_t scale_B, u
   run(guide_backward_kernels, a, rows, threads);
 }
 
-}  // namespace
-
-void bind_guide(py::module_& m) {
+const Binding binding([](py::module_& m) {
   m.def("guide", &forward);
   m.def("guide_backward", &backward);
-}
+});
+
+}  // namespace
 
 }  // namespace qirl

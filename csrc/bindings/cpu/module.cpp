@@ -55,11 +55,7 @@ PYBIND11_MODULE(_cpu, m) {
       "Forces one by name; ValueError when it cannot run here.");
   m.def("unforce_isa", [] { force_isa(nullptr); }, "Back to the best supported one.");
 
-  bind_flow_step(m);
-  bind_flow_logp(m);
-  bind_guide(m);
-  bind_group_advantage(m);
-  bind_policy_loss(m);
+  Binding::bind_all(m);
 
   const char* asked = std::getenv("QIRL_CPU_ISA");
   if (asked != nullptr && *asked != '\0') force_isa_or_throw(asked, "QIRL_CPU_ISA");

@@ -25,8 +25,8 @@ void forward(uintptr_t logp_B, uintptr_t logp_old_B, uintptr_t advantage_B, uint
   run_kernel(policy_loss_kernels, &a, 1, 1, 1);
 }
 
-}  // namespace
+const Binding binding([](py::module_& m) { m.def("policy_loss", &forward); });
 
-void bind_policy_loss(py::module_& m) { m.def("policy_loss", &forward); }
+}  // namespace
 
 }  // namespace qirl

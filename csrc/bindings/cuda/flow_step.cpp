@@ -75,12 +75,12 @@ void logp_backward(uintptr_t grad_B, const Rows& x, const Rows& x_next, const Ro
   check("flow_logp_backward", flow_logp_backward(args, as_pointer(stream)));
 }
 
-}  // namespace
-
-void bind_flow_step(py::module_& m) {
+const Binding binding([](py::module_& m) {
   m.def("flow_step", &step);
   m.def("flow_logp", &logp);
   m.def("flow_logp_backward", &logp_backward);
-}
+});
+
+}  // namespace
 
 }  // namespace qirl::cuda
