@@ -255,7 +255,7 @@ _SIZES = {"size": "i64", "blocks": "i32"}
 
 
 def _case(dtype: str, replay: bool, delta: bool, registers: int) -> Case:
-    large = {name: f"*{dtype}" for name in ("x_ptr", "v_ptr", "delta_ptr", "x_next_ptr")}
+    large = dict.fromkeys(("x_ptr", "v_ptr", "delta_ptr", "x_next_ptr"), f"*{dtype}")
     rest = {"s_ptr": "*fp32", "seed_ptr": "*i64", "sums_ptr": "*fp32", "offset": "i64"}
     return Case(
         flow_kernel,
@@ -271,7 +271,7 @@ def _backward_case(dtype: str, registers: int) -> Case:
     large = ("x_ptr", "v_ptr", "delta_ptr", "x_next_ptr", "dx_ptr", "dv_ptr")
     return Case(
         backward_kernel,
-        {**{name: f"*{dtype}" for name in large}, **_POINTERS, "slope_ptr": "*fp32", **_SIZES},
+        {**dict.fromkeys(large, f"*{dtype}"), **_POINTERS, "slope_ptr": "*fp32", **_SIZES},
         {"HAS_DELTA": True, "WANT_DX": True, "WANT_DV": True, "BLOCK": BLOCK},
         WARPS,
         registers,
