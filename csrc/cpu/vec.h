@@ -131,6 +131,31 @@ QIRL_HD F square_root(F value) {
 #endif
 }
 
+// The smaller (larger) of the two, or x where it is NaN.
+QIRL_HD F at_most(F x, F limit) {
+#if QIRL_ISA_LEVEL == 2
+  return (F)_mm512_min_ps((__m512)limit, (__m512)x);
+#elif QIRL_ISA_LEVEL == 1
+  return (F)_mm256_min_ps((__m256)limit, (__m256)x);
+#elif defined(__SSE4_1__)
+  return (F)_mm_min_ps((__m128)limit, (__m128)x);
+#else
+  return x > limit ? limit : x;
+#endif
+}
+
+QIRL_HD F at_least(F x, F limit) {
+#if QIRL_ISA_LEVEL == 2
+  return (F)_mm512_max_ps((__m512)limit, (__m512)x);
+#elif QIRL_ISA_LEVEL == 1
+  return (F)_mm256_max_ps((__m256)limit, (__m256)x);
+#elif defined(__SSE4_1__)
+  return (F)_mm_max_ps((__m128)limit, (__m128)x);
+#else
+  return x < limit ? limit : x;
+#endif
+}
+
 // Low and high halves of the 64-bit products a * m.
 QIRL_HD void multiply_wide(U a, uint32_t m, U& high, U& low) {
 #if QIRL_ISA_LEVEL == 2
@@ -213,6 +238,8 @@ struct Ops {
     QIRL_ISA::multiply_wide(a, m, high, low);
   }
   QIRL_HD F to_float(I value) { return __builtin_convertvector(value, F); }
+  QIRL_HD F at_most(F x, float limit) { return QIRL_ISA::at_most(x, splat(limit)); }
+  QIRL_HD F at_least(F x, float limit) { return QIRL_ISA::at_least(x, splat(limit)); }
   QIRL_HD F square_root(F value) { return QIRL_ISA::square_root(value); }
   QIRL_HD U bits(F value) { return (U)value; }
   QIRL_HD F from_bits(U value) { return (F)value; }

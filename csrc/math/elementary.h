@@ -6,7 +6,8 @@
 // negative is NaN.
 //
 // Polynomials are minimax fits made for these ranges (rel. error below 0.1 ulp). V names the vector
-// (or scalar) operations, as in philox.h: cpu/vec.h's Ops, or ScalarOps below.
+// (or scalar) operations, as in philox.h, and at_most, at_least (x itself where it is NaN):
+// cpu/vec.h's Ops, or ScalarOps below.
 #pragma once
 
 #include <string.h>
@@ -26,6 +27,8 @@ struct ScalarOps {
     low = (U)product;
   }
   QIRL_HD F to_float(I value) { return (F)value; }
+  QIRL_HD F at_most(F x, float limit) { return x > limit ? limit : x; }
+  QIRL_HD F at_least(F x, float limit) { return x < limit ? limit : x; }
   QIRL_HD F square_root(F value) {
 #if defined(__CUDA_ARCH__)
     return __fsqrt_rn(value);
@@ -69,26 +72,15 @@ QIRL_HD typename V::F magnitude(typename V::F x) {
   return V::from_bits(V::bits(x) & 0x7fffffffu);
 }
 
-// The smaller, or x where it is NaN.
+// For x in [-104.5, 89] or NaN. exp(x) = 2^n exp(r), n = x / ln 2 to the nearest, |r| <= ln 2 / 2,
+// exp(r) = 1 + r + r^2 P(r). 2^n is applied in two steps, so that a denormal result is rounded
+// once.
 template <class V>
-QIRL_HD typename V::F at_most(typename V::F x, float limit) {
-  return choose(x > limit, constant<V>(limit), x);
-}
-
-template <class V>
-QIRL_HD typename V::F at_least(typename V::F x, float limit) {
-  return choose(x < limit, constant<V>(limit), x);
-}
-
-// exp(x) = 2^n exp(r), n = x / ln 2 to the nearest, |r| <= ln 2 / 2, exp(r) = 1 + r + r^2 P(r).
-// 2^n is applied in two steps, so that a denormal result is rounded once.
-template <class V>
-QIRL_HD typename V::F exponential(typename V::F x) {
+QIRL_HD typename V::F exponential_in_range(typename V::F x) {
   using F = typename V::F;
   using I = typename V::I;
   using U = typename V::U;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  x = at_least<V>(at_most<V>(x, 89.0f), -104.5f);
   const F shifted = x * 1.44269504f + kRound;
   const F n = shifted - kRound;
   // ln 2 = 0.693359375 - 2.1219444e-4. `high` is exact; what rounding r loses enters r^2 P alone,
@@ -106,6 +98,17 @@ QIRL_HD typename V::F exponential(typename V::F x) {
   const F first = V::from_bits((U)((half + 127) << 23));
   const F second = V::from_bits((U)((power - half + 127) << 23));
   return (p * first) * second;
+}
+
+template <class V>
+QIRL_HD typename V::F exponential(typename V::F x) {
+  return exponential_in_range<V>(V::at_least(V::at_most(x, 89.0f), -104.5f));
+}
+
+// exp(-|x|)
+template <class V>
+QIRL_HD typename V::F exponential_decay(typename V::F x) {
+  return exponential_in_range<V>(V::at_least(-magnitude<V>(x), -104.5f));
 }
 
 // ln(x): x = 2^e (1 + t), 1 + t in [sqrt(1/2), sqrt(2)); ln(1 + t) = t - t^2/2 + t^3 P(t).
@@ -141,24 +144,25 @@ QIRL_HD typename V::F logarithm(typename V::F x) {
 template <class V>
 QIRL_HD typename V::F sigmoid(typename V::F x) {
   using F = typename V::F;
-  const F e = exponential<V>(-magnitude<V>(x));
+  const F e = exponential_decay<V>(x);
   const F sum = 1.0f + e, lost = e - (sum - 1.0f);
   const F y = choose(x < 0.0f, e, constant<V>(1.0f)) / sum;
   return y - (y * lost) / sum;
 }
 
-// sigmoid(x) and 1 - sigmoid(x) from one division, within 3 ulp: the second without cancellation.
+// 2^x for -125 <= x <= 125, within 3 ulp: half the operations of exponential(), for sums of the
+// kind 1 + 2^x in activations. NaN gives any value: the caller multiplies by its NaN.
 template <class V>
-struct SigmoidPair {
-  typename V::F value, complement;
-};
-
-template <class V>
-QIRL_HD SigmoidPair<V> sigmoid_pair(typename V::F x) {
+QIRL_HD typename V::F power_of_two(typename V::F x) {
   using F = typename V::F;
-  const F e = exponential<V>(-magnitude<V>(x));
-  const F p = 1.0f / (1.0f + e), q = e * p;
-  return {choose(x < 0.0f, q, p), choose(x < 0.0f, p, q)};
+  using U = typename V::U;
+  constexpr float kRound = 12582912.0f;
+  const F shifted = x + kRound;
+  const F r = x - (shifted - kRound);  // exact, |r| <= 1/2
+  const F r2 = r * r;
+  const F p = (r * 0.00132740685f + 0.00967149716f) * r2 + (r * 0.055507008f + 0.240222424f);
+  const F y = p * r2 + (r * 0.693147004f + 1.0f);
+  return V::from_bits(V::bits(y) + (U)(V::bits(shifted) << 23));  // the integer is in the low bits
 }
 
 // |x| < 0.55: x + x^3 P(x^2); beyond: sign(x) (1 - e) / (1 + e) with e = exp(-2 |x|).
@@ -171,7 +175,7 @@ QIRL_HD typename V::F hyperbolic_tangent(typename V::F x) {
   p = p * z + 0.133325562f;
   p = p * z - 0.333333164f;
   const F near = a + (a * z) * p;
-  const F e = exponential<V>(a * -2.0f);
+  const F e = exponential_decay<V>(a + a);
   const F far = (1.0f - e) / (1.0f + e);
   const F y = choose(a < 0.55f, near, far);
   return V::from_bits(V::bits(y) | (V::bits(x) & 0x80000000u));
