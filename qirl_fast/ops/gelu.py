@@ -10,8 +10,8 @@ Dtypes: float32 or bfloat16; computed in float32 and rounded once. The gradient 
 Backward recomputes everything from x: nothing else is saved.
 Source: Hendrycks and Gimpel, arXiv 1606.08415; equals torch.nn.functional.gelu(x,
 approximate="tanh") and diffusers' gelu-approximate. Differs: the left tail keeps its relative
-accuracy (PyTorch's 1 + tanh cancels below x = -3) down to -9.9; below, where |y| < 2e-36, y stays at
-its value there, for -inf too (NaN in PyTorch), and no finite x gives a non-finite gradient.
+accuracy (PyTorch's 1 + tanh cancels below x = -3) down to -9.9; below, where |y| < 2e-36, y stays
+at its value there, for -inf too (NaN in PyTorch), and no finite x gives a non-finite gradient.
 """
 
 from __future__ import annotations
