@@ -106,6 +106,19 @@ QIRL_HD void store(bf16* p, F value, bool stream) {
 #endif
 }
 
+// The low byte of each lane; the lanes hold values below 256.
+QIRL_HD void store_bytes(uint8_t* p, U value) {
+#if QIRL_ISA_LEVEL == 2
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)value));
+#elif QIRL_ISA_LEVEL == 1
+  const __m256i words = _mm256_packus_epi32((__m256i)value, (__m256i)value);
+  const __m128i eight = _mm256_castsi256_si128(_mm256_permute4x64_epi64(words, 0x08));
+  _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(eight, eight));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = (uint8_t)value[i];
+#endif
+}
+
 // Largest alignment a streamed store can ask for.
 constexpr uintptr_t kStreamAlign = 64;
 
@@ -271,6 +284,11 @@ QIRL_HD void store_n(T* p, F value, int n, bool stream) {
   T padded[kLanes];
   store(padded, value, false);
   for (int i = 0; i < n; ++i) p[i] = padded[i];
+}
+
+QIRL_HD void store_bytes_n(uint8_t* p, U value, int n) {
+  if (n == kLanes) return store_bytes(p, value);
+  for (int i = 0; i < n; ++i) p[i] = (uint8_t)value[i];
 }
 
 // body(i, n) for each vector of a span: its first index and how many lanes are in use.

@@ -114,5 +114,10 @@ def matrices(*tensors: Tensor) -> list[Tensor]:
     """
     if all(t.is_contiguous() for t in tensors):
         return [t.reshape(1, -1) for t in tensors]
-    views = [t.reshape(-1, t.shape[-1]) for t in tensors]
-    return [v if v.stride(1) == 1 or v.shape[1] == 1 else v.contiguous() for v in views]
+    return [matrix(t) for t in tensors]
+
+
+def matrix(x: Tensor) -> Tensor:
+    """x [..., K] as [rows, K] with dense rows; copied where it must be."""
+    view = x.reshape(-1, x.shape[-1])
+    return view if view.stride(1) == 1 or view.shape[1] == 1 else view.contiguous()
