@@ -3,6 +3,7 @@
 from qirl_fast.ops.dispatch import BackendError, use_backend
 from qirl_fast.ops.flow_logp import flow_logp
 from qirl_fast.ops.flow_step import flow_step
+from qirl_fast.ops.fp8_linear import fp8_linear
 from qirl_fast.ops.fp8_quantize import fp8_quantize
 from qirl_fast.ops.gelu import gelu
 from qirl_fast.ops.group_advantage import GroupAdvantage, group_advantage
@@ -16,6 +17,7 @@ __all__ = [
     "PolicyLoss",
     "flow_logp",
     "flow_step",
+    "fp8_linear",
     "fp8_quantize",
     "gelu",
     "group_advantage",
