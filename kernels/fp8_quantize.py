@@ -10,9 +10,12 @@ import torch
 import triton
 import triton.language as tl
 
+from qirl_fast.kernels.budget import Case
+
 LARGEST = {False: 448.0, True: 57344.0}  # by e5m2
 SPAN = 128  # elements of a block
 ONE_PASS = 16384  # rows up to this width stay in registers between scale and conversion
+SPANS = 16  # blocks a program takes
 TILE = 64  # rows and columns of a tile of the transposing kernel
 
 
@@ -89,7 +92,7 @@ def rows_kernel(
             scale = tl.load(scale_ptr)
         else:
             most = tl.zeros((BLOCK,), tl.float32)
-            start = 0
+            start = width * 0
             while start < width:
                 at = start + i
                 x = tl.load(x_ptr + at, mask=at < width, other=0.0).to(tl.float32)
@@ -98,7 +101,7 @@ def rows_kernel(
             scale = _scale(tl.max(most), E5M2)
             tl.store(scale_ptr + row, scale)
         inverse = _inverse(scale)
-        start = 0
+        start = width * 0
         while start < width:
             at = start + i
             x = tl.load(x_ptr + at, mask=at < width, other=0.0).to(tl.float32)
@@ -137,7 +140,7 @@ def amax_kernel(x_ptr, amax_ptr, x_stride, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     most = tl.zeros((BLOCK,), tl.float32)
-    start = 0
+    start = width * 0
     while start < width:
         at = start + i
         x = tl.load(x_ptr + row * x_stride + at, mask=at < width, other=0.0).to(tl.float32)
@@ -231,9 +234,8 @@ def fp8_quantize(x, granularity, e5m2, transpose):
         given = {"GIVEN": whole, "TILE": TILE, "num_warps": 4}
         columns_kernel[grid](x, codes, scale, stride, rows, width, unit, **given, **fixed)
     elif granularity == "block":
-        count = 16
-        chunks = triton.cdiv(units, count)
-        sizes = {"SPAN": SPAN, "COUNT": count, "num_warps": 4}
+        chunks = triton.cdiv(units, SPANS)
+        sizes = {"SPAN": SPAN, "COUNT": SPANS, "num_warps": 4}
         grid = (rows * chunks,)
         spans_kernel[grid](x, codes, scale, stride, width, units, chunks, **sizes, **fixed)
     else:
@@ -241,3 +243,34 @@ def fp8_quantize(x, granularity, e5m2, transpose):
         sizes = {"GIVEN": whole, "ONE": width <= block, "BLOCK": block, "num_warps": warps}
         rows_kernel[(rows,)](x, codes, scale, stride, width, **sizes, **fixed)
     return q, scale
+
+
+# ---- budget -------------------------------------------------------------------------------------
+def _case(kernel, dtype, sizes, constexprs, num_warps, **limits):
+    pointers = {"x_ptr": f"*{dtype}", "q_ptr": "*u8", "scale_ptr": "*fp32", "amax_ptr": "*fp32"}
+    arguments = {n: t for n, t in pointers.items() if n in kernel.arg_names}
+    signature = {**arguments, "x_stride": "i64", **dict.fromkeys(sizes, "i32")}
+    divisible = (*arguments, "x_stride", *(n for n in sizes if n in ("width", "rows", "unit")))
+    return Case(kernel, signature, constexprs, num_warps, divisible=divisible, **limits)
+
+
+def _cases(dtype, e5m2):
+    fp8 = {"E5M2": e5m2}
+    block, warps = row_config(3072)
+    row = {**fp8, "ONE": True, "BLOCK": block}
+    long_row = {**fp8, "ONE": False, "GIVEN": False, "BLOCK": ONE_PASS}
+    spans = {**fp8, "SPAN": SPAN, "COUNT": SPANS}
+    tile = {**fp8, "TILE": TILE}
+    sizes = ("rows", "width", "unit")
+    return [
+        _case(rows_kernel, dtype, ("width",), {**row, "GIVEN": False}, warps, registers=96),
+        _case(rows_kernel, dtype, ("width",), {**row, "GIVEN": True}, warps, registers=96),
+        _case(rows_kernel, dtype, ("width",), long_row, 16, registers=128),
+        _case(spans_kernel, dtype, ("width", "spans", "chunks"), spans, 4, registers=96, narrow=1),
+        _case(amax_kernel, dtype, ("width",), {"BLOCK": block}, warps, registers=96),
+        _case(columns_kernel, dtype, sizes, {**tile, "GIVEN": False}, 4, registers=128, narrow=4),
+        _case(columns_kernel, dtype, sizes, {**tile, "GIVEN": True}, 4, registers=128, narrow=4),
+    ]
+
+
+BUDGET = [case for dtype in ("bf16", "fp32") for case in _cases(dtype, e5m2=dtype == "fp32")]

@@ -6,6 +6,8 @@ exp and division are Triton's approximate ones (2 ulp): close to the C++ kernels
 import triton
 import triton.language as tl
 
+from qirl_fast.kernels.budget import Case
+
 BLOCK = 2048
 WARPS = 4
 
@@ -92,3 +94,26 @@ def gelu_backward(grad, x):
         enable_fp_fusion=False,
     )
     return dx
+
+
+# ---- budget -------------------------------------------------------------------------------------
+def _case(kernel, dtype, pointers, strides):
+    sizes = dict.fromkeys((*strides, "width"), "i64")
+    return Case(
+        kernel,
+        {**dict.fromkeys(pointers, f"*{dtype}"), **sizes, "blocks": "i32"},
+        {"BLOCK": BLOCK},
+        WARPS,
+        registers=48,
+        divisible=(*pointers, *sizes),
+    )
+
+
+BUDGET = [
+    _case(kernel, dtype, pointers, strides)
+    for dtype in ("bf16", "fp32")
+    for kernel, pointers, strides in (
+        (forward_kernel, ("x_ptr", "y_ptr"), ("x_stride",)),
+        (backward_kernel, ("dy_ptr", "x_ptr", "dx_ptr"), ("dy_stride", "x_stride")),
+    )
+]

@@ -6,6 +6,8 @@ exp and division are Triton's approximate ones (2 ulp): close to the C++ kernels
 import triton
 import triton.language as tl
 
+from qirl_fast.kernels.budget import Case
+
 BLOCK = 2048
 WARPS = 4
 
@@ -114,3 +116,28 @@ def swiglu_backward(grad, gate, up):
         enable_fp_fusion=False,
     )
     return dgate, dup
+
+
+# ---- budget -------------------------------------------------------------------------------------
+def _case(kernel, dtype, pointers, strides):
+    sizes = dict.fromkeys((*strides, "width"), "i64")
+    return Case(
+        kernel,
+        {**dict.fromkeys(pointers, f"*{dtype}"), **sizes, "blocks": "i32"},
+        {"BLOCK": BLOCK},
+        WARPS,
+        registers=64,
+        divisible=(*pointers, *sizes),
+    )
+
+
+_FORWARD = ("gate_ptr", "up_ptr", "y_ptr"), ("gate_stride", "up_stride")
+_BACKWARD = (
+    ("dy_ptr", "gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr"),
+    ("dy_stride", "gate_stride", "up_stride"),
+)
+BUDGET = [
+    _case(kernel, dtype, *arguments)
+    for dtype in ("bf16", "fp32")
+    for kernel, arguments in ((forward_kernel, _FORWARD), (backward_kernel, _BACKWARD))
+]

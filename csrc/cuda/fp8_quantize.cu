@@ -83,9 +83,11 @@ __global__ void __launch_bounds__(kThreads) whole_scale_kernel(Fp8Args args) {
   if (threadIdx.x == 0) args.scale[0] = scale_of<Format>(most);
 }
 
-// The first kChunk elements stay in registers between the scale and the conversion.
+// The first kChunk elements stay in registers between the scale and the conversion. Told that three
+// CTAs a multiprocessor will do, ptxas takes the registers for that on sm_80 too, where it spills
+// otherwise.
 template <class Format, class T, bool kWhole>
-__global__ void __launch_bounds__(kThreads) rows_kernel(Fp8Args args) {
+__global__ void __launch_bounds__(kThreads, 3) rows_kernel(Fp8Args args) {
   const int64_t row = blockIdx.x, start = (int64_t)threadIdx.x * kPerThread;
   const T* x = (const T*)args.x + row * args.x_stride;
   uint8_t* q = args.q + row * args.width;
