@@ -13,7 +13,7 @@
 #endif
 
 #if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
+#include <sanitizer/asan_interface.h>
 #define QIRL_START_SWITCH(...) __sanitizer_start_switch_fiber(__VA_ARGS__)
 #define QIRL_FINISH_SWITCH(...) __sanitizer_finish_switch_fiber(__VA_ARGS__)
 #else
@@ -110,6 +110,9 @@ Fiber::Fiber(void (*run)()) : run_(run) {
 
 Fiber::~Fiber() {
   const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(stack_, kStackBytes);  // frames of a thread that was abandoned
+#endif
   munmap((char*)stack_ - page, kStackBytes + page);
 }
 
