@@ -8,7 +8,9 @@
 #include <cstdio>
 #include <cstdlib>
 
-#if !defined(__x86_64__)
+#if defined(__x86_64__) && !defined(QIRL_UCONTEXT)
+#define QIRL_SWITCH_BY_HAND 1
+#else
 #include <ucontext.h>
 #endif
 
@@ -34,7 +36,7 @@ Fiber* entered = nullptr;  // the one that runs, or is being started
 
 }  // namespace
 
-#if defined(__x86_64__)
+#if defined(QIRL_SWITCH_BY_HAND)
 // Saves the callee-saved registers and the stack pointer into *save, continues where `sp` was
 // saved.
 extern "C" void qirl_switch_stack(void** save, void* sp);
@@ -73,6 +75,7 @@ void* first_sp(void* stack, void (*main)()) {
 }
 
 void switch_stack(void** save, void* sp) { qirl_switch_stack(save, sp); }
+void forget(void*) {}
 
 }  // namespace
 #else
@@ -93,6 +96,8 @@ void switch_stack(void** save, void* sp) {
   swapcontext((ucontext_t*)*save, (ucontext_t*)sp);
 }
 
+void forget(void* sp) { delete (ucontext_t*)sp; }
+
 }  // namespace
 #endif
 
@@ -109,6 +114,8 @@ Fiber::Fiber(void (*run)()) : run_(run) {
 }
 
 Fiber::~Fiber() {
+  forget(sp_);
+  forget(caller_sp_);
   const size_t page = (size_t)sysconf(_SC_PAGESIZE);
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(stack_, kStackBytes);  // frames of a thread that was abandoned
