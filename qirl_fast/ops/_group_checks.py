@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qirl_fast.ops._checks import require_tensor
+
 _LARGEST = 1e60  # squares of weighted sums of numbers up to this stay finite in float64
 
 
@@ -21,6 +23,10 @@ def require_group_inputs(
     op: str, rewards: Tensor, group: Tensor, weights: Tensor, valid: Tensor | None
 ) -> None:
     """Shapes, dtypes and devices. Reads metadata only."""
+    for name, t in (("rewards", rewards), ("group", group), ("weights", weights)):
+        require_tensor(op, name, t)
+    if valid is not None:
+        require_tensor(op, "valid", valid)
     if rewards.ndim != 2 or rewards.numel() == 0:
         raise ValueError(
             f"{op}: rewards needs shape [N, K] with at least one row and one reward; got "
