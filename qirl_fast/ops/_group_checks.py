@@ -50,10 +50,10 @@ def require_group_inputs(
             f"{op}: valid must be bool of shape [{n}, {k}]; got {valid.dtype} of shape "
             f"{tuple(valid.shape)}."
         )
-    for name, t in (("group", group), ("weights", weights), ("valid", valid)):
-        if t is not None and t.device != rewards.device:
+    for name, other in (("group", group), ("weights", weights), ("valid", valid)):
+        if other is not None and other.device != rewards.device:
             raise ValueError(
-                f"{op}: {name} must be on {rewards.device}, as rewards is; got {t.device}."
+                f"{op}: {name} must be on {rewards.device}, as rewards is; got {other.device}."
             )
 
 
