@@ -6,15 +6,18 @@ from qirl_fast.ops.flow_step import flow_step
 from qirl_fast.ops.group_advantage import GroupAdvantage, group_advantage
 from qirl_fast.ops.guide import guide
 from qirl_fast.ops.policy_loss import PolicyLoss, policy_loss
+from qirl_fast.ops.qk_norm_rope import Stream, qk_norm_rope
 
 __all__ = [
     "BackendError",
     "GroupAdvantage",
     "PolicyLoss",
+    "Stream",
     "flow_logp",
     "flow_step",
     "group_advantage",
     "guide",
     "policy_loss",
+    "qk_norm_rope",
     "use_backend",
 ]
