@@ -66,112 +66,154 @@ QIRL_HD void load_rope(const QkStream& s, int64_t sample, int64_t token, int64_t
   });
 }
 
+// 1 / sqrt(mean square + eps) of up to kHeadBlock heads: one head's chain of additions, square root
+// and division is long, those of several overlap.
+constexpr int kHeadBlock = 8;
+
+template <class T>
+QIRL_HD void load_scales(const T* x, int64_t head_stride, int heads, int64_t width, float eps,
+                         float* r) {
+  for (int h = 0; h < heads; ++h) {
+    Sum16 x2;
+    for_vectors(width, [&](int64_t i, int n) {
+      const F value = load_n(x + h * head_stride + i, n);
+      x2.add(i / kLanes, value * value);
+    });
+    r[h] = qk_scale(x2.total(), (float)width, eps, scalar_sqrt);
+  }
+}
+
 template <class T, int kMax, bool kRope>
-QIRL_HD void forward_head(const T* x, T* y, int64_t width, float eps, const Channels<kMax>& w,
+QIRL_HD void forward_head(const T* x, T* y, int64_t width, float r, const Channels<kMax>& w,
                           const Channels<kMax>& cosine, const Channels<kMax>& sine, bool streamed) {
-  Channels<kMax> kept;
-  Sum16 x2;
-  for_vectors(width, [&](int64_t i, int n) {
-    const F value = load_n(x + i, n);
-    kept.at[i / kLanes] = value;
-    x2.add(i / kLanes, value * value);
-  });
-  const float r = qk_scale(x2.total(), (float)width, eps, scalar_sqrt);
   for_vectors(width, [&](int64_t i, int n) {
     const int64_t j = i / kLanes;
-    F value = qk_normed(kept.at[j], r, w.at[j]);
+    F value = qk_normed(load_n(x + i, n), r, w.at[j]);
     if (kRope) value = qk_rotated(value, swap_pairs(value), cosine.at[j], sine.at[j]);
     store_n(y + i, round_as(y, value), n, streamed);
   });
 }
 
-// dw gains the head's part of the weight gradient.
+// What the gradients of one head need besides x: dn, the gradient behind the rotation, and two
+// numbers.
+template <int kMax>
+struct HeadGrad {
+  Channels<kMax> dn;
+  float r, mean;
+};
+
 template <class T, int kMax, bool kRope>
-QIRL_HD void backward_head(const T* x, const T* dy, T* dx, int64_t width, float eps,
-                           const Channels<kMax>& w, const Channels<kMax>& cosine,
-                           const Channels<kMax>& sine, Channels<kMax>* dw, bool streamed) {
-  Channels<kMax> kept, grad;
+QIRL_HD void load_grad(const T* x, const T* dy, int64_t width, float eps, const Channels<kMax>& w,
+                       const Channels<kMax>& cosine, const Channels<kMax>& sine,
+                       HeadGrad<kMax>& grad) {
   Sum16 x2, dot;
   for_vectors(width, [&](int64_t i, int n) {
     const int64_t j = i / kLanes;
     const F value = load_n(x + i, n);
     F g = load_n(dy + i, n);
     if (kRope) g = qk_rotated(g, swap_pairs(g), cosine.at[j], sine.at[j]);
-    kept.at[j] = value;
-    grad.at[j] = g;
+    grad.dn.at[j] = g;
     x2.add(j, value * value);
     dot.add(j, (g * w.at[j]) * value);
   });
-  const float r = qk_scale(x2.total(), (float)width, eps, scalar_sqrt);
-  const float mean = qk_grad_mean(dot.total(), r, (float)width);
+  grad.r = qk_scale(x2.total(), (float)width, eps, scalar_sqrt);
+  grad.mean = qk_grad_mean(dot.total(), grad.r, (float)width);
+}
+
+// dw gains the head's part of the weight gradient.
+template <class T, int kMax>
+QIRL_HD void backward_head(const T* x, T* dx, int64_t width, const Channels<kMax>& w,
+                           const HeadGrad<kMax>& grad, Channels<kMax>* dw, bool streamed) {
   for_vectors(width, [&](int64_t i, int n) {
     const int64_t j = i / kLanes;
-    if (dw) dw->at[j] += grad.at[j] * (kept.at[j] * r);
-    const F value = qk_grad(kept.at[j], grad.at[j] * w.at[j], splat(r), splat(mean));
-    store_n(dx + i, round_as(dx, value), n, streamed);
+    const F normed = load_n(x + i, n) * grad.r, dn = grad.dn.at[j];
+    if (dw) dw->at[j] += dn * normed;
+    store_n(dx + i, round_as(dx, qk_grad(normed, dn * w.at[j], grad.r, grad.mean)), n, streamed);
   });
 }
 
 template <class T>
-QIRL_HD void copy_heads(const QkArgs& a, const Span& s, int64_t token) {
-  const T* from = head_at<T>(s.stream->in[2], s.sample, token);
-  T* to = (T*)a.out[2] + ((s.sample * a.total + s.stream->first + token) * a.heads[1]) * a.width;
-  for (int64_t h = 0; h < a.heads[1]; ++h) {
-    const T* in = from + h * s.stream->in[2].head_stride;
-    for_vectors(a.width, [&](int64_t i, int n) {
-      store_n(to + h * a.width + i, load_n(in + i, n), n, a.streamed);
-    });
+QIRL_HD void copy_heads(const QkArgs& a, const Span& s) {
+  for (int64_t token = s.begin; token < s.end; ++token) {
+    const T* from = head_at<T>(s.stream->in[2], s.sample, token);
+    T* to = (T*)a.out[2] + (s.sample * a.total + s.stream->first + token) * a.heads[1] * a.width;
+    for (int64_t h = 0; h < a.heads[1]; ++h) {
+      const T* in = from + h * s.stream->in[2].head_stride;
+      for_vectors(a.width, [&](int64_t i, int n) {
+        store_n(to + h * a.width + i, load_n(in + i, n), n, a.streamed);
+      });
+    }
   }
 }
 
+// All tokens of q, then all of k: long runs through each tensor keep the prefetchers going.
 template <class T, int kMax, bool kRope>
 void forward_span(const QkArgs& a, const Span& s, int64_t width) {
-  Channels<kMax> weight[2], cosine, sine;
-  for (int which = 0; which < 2; ++which) load_weight(*s.stream, which, width, weight[which]);
-  for (int64_t token = s.begin; token < s.end; ++token) {
-    if (kRope) load_rope(*s.stream, s.sample, token, width, 1.0f, cosine, sine);
-    const int64_t row = s.sample * a.total + s.stream->first + token;
-    for (int which = 0; which < 2; ++which) {
+  Channels<kMax> weight, cosine, sine;
+  for (int which = 0; which < 2; ++which) {
+    const int64_t heads = a.heads[which], head_stride = s.stream->in[which].head_stride;
+    load_weight(*s.stream, which, width, weight);
+    for (int64_t token = s.begin; token < s.end; ++token) {
+      if (kRope) load_rope(*s.stream, s.sample, token, width, 1.0f, cosine, sine);
+      const int64_t row = s.sample * a.total + s.stream->first + token;
       const T* x = head_at<T>(s.stream->in[which], s.sample, token);
-      T* y = (T*)a.out[which] + row * a.heads[which] * width;
-      for (int64_t h = 0; h < a.heads[which]; ++h) {
-        forward_head<T, kMax, kRope>(x + h * s.stream->in[which].head_stride, y + h * width, width,
-                                     a.eps, weight[which], cosine, sine, a.streamed);
+      T* y = (T*)a.out[which] + row * heads * width;
+      for (int64_t first = 0; first < heads; first += kHeadBlock) {
+        const int count = heads - first < kHeadBlock ? (int)(heads - first) : kHeadBlock;
+        const T* block = x + first * head_stride;
+        float r[kHeadBlock];
+        load_scales(block, head_stride, count, width, a.eps, r);
+        for (int h = 0; h < count; ++h) {
+          forward_head<T, kMax, kRope>(block + h * head_stride, y + (first + h) * width, width,
+                                       r[h], weight, cosine, sine, a.streamed);
+        }
       }
     }
-    if (a.out[2]) copy_heads<T>(a, s, token);
   }
+  if (a.out[2]) copy_heads<T>(a, s);
+}
+
+template <int kMax>
+QIRL_HD void add_channels(Channels<kMax>& to, const Channels<kMax>* from, int64_t width) {
+  for_vectors(width, [&](int64_t i, int) {
+    const int64_t j = i / kLanes;
+    to.at[j] = from ? to.at[j] + from->at[j] : F{};
+  });
 }
 
 template <class T, int kMax, bool kRope>
 void backward_span(const QkArgs& a, const Span& s, int64_t width, float* partials) {
-  Channels<kMax> weight[2], sums[2], cosine, sine;
+  Channels<kMax> weight, cosine, sine;
+  HeadGrad<kMax> grads[kHeadBlock];
+  Channels<kMax> sums, dw;  // of all tokens, of one token: short chains of additions
   for (int which = 0; which < 2; ++which) {
-    load_weight(*s.stream, which, width, weight[which]);
-    for_vectors(width, [&](int64_t i, int) { sums[which].at[i / kLanes] = F{}; });
-  }
-  for (int64_t token = s.begin; token < s.end; ++token) {
-    if (kRope) load_rope(*s.stream, s.sample, token, width, -1.0f, cosine, sine);
-    for (int which = 0; which < 2; ++which) {
-      const QkHeads &in = s.stream->in[which], &grad = a.dy[which];
-      const int64_t heads = a.heads[which];
+    const QkHeads &in = s.stream->in[which], &grad = a.dy[which];
+    const int64_t heads = a.heads[which];
+    load_weight(*s.stream, which, width, weight);
+    add_channels<kMax>(sums, nullptr, width);
+    for (int64_t token = s.begin; token < s.end; ++token) {
+      if (kRope) load_rope(*s.stream, s.sample, token, width, -1.0f, cosine, sine);
       const T* x = head_at<T>(in, s.sample, token);
       const T* dy = head_at<T>(grad, s.sample, s.stream->first + token);
       T* dx = (T*)s.stream->dx[which] + (s.sample * s.stream->length + token) * heads * width;
-      Channels<kMax> dw;  // of this token: short chains of additions
-      for_vectors(width, [&](int64_t i, int) { dw.at[i / kLanes] = F{}; });
-      for (int64_t h = 0; h < heads; ++h) {
-        backward_head<T, kMax, kRope>(x + h * in.head_stride, dy + h * grad.head_stride,
-                                      dx + h * width, width, a.eps, weight[which], cosine, sine,
-                                      partials ? &dw : nullptr, a.streamed);
+      add_channels<kMax>(dw, nullptr, width);
+      for (int64_t first = 0; first < heads; first += kHeadBlock) {
+        const int count = heads - first < kHeadBlock ? (int)(heads - first) : kHeadBlock;
+        const T *block = x + first * in.head_stride, *dy_block = dy + first * grad.head_stride;
+        for (int h = 0; h < count; ++h) {
+          load_grad<T, kMax, kRope>(block + h * in.head_stride, dy_block + h * grad.head_stride,
+                                    width, a.eps, weight, cosine, sine, grads[h]);
+        }
+        for (int h = 0; h < count; ++h) {
+          backward_head<T, kMax>(block + h * in.head_stride, dx + (first + h) * width, width,
+                                 weight, grads[h], partials ? &dw : nullptr, a.streamed);
+        }
       }
-      for_vectors(width, [&](int64_t i, int) { sums[which].at[i / kLanes] += dw.at[i / kLanes]; });
+      add_channels(sums, &dw, width);
     }
-  }
-  if (!partials) return;
-  for (int which = 0; which < 2; ++which) {
+    if (!partials) continue;
     for_vectors(width, [&](int64_t i, int n) {
-      store_n(partials + which * width + i, sums[which].at[i / kLanes], n, false);
+      store_n(partials + which * width + i, sums.at[i / kLanes], n, false);
     });
   }
 }

@@ -30,10 +30,10 @@ QIRL_HD T qk_grad_mean(T dot_dn_x, T r, T width) {
   return dot_dn_x * r / width;
 }
 
-// dx of x r given dn, its gradient.
+// dx given normed = x r and its gradient dn.
 template <class T, class S>
-QIRL_HD T qk_grad(T x, T dn, S r, S mean) {
-  return r * (dn - (x * r) * mean);
+QIRL_HD T qk_grad(T normed, T dn, S r, S mean) {
+  return r * (dn - normed * mean);
 }
 
 }  // namespace qirl
