@@ -9,12 +9,14 @@ from qirl_fast.ops.gelu import gelu
 from qirl_fast.ops.group_advantage import GroupAdvantage, group_advantage
 from qirl_fast.ops.guide import guide
 from qirl_fast.ops.policy_loss import PolicyLoss, policy_loss
+from qirl_fast.ops.qk_norm_rope import Stream, qk_norm_rope
 from qirl_fast.ops.swiglu import swiglu
 
 __all__ = [
     "BackendError",
     "GroupAdvantage",
     "PolicyLoss",
+    "Stream",
     "flow_logp",
     "flow_step",
     "fp8_linear",
@@ -23,6 +25,7 @@ __all__ = [
     "group_advantage",
     "guide",
     "policy_loss",
+    "qk_norm_rope",
     "swiglu",
     "use_backend",
 ]
