@@ -8,7 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qirl_fast.ops._checks import LARGE_DTYPES, REFERENCE_DTYPES, require_like, require_no_grad
+from qirl_fast.ops._checks import (
+    LARGE_DTYPES,
+    REFERENCE_DTYPES,
+    require_like,
+    require_no_grad,
+    require_tensor,
+)
 
 _OP = "qk_norm_rope"
 
@@ -71,8 +77,7 @@ def require_eps(eps: float) -> None:
 
 
 def _require_heads(name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise ValueError(f"{_OP}: {name} must be a tensor; got {type(x).__name__}.")
+    require_tensor(_OP, name, x)
     if x.dtype not in REFERENCE_DTYPES:
         raise ValueError(f"{_OP}: {name} must be float32 or bfloat16; got {x.dtype}.")
     if x.ndim != 4 or x.numel() == 0:
@@ -93,8 +98,7 @@ def _require_kin(name: str, t: Tensor, like_name: str, like: Tensor) -> None:
 
 
 def _require_weight(name: str, weight: Tensor, q: Tensor) -> None:
-    if not isinstance(weight, Tensor):
-        raise ValueError(f"{_OP}: {name} must be a tensor or None; got {type(weight).__name__}.")
+    require_tensor(_OP, name, weight)
     if weight.shape != q.shape[-1:]:
         raise ValueError(
             f"{_OP}: {name} needs one value a channel of a head, shape ({q.shape[-1]},); "
@@ -107,8 +111,7 @@ def _require_weight(name: str, weight: Tensor, q: Tensor) -> None:
 
 
 def _require_rope(name: str, rope: Tensor, q: Tensor) -> None:
-    if not isinstance(rope, Tensor):
-        raise ValueError(f"{_OP}: {name} must be a tensor or None; got {type(rope).__name__}.")
+    require_tensor(_OP, name, rope)
     batch, length, _, width = q.shape
     if rope.dtype != torch.complex64:
         raise ValueError(

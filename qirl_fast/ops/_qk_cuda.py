@@ -77,15 +77,13 @@ def qk_norm_rope_backward_cuda(
         chunks = sum(-(-length // cuda_module().qk_chunk) for length in lengths)
         partials = dQ.new_empty((q.shape[0], chunks, 2, q.shape[3]), dtype=torch.float32)
         dw = dQ.new_empty((4, q.shape[3]), dtype=torch.float32)
-    has_text = text_q is not None
     with device_of(q):
         cuda_module().qk_norm_rope_backward(
             tokens_of(*text),
             tokens_of(*image),
             heads_of(dQ),
             heads_of(dK),
-            tuple(t.data_ptr() if has_text else 0 for t in (text_dq, text_dk))
-            + (dq.data_ptr(), dk.data_ptr()),
+            tuple(t.data_ptr() if t.numel() else 0 for t in (text_dq, text_dk, dq, dk)),
             *(0 if t is None else t.data_ptr() for t in (partials, dw)),
             (q.shape[0], q.shape[2], k.shape[2], q.shape[3]),
             eps,
