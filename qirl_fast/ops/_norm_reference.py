@@ -23,9 +23,7 @@ def rows_of_tokens(
     return torch.where(t0.unsqueeze(-1), row_t0.to(wide).unsqueeze(1), row.to(wide).unsqueeze(1))
 
 
-def sums_over_tokens(
-    terms: Tensor, t0: Tensor | None, like: Tensor
-) -> tuple[Tensor, Tensor]:
+def sums_over_tokens(terms: Tensor, t0: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
     """Terms [B, S, D] added over the tokens of the row, and over those at t0 (else empty)."""
     if t0 is None:
         return terms.sum(1), like.new_empty(0, dtype=terms.dtype)

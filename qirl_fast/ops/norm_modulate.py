@@ -93,9 +93,7 @@ def norm_modulate_backward_reference(
     return dx, *_distinct(dscale, dshift, dscale_t0, dshift_t0)
 
 
-def _distinct(
-    a: Tensor, b: Tensor, c: Tensor, d: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _distinct(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Results of an op must not alias: an empty one each."""
     a, b, c, d = (t if t.numel() else t.new_empty(0) for t in (a, b, c, d))
     return a, b, c, d
@@ -234,9 +232,7 @@ def norm_modulate(
     op = "norm_modulate"
     require_tokens(op, "x", x)
     require_norm(op, norm, eps)
-    require_modulation(
-        op, t0, x, scale=scale, shift=shift, scale_t0=scale_t0, shift_t0=shift_t0
-    )
+    require_modulation(op, t0, x, scale=scale, shift=shift, scale_t0=scale_t0, shift_t0=shift_t0)
     t0 = tokens_at_t0(op, t0, x)
     args = (as_tokens(x), scale, shift, t0, scale_t0, shift_t0, norm == "rms", eps)
     backend = forced_backend()
