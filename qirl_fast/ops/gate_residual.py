@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qirl_fast.ops._checks import LARGE_DTYPES, REFERENCE_DTYPES, require_like
+from qirl_fast.ops._checks import REFERENCE_DTYPES, require_like
 from qirl_fast.ops._norm_checks import (
     as_tokens,
     gradient_for,
