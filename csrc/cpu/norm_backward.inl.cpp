@@ -20,7 +20,7 @@ struct Moments {
 
 template <int kTokens, class T>
 QIRL_HD void first_pass(const NormArgs& a, const float* factor, int64_t at, Sums sums, Moments* m) {
-  const T *x = (const T*)a.x + at, *dy = (const T*)a.dy + at;
+  const T *x = element<const T>(a.x, at), *dy = element<const T>(a.dy, at);
   using Sum = SumWays<1>;
   Sum g_sum[kTokens], gx_sum[kTokens];
   for_parts<Sum::kParts>(a.width, [&](int64_t i, int n, int part) {
@@ -50,10 +50,11 @@ QIRL_HD void first_pass(const NormArgs& a, const float* factor, int64_t at, Sums
 template <bool kGated, bool kNorm, int kTokens, class T, class V>
 QIRL_HD void second_pass(const NormArgs& a, const float* f, const float* factor, int64_t at,
                          Sums sums, const Moments* m) {
-  const T *x = (const T*)a.x + at, *dy = (const T*)a.dy + at, *dout = (const T*)a.dout + at;
-  const V* u = (const V*)a.u + at;
-  T* dx = (T*)a.y + at;
-  V* du = (V*)a.out + at;
+  const T *x = element<const T>(a.x, at), *dy = element<const T>(a.dy, at),
+          *dout = element<const T>(a.dout, at);
+  const V* u = element<const V>(a.u, at);
+  T* dx = element<T>(a.y, at);
+  V* du = element<V>(a.out, at);
   const bool has_dout = a.dout != nullptr, want_du = a.out != nullptr;
   for_vectors(a.width, [&](int64_t i, int n) {
     F gate = kGated && sums.gate ? load_n(sums.gate + i, n) : F{};

@@ -13,10 +13,10 @@ template <bool kGated, bool kNorm, class T, class V>
 QIRL_HD void forward_token(const NormArgs& a, const NormScratch& scratch, int64_t token,
                            bool at_t0) {
   const int64_t at = token * a.width;
-  const T* x = (const T*)a.x + at;
-  const V* u = (const V*)a.u + at;
+  const T* x = element<const T>(a.x, at);
+  const V* u = element<const V>(a.u, at);
   const float* f = scratch.row(at_t0, kGate);
-  T* out = (T*)a.out + at;
+  T* out = element<T>(a.out, at);
   float* kept = scratch.token();
   const bool rms = a.mean == nullptr;
   using Sum = SumWays<4>;
@@ -48,7 +48,7 @@ QIRL_HD void forward_token(const NormArgs& a, const NormScratch& scratch, int64_
   a.rstd[token] = rstd;
   const F rstd_v = splat(rstd);
   const float *factor = scratch.row(at_t0, kScale), *shift = scratch.row(at_t0, kShift);
-  T* y = (T*)a.y + at;
+  T* y = element<T>(a.y, at);
   for_vectors(a.width, [&](int64_t i, int n) {
     const F xhat = norm_hat(load(kept + i), mean_v, rstd_v);
     const F value = norm_modulated(xhat, load(factor + i), load(shift + i));

@@ -96,6 +96,12 @@ class NormScratch {
   float* memory_;
 };
 
+// Element `at` of an array of T; an absent array stays absent.
+template <class T>
+QIRL_HD T* element(const void* p, int64_t at) {
+  return p ? (T*)p + at : nullptr;
+}
+
 QIRL_HD bool token_at_t0(const NormArgs& a, int64_t sample, int64_t token) {
   return a.t0 && a.t0[sample * a.t0_sample + token * a.t0_token] != 0;
 }

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qirl_fast.ops._checks import REFERENCE_DTYPES, require_like
+from qirl_fast.ops._checks import LARGE_DTYPES, REFERENCE_DTYPES, require_like
 from qirl_fast.ops._norm_checks import (
     as_tokens,
     gradient_for,
@@ -29,6 +29,7 @@ from qirl_fast.ops._norm_checks import (
     require_tokens,
     tokens_at_t0,
 )
+from qirl_fast.ops._norm_cpu import gate_residual_backward_cpu, gate_residual_cpu
 from qirl_fast.ops._norm_reference import rows_of_tokens, sums_over_tokens, widened
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 
@@ -79,6 +80,7 @@ OP = Op(
     "gate_residual",
     {
         "reference": Backend(gate_residual_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
+        "cpu": Backend(gate_residual_cpu, ("cpu",), LARGE_DTYPES),
     },
     _DEFAULT,
 )
@@ -86,6 +88,7 @@ OP_BACKWARD = Op(
     "gate_residual_backward",
     {
         "reference": Backend(gate_residual_backward_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
+        "cpu": Backend(gate_residual_backward_cpu, ("cpu",), LARGE_DTYPES),
     },
     _DEFAULT,
 )

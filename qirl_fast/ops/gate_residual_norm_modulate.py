@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qirl_fast.ops._checks import REFERENCE_DTYPES, require_like
+from qirl_fast.ops._checks import LARGE_DTYPES, REFERENCE_DTYPES, require_like
 from qirl_fast.ops._norm_checks import (
     as_tokens,
     gradient_for,
@@ -30,6 +30,10 @@ from qirl_fast.ops._norm_checks import (
     require_norm,
     require_tokens,
     tokens_at_t0,
+)
+from qirl_fast.ops._norm_cpu import (
+    gate_residual_norm_modulate_backward_cpu,
+    gate_residual_norm_modulate_cpu,
 )
 from qirl_fast.ops._norm_reference import (
     norm_gradient,
@@ -112,6 +116,7 @@ OP = Op(
         "reference": Backend(
             gate_residual_norm_modulate_reference, ("cpu", "cuda"), REFERENCE_DTYPES
         ),
+        "cpu": Backend(gate_residual_norm_modulate_cpu, ("cpu",), LARGE_DTYPES),
     },
     _DEFAULT,
 )
@@ -121,6 +126,7 @@ OP_BACKWARD = Op(
         "reference": Backend(
             gate_residual_norm_modulate_backward_reference, ("cpu", "cuda"), REFERENCE_DTYPES
         ),
+        "cpu": Backend(gate_residual_norm_modulate_backward_cpu, ("cpu",), LARGE_DTYPES),
     },
     _DEFAULT,
 )

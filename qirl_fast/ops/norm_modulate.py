@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qirl_fast.ops._checks import REFERENCE_DTYPES
+from qirl_fast.ops._checks import LARGE_DTYPES, REFERENCE_DTYPES
 from qirl_fast.ops._norm_checks import (
     as_tokens,
     gradient_for,
@@ -37,6 +37,7 @@ from qirl_fast.ops._norm_checks import (
     require_tokens,
     tokens_at_t0,
 )
+from qirl_fast.ops._norm_cpu import norm_modulate_backward_cpu, norm_modulate_cpu
 from qirl_fast.ops._norm_reference import (
     norm_gradient,
     normalized,
@@ -105,6 +106,7 @@ OP = Op(
     "norm_modulate",
     {
         "reference": Backend(norm_modulate_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
+        "cpu": Backend(norm_modulate_cpu, ("cpu",), LARGE_DTYPES),
     },
     _DEFAULT,
 )
@@ -112,6 +114,7 @@ OP_BACKWARD = Op(
     "norm_modulate_backward",
     {
         "reference": Backend(norm_modulate_backward_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
+        "cpu": Backend(norm_modulate_backward_cpu, ("cpu",), LARGE_DTYPES),
     },
     _DEFAULT,
 )
