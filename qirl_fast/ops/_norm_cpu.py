@@ -1,0 +1,262 @@
+"""Launchers of csrc/cpu/norm_forward.inl.cpp and csrc/cpu/norm_backward.inl.cpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qirl_fast import _cpu
+from qirl_fast.ops._checks import DTYPE_CODE, rows_of
+
+_CHUNK = 64  # kNormChunk of csrc/cpu/norm.h
+Three = tuple[Tensor | None, Tensor | None, Tensor | None]  # gate, scale, shift
+_ABSENT: Three = (None, None, None)
+
+
+def _large(x: Tensor | None) -> tuple[int, int, int]:
+    """rows_of() for a contiguous tensor; its stride is not used."""
+    return (0, 0, 0) if x is None else (x.data_ptr(), 0, DTYPE_CODE[x.dtype])
+
+
+def _ready(rows: Three) -> Three:
+    """Rows [B, D] whose last dimension is contiguous; others are copied."""
+    a, b, c = (
+        r if r is None or r.stride(1) == 1 or r.shape[1] == 1 else r.contiguous() for r in rows
+    )
+    return a, b, c
+
+
+def _t0_of(t0: Tensor | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if t0 is None else (t0.data_ptr(), t0.stride(0), t0.stride(1))
+
+
+def _forward(
+    x: Tensor,
+    u: Tensor | None,
+    rows: Three,
+    rows_t0: Three,
+    t0: Tensor | None,
+    *,
+    norm: bool,
+    tanh: bool = False,
+    rms: bool = False,
+    eps: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, out, mean, rstd; those the op does not have are empty."""
+    x, u = x.contiguous(), None if u is None else u.contiguous()
+    rows, rows_t0 = _ready(rows), _ready(rows_t0)
+    y = x.new_empty(x.shape if norm else 0)
+    out = x.new_empty(0 if u is None else x.shape)
+    mean = x.new_empty(x.shape[:2] if norm and not rms else 0, dtype=torch.float32)
+    rstd = x.new_empty(x.shape[:2] if norm else 0, dtype=torch.float32)
+    _cpu.norm_forward(
+        _large(x),
+        _large(u),
+        [rows_of(r) for r in rows],
+        [rows_of(r) for r in rows_t0],
+        _t0_of(t0),
+        *(t.data_ptr() if t.numel() else 0 for t in (y, out, mean, rstd)),
+        x.shape,
+        tanh,
+        eps,
+        torch.get_num_threads(),
+    )
+    return y, out, mean, rstd
+
+
+def _backward(
+    dy: Tensor | None,
+    dout: Tensor | None,
+    x: Tensor | None,
+    u: Tensor | None,
+    stats: tuple[Tensor, Tensor] | None,
+    rows: Three,
+    rows_t0: Three,
+    t0: Tensor | None,
+    *,
+    tanh: bool,
+    wanted: tuple[bool, bool, bool],
+    want_du: bool,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """dx, du, and the sums of gate, scale and shift without and with t0; empty: not wanted."""
+    given = dy if dy is not None else dout
+    assert given is not None
+    dtype = given.dtype if x is None else x.dtype
+    dy, dout = (None if t is None else t.to(dtype).contiguous() for t in (dy, dout))
+    x, u = (None if t is None else t.contiguous() for t in (x, u))
+    rows, rows_t0 = _ready(rows), _ready(rows_t0)
+    samples, tokens, width = given.shape
+    dx = given.new_empty(0 if x is None else given.shape, dtype=dtype)
+    du = dx.new_empty(0) if u is None else u.new_empty(u.shape if want_du else 0)
+    chunks = (samples, (tokens + _CHUNK - 1) // _CHUNK, width)
+    wants = (wanted, tuple(w and t0 is not None for w in wanted))
+
+    def arrays(shape: tuple[int, ...]) -> list[list[Tensor]]:
+        return [[dx.new_empty(shape if w else 0, dtype=torch.float32) for w in ws] for ws in wants]
+
+    def addresses(tensors: list[list[Tensor]]) -> list[list[int]]:
+        return [[t.data_ptr() if t.numel() else 0 for t in ts] for ts in tensors]
+
+    partial, sums = arrays(chunks), arrays((samples, width))
+    mean, rstd = (None, None) if stats is None else (t.contiguous() for t in stats)
+    _cpu.norm_backward(
+        [_large(dy), _large(dout)],
+        _large(x),
+        _large(u),
+        mean.data_ptr() if mean is not None and mean.numel() else 0,
+        0 if rstd is None else rstd.data_ptr(),
+        [rows_of(r) for r in rows],
+        [rows_of(r) for r in rows_t0],
+        _t0_of(t0),
+        dx.data_ptr() if x is not None else 0,
+        du.data_ptr() if want_du else 0,
+        addresses(partial),
+        addresses(sums),
+        given.shape,
+        tanh,
+        torch.get_num_threads(),
+    )
+    return dx, du, sums[0], sums[1]
+
+
+# ---- norm_modulate ------------------------------------------------------------------------------
+def norm_modulate_cpu(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    t0: Tensor | None,
+    scale_t0: Tensor | None,
+    shift_t0: Tensor | None,
+    rms: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """C++ kernel, csrc/cpu/norm_forward.inl.cpp."""
+    rows, rows_t0 = (None, scale, shift), (None, scale_t0, shift_t0)
+    y, _, mean, rstd = _forward(x, None, rows, rows_t0, t0, norm=True, rms=rms, eps=eps)
+    return y, mean, rstd
+
+
+def norm_modulate_backward_cpu(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    scale: Tensor,
+    t0: Tensor | None,
+    scale_t0: Tensor | None,
+    rms: bool,
+    want_mod: bool,
+    has_shift: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """C++ kernel, csrc/cpu/norm_backward.inl.cpp."""
+    dx, _, (_, dscale, dshift), (_, dscale_t0, dshift_t0) = _backward(
+        grad,
+        None,
+        x,
+        None,
+        (mean, rstd),
+        (None, scale, None),
+        (None, scale_t0, None),
+        t0,
+        tanh=False,
+        wanted=(False, want_mod, want_mod and has_shift),
+        want_du=False,
+    )
+    return dx, dscale, dshift, dscale_t0, dshift_t0
+
+
+# ---- gate_residual ------------------------------------------------------------------------------
+def gate_residual_cpu(
+    residual: Tensor,
+    u: Tensor,
+    gate: Tensor,
+    t0: Tensor | None,
+    gate_t0: Tensor | None,
+    tanh: bool,
+) -> Tensor:
+    """C++ kernel, csrc/cpu/norm_forward.inl.cpp."""
+    rows, rows_t0 = (gate, None, None), (gate_t0, None, None)
+    return _forward(residual, u, rows, rows_t0, t0, norm=False, tanh=tanh)[1]
+
+
+def gate_residual_backward_cpu(
+    grad: Tensor,
+    u: Tensor,
+    gate: Tensor,
+    t0: Tensor | None,
+    gate_t0: Tensor | None,
+    tanh: bool,
+    want_du: bool,
+    want_dgate: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """C++ kernel, csrc/cpu/norm_backward.inl.cpp."""
+    _, du, (dgate, _, _), (dgate_t0, _, _) = _backward(
+        None,
+        grad,
+        None,
+        u,
+        None,
+        (gate, None, None),
+        (gate_t0, None, None),
+        t0,
+        tanh=tanh,
+        wanted=(want_dgate, False, False),
+        want_du=want_du,
+    )
+    return du, dgate, dgate_t0
+
+
+# ---- gate_residual_norm_modulate ----------------------------------------------------------------
+def gate_residual_norm_modulate_cpu(
+    residual: Tensor,
+    u: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    t0: Tensor | None,
+    gate_t0: Tensor | None,
+    scale_t0: Tensor | None,
+    shift_t0: Tensor | None,
+    tanh: bool,
+    rms: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """C++ kernel, csrc/cpu/norm_forward.inl.cpp."""
+    rows, rows_t0 = (gate, scale, shift), (gate_t0, scale_t0, shift_t0)
+    return _forward(residual, u, rows, rows_t0, t0, norm=True, tanh=tanh, rms=rms, eps=eps)
+
+
+def gate_residual_norm_modulate_backward_cpu(
+    grad_y: Tensor,
+    grad_out: Tensor | None,
+    out: Tensor,
+    u: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    t0: Tensor | None,
+    gate_t0: Tensor | None,
+    scale_t0: Tensor | None,
+    tanh: bool,
+    rms: bool,
+    want_du: bool,
+    want_gate: bool,
+    want_mod: bool,
+    has_shift: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """C++ kernel, csrc/cpu/norm_backward.inl.cpp."""
+    dresidual, du, (dgate, dscale, dshift), (dgate_t0, dscale_t0, dshift_t0) = _backward(
+        grad_y,
+        grad_out,
+        out,
+        u,
+        (mean, rstd),
+        (gate, scale, None),
+        (gate_t0, scale_t0, None),
+        t0,
+        tanh=tanh,
+        wanted=(want_gate, want_mod, want_mod and has_shift),
+        want_du=want_du,
+    )
+    return dresidual, du, dgate, dgate_t0, dscale, dshift, dscale_t0, dshift_t0
