@@ -77,7 +77,7 @@ def forward_kernel(
     b = row // tokens
     i = tl.arange(0, BLOCK)
     inside = i < width
-    stored = tl.load(x_ptr + row * width + i, mask=inside, other=0.0)
+    stored = tl.load((x_ptr + row * width) + i, mask=inside, other=0.0)
     taken = 0
     if HAS_T0:
         taken = tl.load(t0_ptr + b * t0_sample + (row % tokens) * t0_token)
@@ -93,7 +93,7 @@ def forward_kernel(
             shift_ptr, shift_stride, shift_t0_ptr, shift_t0_stride, b, taken, HAS_T0
         )
         y = y + tl.load(shift_row + i, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row * width + i, y.to(stored.dtype), mask=inside)
+    tl.store((y_ptr + row * width) + i, y.to(stored.dtype), mask=inside)
     tl.store(rstd_ptr + row, rstd)
     if not RMS:
         tl.store(mean_ptr + row, mean)
@@ -146,8 +146,8 @@ def backward_kernel(
             scale_row = row_pointer(
                 scale_ptr, scale_stride, scale_t0_ptr, scale_t0_stride, b, taken, HAS_T0
             )
-            dy = tl.load(dy_ptr + row * width + i, mask=inside, other=0.0).to(tl.float32)
-            stored = tl.load(x_ptr + row * width + i, mask=inside, other=0.0)
+            dy = tl.load((dy_ptr + row * width) + i, mask=inside, other=0.0).to(tl.float32)
+            stored = tl.load((x_ptr + row * width) + i, mask=inside, other=0.0)
             scale = tl.load(scale_row + i, mask=inside, other=0.0).to(tl.float32)
             mean = 0.0
             if not RMS:
@@ -155,15 +155,15 @@ def backward_kernel(
             rstd = tl.load(rstd_ptr + row)
             x = stored.to(tl.float32)
             dx, xhat = norm_dx(dy, x, scale, mean, rstd, inside, width, RMS)
-            tl.store(dx_ptr + row * width + i, dx.to(stored.dtype), mask=inside)
+            tl.store((dx_ptr + row * width) + i, dx.to(stored.dtype), mask=inside)
             if WANT_MOD:
                 dscale += dy * xhat
                 dshift += dy
     if WANT_MOD:
         plane = chunks.to(tl.int64) * width
         at = ((group * (tl.num_programs(0) // chunks) + b) * 2) * plane + (task % chunks) * width
-        tl.store(partial_ptr + at + i, dscale, mask=inside)
-        tl.store(partial_ptr + at + plane + i, dshift, mask=inside)
+        tl.store((partial_ptr + at) + i, dscale, mask=inside)
+        tl.store((partial_ptr + at + plane) + i, dshift, mask=inside)
 
 
 @triton.jit
@@ -183,12 +183,12 @@ def column_sums_kernel(
 
 
 # ---- launchers ----------------------------------------------------------------------------------
-def plan(op, width):
-    """BLOCK and warps: at most 16 elements of a row a thread."""
+def plan(op, width, itemsize):
+    """BLOCK and warps: two 128-bit accesses of a row a thread."""
     if width > WIDEST:
         raise ValueError(f"{op}: the triton backend takes rows of at most {WIDEST}; got {width}.")
     block = max(256, triton.next_power_of_2(width))
-    return block, max(2, min(16, block // 512))
+    return block, max(2, block * itemsize // 1024)
 
 
 def rows_t0(rows, rows_t0, absent):
@@ -222,7 +222,7 @@ def norm_modulate(x, scale, shift, t0, scale_t0, shift_t0, rms, eps):
     """(y, mean, rstd)."""
     x = x.contiguous()
     samples, tokens, width = x.shape
-    block, warps = plan("norm_modulate", width)
+    block, warps = plan("norm_modulate", width, x.element_size())
     y = torch.empty_like(x)
     rstd = x.new_empty(samples, tokens, dtype=torch.float32)
     mean = rstd.new_empty(0) if rms else torch.empty_like(rstd)
@@ -248,7 +248,7 @@ def norm_modulate_backward(dy, x, mean, rstd, scale, t0, scale_t0, rms, want_mod
     """(dx, dscale, dshift, dscale_t0, dshift_t0)."""
     dy, x = dy.contiguous(), x.contiguous()
     samples, tokens, width = x.shape
-    block, warps = plan("norm_modulate", width)
+    block, warps = plan("norm_modulate", width, x.element_size())
     dx, absent = torch.empty_like(x), rstd.new_empty(0)
     scale, scale_t0, *strides = rows_t0(scale, scale_t0, x)
     marked, *mark_strides = marks(t0, x)
@@ -270,8 +270,8 @@ def norm_modulate_backward(dy, x, mean, rstd, scale, t0, scale_t0, rms, want_mod
         return (dx, *(rstd.new_empty(0) for _ in range(4)))
     sums = [s for group in column_sums(partial) for s in group.unbind(1)]
     sums += [absent] * (4 - len(sums))
-    return (dx, *(s.contiguous() if has_shift or k % 2 == 0 else rstd.new_empty(0)
-                  for k, s in enumerate(sums)))
+    wanted = (s.contiguous() if has_shift or k % 2 == 0 else absent for k, s in enumerate(sums))
+    return (dx, *(s.clone() if s is absent else s for s in wanted))
 
 
 # ---- budget -------------------------------------------------------------------------------------
@@ -283,12 +283,12 @@ def case(kernel, dtype, pointers, sizes, constexprs, width, registers):
     """A kernel of this family: pointers = (large, modulation); statistics and sums are fp32."""
     large, rows = pointers
     names = kernel.arg_names
-    kinds = {n: f"*{dtype}" for n in (*large, *rows)}
+    kinds = dict.fromkeys((*large, *rows), f"*{dtype}")
     kinds |= {n: "*fp32" for n in names if n in ("mean_ptr", "rstd_ptr", "partial_ptr")}
     strides = [n for n in names if n.endswith("_stride")]
     kinds |= {"t0_ptr": "*u8", "t0_sample": "i64", "t0_token": "i64", **sizes}
     kinds |= dict.fromkeys(strides, "i64")
-    block, warps = plan("", width)
+    block, warps = plan("", width, 2 if dtype == "bf16" else 4)
     aligned = (n for n in kinds if n in ("width", *strides) or n.endswith("_ptr"))
     return Case(
         kernel,
@@ -308,6 +308,7 @@ BUDGET = [
         {"ROWS": TILE_CHUNKS, "COLUMNS": TILE_COLUMNS},
         4,
         registers=64,
+        width=32,  # of the one small store; what is read is 128 bits wide
         divisible=("partial_ptr", "out_ptr", "width"),
     )
 ]
