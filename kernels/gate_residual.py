@@ -88,12 +88,12 @@ def backward_kernel(
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    task = tl.program_id(0).to(tl.int64)
+    task = tl.program_id(0)
     group = tl.program_id(1)
-    chunk = task // blocks  # over all samples
-    b = chunk // chunks
-    first = (chunk % chunks) * TOKENS
-    i = (task % blocks).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
+    chunk = (task // blocks).to(tl.int64)  # over all samples
+    b = ((task // blocks) // chunks).to(tl.int64)
+    first = ((task // blocks) % chunks) * TOKENS
+    i = (task % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = i < width
     gate_row = row_pointer(gate_ptr, gate_stride, gate_t0_ptr, gate_t0_stride, b, group, HAS_T0)
     f = factor_of(tl.load(gate_row + i, mask=inside, other=0.0).to(tl.float32), TANH)
