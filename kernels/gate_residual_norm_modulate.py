@@ -1,7 +1,9 @@
 """gate_residual_norm_modulate and its gradients in Triton.
 
-Math, shapes, dtypes: qirl_fast/ops/gate_residual_norm_modulate.py. One pass over the tokens each way,
-from the functions of kernels/norm_modulate.py and kernels/gate_residual.py.
+Math, shapes, dtypes: qirl_fast/ops/gate_residual_norm_modulate.py. One pass over the tokens each way
+from the functions of kernels/norm_modulate.py and kernels/gate_residual.py. Rows above FUSED leave
+no registers for the gate's sums in the backward: du and dgate then come from a second pass, over
+dresidual as stored.
 """
 
 import torch
@@ -9,7 +11,7 @@ import triton
 import triton.language as tl
 
 from qirl_fast.kernels.budget import Case
-from qirl_fast.kernels.gate_residual import factor_of
+from qirl_fast.kernels.gate_residual import factor_of, gate_residual_backward
 from qirl_fast.kernels.norm_modulate import (
     CHUNK,
     column_sums,
@@ -20,6 +22,8 @@ from qirl_fast.kernels.norm_modulate import (
     row_pointer,
     rows_t0,
 )
+
+FUSED = 4096
 
 
 @triton.jit
@@ -204,12 +208,37 @@ def gate_residual_norm_modulate(
     return y, out, mean, rstd
 
 
-def gate_residual_norm_modulate_backward(
-    *inputs_and_flags,
-):
+def gate_residual_norm_modulate_backward(*inputs_and_flags):
     """(dresidual, du, dgate, dgate_t0, dscale, dshift, dscale_t0, dshift_t0)."""
-    dy, dout, out, u, mean, rstd, gate, scale, t0, gate_t0, scale_t0 = inputs_and_flags[:11]
-    tanh, rms, want_du, want_gate, want_mod, has_shift = inputs_and_flags[11:]
+    u, gate, t0, gate_t0 = (inputs_and_flags[k] for k in (3, 6, 8, 9))
+    tanh, want_du, want_gate = (inputs_and_flags[k] for k in (11, 13, 14))
+    if u.shape[-1] <= FUSED or not (want_du or want_gate):
+        return fused_backward(*inputs_and_flags)
+    norm_only = (*inputs_and_flags[:13], False, False, *inputs_and_flags[15:])
+    dresidual, _, _, _, *mod = fused_backward(*norm_only)
+    gates = gate_residual_backward(dresidual, u, gate, t0, gate_t0, tanh, want_du, want_gate)
+    return (dresidual, *gates, *mod)
+
+
+def fused_backward(
+    dy,
+    dout,
+    out,
+    u,
+    mean,
+    rstd,
+    gate,
+    scale,
+    t0,
+    gate_t0,
+    scale_t0,
+    tanh,
+    rms,
+    want_du,
+    want_gate,
+    want_mod,
+    has_shift,
+):
     dy, out, u = dy.contiguous(), out.contiguous(), u.contiguous()
     samples, tokens, width = out.shape
     block, warps = plan("gate_residual_norm_modulate", width, out.element_size())
@@ -266,10 +295,11 @@ def _case(kernel, dtype, width, flags, registers):
 
 
 _WANT = {"HAS_DOUT": True, "WANT_DU": True, "WANT_GATE": True, "WANT_MOD": True, "TOKENS": CHUNK}
+_NORM = {**_WANT, "WANT_DU": False, "WANT_GATE": False}
 BUDGET = []
 for _dtype in ("bf16", "fp32"):
     for _width in (3072, 8192):
         BUDGET += [
             _case(forward_kernel, _dtype, _width, {"HAS_SHIFT": True}, 96),
-            _case(backward_kernel, _dtype, _width, _WANT, 192),
+            _case(backward_kernel, _dtype, _width, _WANT if _width <= FUSED else _NORM, 192),
         ]
