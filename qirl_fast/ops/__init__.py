@@ -5,9 +5,12 @@ from qirl_fast.ops.flow_logp import flow_logp
 from qirl_fast.ops.flow_step import flow_step
 from qirl_fast.ops.fp8_linear import fp8_linear
 from qirl_fast.ops.fp8_quantize import fp8_quantize
+from qirl_fast.ops.gate_residual import gate_residual
+from qirl_fast.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from qirl_fast.ops.gelu import gelu
 from qirl_fast.ops.group_advantage import GroupAdvantage, group_advantage
 from qirl_fast.ops.guide import guide
+from qirl_fast.ops.norm_modulate import norm_modulate
 from qirl_fast.ops.policy_loss import PolicyLoss, policy_loss
 from qirl_fast.ops.swiglu import swiglu
 
@@ -19,9 +22,12 @@ __all__ = [
     "flow_step",
     "fp8_linear",
     "fp8_quantize",
+    "gate_residual",
+    "gate_residual_norm_modulate",
     "gelu",
     "group_advantage",
     "guide",
+    "norm_modulate",
     "policy_loss",
     "swiglu",
     "use_backend",

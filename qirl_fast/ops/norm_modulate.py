@@ -1,0 +1,242 @@
+"""norm_modulate: adaptive normalisation of tokens by rows of a modulation (adaLN).
+
+    y = n(x) (1 + scale) + shift
+    n(x) = (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps)      norm="layer"
+    n(x) = x / sqrt(mean(x^2) + eps)                              norm="rms"
+
+Shapes: x, y [B, S, D] or [B, D] (one token); scale, shift [B, D] with any row stride: chunks of a
+fused modulation and expanded rows serve as they are. t0 [S] or [B, S] bool: the tokens it marks
+take scale_t0 and shift_t0 [B, D] (causal_condition of Qwen-Image-2.1, zero_cond_t of
+Qwen-Image-Edit-2511). The norms have no weight of their own; fold a weight w into the rows:
+1 + scale' = w (1 + scale).
+Dtypes: x float32 or bfloat16, each row its own; statistics (two passes: the mean, then squared
+deviations) and arithmetic in float32, y rounded once to the dtype of x.
+Gradients: to x and to the rows, each in its own dtype. With xhat = n(x), g = dy (1 + scale):
+    dx = rstd (g - mean(g) - xhat mean(g xhat))      without mean(g) for "rms"
+    dscale = sum_S dy xhat,  dshift = sum_S dy       over the tokens that take the row
+Saved: x, and mean and rstd in float32. Sums over tokens: chunks of 64 tokens of one sample in
+float32, then the chunks in order, so they do not depend on threads or batch.
+Source: diffusers, transformer_qwenimage.py and transformer_qwenimage21.py (_modulate). They round
+after the norm, after 1 + scale and after the product; here there is one rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qirl_fast.ops._checks import REFERENCE_DTYPES
+from qirl_fast.ops._norm_checks import (
+    as_tokens,
+    gradient_for,
+    require_modulation,
+    require_norm,
+    require_tokens,
+    tokens_at_t0,
+)
+from qirl_fast.ops._norm_reference import (
+    norm_gradient,
+    normalized,
+    rows_of_tokens,
+    statistics,
+    sums_over_tokens,
+    widened,
+)
+from qirl_fast.ops.dispatch import Backend, Op, forced_backend
+
+
+# ---- reference ----------------------------------------------------------------------------------
+def norm_modulate_reference(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    t0: Tensor | None,
+    scale_t0: Tensor | None,
+    shift_t0: Tensor | None,
+    rms: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, mean (empty for RMSNorm) and rstd: the definition, in float32 (float64 for float64 x)."""
+    wide = widened(x)
+    xhat, mean, rstd = statistics(x.to(wide), rms, eps)
+    y = xhat * (1 + rows_of_tokens(scale, scale_t0, t0, wide))
+    if shift is not None:
+        y = y + rows_of_tokens(shift, shift_t0, t0, wide)
+    return y.to(x.dtype), mean, rstd
+
+
+def norm_modulate_backward_reference(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    scale: Tensor,
+    t0: Tensor | None,
+    scale_t0: Tensor | None,
+    rms: bool,
+    want_mod: bool,
+    has_shift: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx, dscale, dshift, dscale_t0, dshift_t0; the rows' in float32, empty where not wanted."""
+    wide = rstd.dtype
+    xhat, dy = normalized(x, mean, rstd, rms), grad.to(wide)
+    g = dy * (1 + rows_of_tokens(scale, scale_t0, t0, wide))
+    dx = norm_gradient(g, xhat, rstd, rms).to(x.dtype)
+    dscale = dscale_t0 = dshift = dshift_t0 = rstd.new_empty(0)
+    if want_mod:
+        dscale, dscale_t0 = sums_over_tokens(dy * xhat, t0, rstd)
+    if want_mod and has_shift:
+        dshift, dshift_t0 = sums_over_tokens(dy, t0, rstd)
+    return dx, *_distinct(dscale, dshift, dscale_t0, dshift_t0)
+
+
+def _distinct(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Results of an op must not alias: an empty one each."""
+    a, b, c, d = (t if t.numel() else t.new_empty(0) for t in (a, b, c, d))
+    return a, b, c, d
+
+
+# ---- registration -------------------------------------------------------------------------------
+_DEFAULT = {"cpu": "cpu", "cuda": "reference"}
+OP = Op(
+    "norm_modulate",
+    {
+        "reference": Backend(norm_modulate_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
+    },
+    _DEFAULT,
+)
+OP_BACKWARD = Op(
+    "norm_modulate_backward",
+    {
+        "reference": Backend(norm_modulate_backward_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
+    },
+    _DEFAULT,
+)
+
+
+def _fake(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    t0: Tensor | None,
+    scale_t0: Tensor | None,
+    shift_t0: Tensor | None,
+    rms: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rstd = x.new_empty(x.shape[:-1], dtype=widened(x))
+    return x.new_empty(x.shape), rstd.new_empty(0 if rms else rstd.shape), rstd
+
+
+def _backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    scale: Tensor,
+    t0: Tensor | None,
+    scale_t0: Tensor | None,
+    rms: bool,
+    want_mod: bool,
+    has_shift: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def sums(wanted: bool) -> Tensor:
+        return rstd.new_empty(scale.shape if wanted else 0)
+
+    shifted = want_mod and has_shift
+    return (
+        x.new_empty(x.shape),
+        sums(want_mod),
+        sums(shifted),
+        sums(want_mod and t0 is not None),
+        sums(shifted and t0 is not None),
+    )
+
+
+_norm_modulate = OP.register(
+    "(Tensor x, Tensor scale, Tensor? shift, Tensor? t0, Tensor? scale_t0, Tensor? shift_t0,"
+    " bool rms, float eps) -> (Tensor, Tensor, Tensor)",
+    _fake,
+)
+_norm_modulate_backward = OP_BACKWARD.register(
+    "(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor scale, Tensor? t0, Tensor? scale_t0,"
+    " bool rms, bool want_mod, bool has_shift) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward_fake,
+    (0, 1),
+)
+
+
+class _NormModulate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        shift: Tensor | None,
+        t0: Tensor | None,
+        scale_t0: Tensor | None,
+        shift_t0: Tensor | None,
+        rms: bool,
+        eps: float,
+        backend: str,
+    ) -> Tensor:
+        y, mean, rstd = _norm_modulate(x, scale, shift, t0, scale_t0, shift_t0, rms, eps, backend)
+        ctx.save_for_backward(x, mean, rstd, scale, t0, scale_t0)
+        ctx.rms, ctx.backend = rms, backend
+        ctx.dtypes = [None if t is None else t.dtype for t in (scale, shift, scale_t0, shift_t0)]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad
+        want_shift = needs[2] or needs[5]
+        dx, dscale, dshift, dscale_t0, dshift_t0 = _norm_modulate_backward(
+            grad,
+            *ctx.saved_tensors,
+            ctx.rms,
+            needs[1] or needs[4] or want_shift,
+            want_shift,
+            ctx.backend,
+        )
+        dscale, dshift, dscale_t0, dshift_t0 = (
+            gradient_for(t, dtype)
+            for t, dtype in zip((dscale, dshift, dscale_t0, dshift_t0), ctx.dtypes, strict=True)
+        )
+        return dx, dscale, dshift, None, dscale_t0, dshift_t0, None, None, None
+
+
+# ---- public -------------------------------------------------------------------------------------
+def norm_modulate(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor | None = None,
+    *,
+    norm: str = "layer",
+    eps: float = 1e-6,
+    t0: Tensor | None = None,
+    scale_t0: Tensor | None = None,
+    shift_t0: Tensor | None = None,
+) -> Tensor:
+    """n(x) (1 + scale) + shift, in the shape and dtype of x; see the module docstring.
+
+    x: [B, S, D] or [B, D], float32 or bfloat16.
+    scale, shift: [B, D], float32 or bfloat16 each; no shift is a shift of 0.
+    norm: 'layer' or 'rms'. eps: added to the variance (or mean square), finite and >= 0.
+    t0: bool [S] or [B, S]; True tokens take scale_t0 and shift_t0 [B, D] instead.
+    Raises ValueError for shapes, dtypes, devices or names outside this.
+    """
+    op = "norm_modulate"
+    require_tokens(op, "x", x)
+    require_norm(op, norm, eps)
+    require_modulation(op, t0, x, scale=scale, shift=shift, scale_t0=scale_t0, shift_t0=shift_t0)
+    t0 = tokens_at_t0(op, t0, x)
+    args = (as_tokens(x), scale, shift, t0, scale_t0, shift_t0, norm == "rms", eps)
+    backend = forced_backend()
+    rows = (x, scale, shift, scale_t0, shift_t0)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in rows):
+        return _NormModulate.apply(*args, backend).reshape(x.shape)
+    return _norm_modulate(*args, backend)[0].reshape(x.shape)
