@@ -1,6 +1,6 @@
 """gate_residual_norm_modulate and its gradients in Triton.
 
-Math, shapes, dtypes: qirl_fast/ops/gate_residual_norm_modulate.py. One pass over the tokens each way
+Math, shapes, dtypes: qirl_fast/ops/gate_residual_norm_modulate.py. One pass over the tokens a way
 from the functions of kernels/norm_modulate.py and kernels/gate_residual.py. Rows above FUSED leave
 no registers for the gate's sums in the backward: du and dgate then come from a second pass, over
 dresidual as stored.
