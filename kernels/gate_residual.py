@@ -98,10 +98,12 @@ def backward_kernel(
     gate_row = row_pointer(gate_ptr, gate_stride, gate_t0_ptr, gate_t0_stride, b, group, HAS_T0)
     f = factor_of(tl.load(gate_row + i, mask=inside, other=0.0).to(tl.float32), TANH)
     dgate = tl.zeros([BLOCK], tl.float32)
-    for s in range(first, tl.minimum(first + TOKENS, tokens)):
-        mine = True
+    for k in range(TOKENS):  # the interpreter takes constant bounds only
+        s = first + k
+        mine = s < tokens
         if HAS_T0:
-            mine = (tl.load(t0_ptr + b * t0_sample + s * t0_token) != 0) == (group != 0)
+            mark = tl.load(t0_ptr + b * t0_sample + s * t0_token, mask=mine, other=0)
+            mine = mine & ((mark != 0) == (group != 0))
         if mine:
             row = (b * tokens + s) * width
             dout = tl.load((dout_ptr + row) + i, mask=inside, other=0.0).to(tl.float32)

@@ -139,10 +139,12 @@ def backward_kernel(
     scale_row = row_pointer(
         scale_ptr, scale_stride, scale_t0_ptr, scale_t0_stride, b, group, HAS_T0
     )
-    for s in range(first, tl.minimum(first + TOKENS, tokens)):
-        mine = True
+    for k in range(TOKENS):  # the interpreter takes constant bounds only
+        s = first + k
+        mine = s < tokens
         if HAS_T0:
-            mine = (tl.load(t0_ptr + b * t0_sample + s * t0_token) != 0) == (group != 0)
+            mark = tl.load(t0_ptr + b * t0_sample + s * t0_token, mask=mine, other=0)
+            mine = mine & ((mark != 0) == (group != 0))
         if mine:
             token = b * tokens + s
             row = token * width

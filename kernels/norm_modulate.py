@@ -132,13 +132,15 @@ def backward_kernel(
     inside = i < width
     dscale = tl.zeros([BLOCK], tl.float32)
     dshift = tl.zeros([BLOCK], tl.float32)
-    for s in range(first, tl.minimum(first + TOKENS, tokens)):
+    for k in range(TOKENS):  # the interpreter takes constant bounds only
+        s = first + k
         taken = group
-        mine = True
+        mine = s < tokens
         if HAS_T0:
-            mark = tl.load(t0_ptr + b * t0_sample + s * t0_token).to(tl.int32)
+            at = t0_ptr + b * t0_sample + s * t0_token
+            mark = tl.load(at, mask=mine, other=0).to(tl.int32)
             if WANT_MOD:
-                mine = (mark != 0) == (group != 0)
+                mine = mine & ((mark != 0) == (group != 0))
             else:
                 taken = mark
         if mine:
@@ -176,9 +178,11 @@ def column_sums_kernel(
     r = tl.arange(0, ROWS)
     inside = (k < width)[None, :]
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for c in range(0, chunks, ROWS):
+    c = 0
+    while c < chunks:
         at = (m * chunks + c + r[:, None]) * width + k[None, :]
         total += tl.load(partial_ptr + at, mask=inside & (c + r < chunks)[:, None], other=0.0)
+        c += ROWS
     tl.store(out_ptr + m * width + k, tl.sum(total, 0), mask=k < width)
 
 

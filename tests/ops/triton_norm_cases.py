@@ -15,9 +15,12 @@ import torch
 from qirl_fast.kernels import gate_residual as gate_kernels
 from qirl_fast.kernels import gate_residual_norm_modulate as fused_kernels
 from qirl_fast.kernels import norm_modulate as norm_kernels
-from qirl_fast.ops import gate_residual as gate_op
-from qirl_fast.ops import gate_residual_norm_modulate as fused_op
-from qirl_fast.ops import norm_modulate as norm_op
+from qirl_fast.ops.gate_residual import gate_residual_backward_reference, gate_residual_reference
+from qirl_fast.ops.gate_residual_norm_modulate import (
+    gate_residual_norm_modulate_backward_reference,
+    gate_residual_norm_modulate_reference,
+)
+from qirl_fast.ops.norm_modulate import norm_modulate_backward_reference, norm_modulate_reference
 
 EPS = 1e-6
 SHAPES = [(2, 19, 48), (1, 3, 17), (1, 1, 1), (1, 2, 300)]
@@ -77,12 +80,12 @@ def test_norm_modulate(shape, kind, rms, has_shift):
     if not has_shift:
         shift = shift_t0 = None
     args = (x, scale, shift, t0, scale_t0, shift_t0, rms, EPS)
-    wanted = norm_op.norm_modulate_reference(*double(args))
+    wanted = norm_modulate_reference(*double(args))
     check(norm_kernels.norm_modulate(*args), wanted)
     mean, rstd = (t.float() for t in wanted[1:])
     for want_mod in (False, True):
         args = (dy, x, mean, rstd, scale, t0, scale_t0, rms, want_mod, has_shift)
-        wanted = norm_op.norm_modulate_backward_reference(*double(args))
+        wanted = norm_modulate_backward_reference(*double(args))
         check(norm_kernels.norm_modulate_backward(*args), wanted)
 
 
@@ -93,10 +96,10 @@ def test_gate_residual(shape, kind, tanh):
     t0, (gate,), (gate_t0,) = inputs(shape, kind, 1)
     residual, u, dout = (normal(*shape, seed=k) for k in range(3))
     args = (residual, u, gate, t0, gate_t0, tanh)
-    check(gate_kernels.gate_residual(*args), gate_op.gate_residual_reference(*double(args)))
+    check(gate_kernels.gate_residual(*args), gate_residual_reference(*double(args)))
     for wants in ((True, True), (False, True), (True, False)):
         args = (dout, u, gate, t0, gate_t0, tanh, *wants)
-        wanted = gate_op.gate_residual_backward_reference(*double(args))
+        wanted = gate_residual_backward_reference(*double(args))
         check(gate_kernels.gate_residual_backward(*args), wanted)
 
 
@@ -117,11 +120,11 @@ def test_gate_residual_norm_modulate(shape, kind, rms, tanh):
     apart = norm_kernels.norm_modulate(out, *first[1:], t0, *second[1:], rms, EPS)
     assert all(torch.equal(a, b) for a, b in zip((got[0], *got[2:]), apart, strict=True))
     args = (residual, u, *first, t0, *second, *flags)
-    check(got, fused_op.gate_residual_norm_modulate_reference(*double(args)))
+    check(got, gate_residual_norm_modulate_reference(*double(args)))
     for grad_out, *wants in ((dout, 1, 1, 1), (None, 1, 1, 0), (dout, 0, 0, 1), (dout, 0, 0, 0)):
         args = (dy, grad_out, out, u, *got[2:], *first[:2], t0, *second[:2], tanh, rms)
         args = (*args, *map(bool, wants), has_shift)
-        wanted = fused_op.gate_residual_norm_modulate_backward_reference(*double(args))
+        wanted = gate_residual_norm_modulate_backward_reference(*double(args))
         check(fused_kernels.gate_residual_norm_modulate_backward(*args), wanted)
 
 
