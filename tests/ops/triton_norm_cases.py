@@ -25,6 +25,7 @@ from qirl_fast.ops.norm_modulate import norm_modulate_backward_reference, norm_m
 EPS = 1e-6
 SHAPES = [(2, 19, 48), (1, 3, 17), (1, 1, 1), (1, 2, 300)]
 MARKS = [None, "tokens", "all"]
+FLAGS = [(False, False), (False, True), (True, False), (True, True)]  # rms, tanh
 
 
 def normal(*shape, seed=0):
@@ -51,14 +52,14 @@ def double(args):
 
 
 def check(got, wanted):
-    """float32 against float64: a few roundings, and for sums of 38 tokens a few more."""
+    """float32 against float64: a few roundings of terms that are of order one and may cancel."""
     got, wanted = (t if isinstance(t, tuple) else (t,) for t in (got, wanted))
     assert len(got) == len(wanted)
     for k, (a, b) in enumerate(zip(got, wanted, strict=True)):
         assert a.shape == b.shape, k
         size = float(b.abs().max()) if b.numel() else 0.0
         torch.testing.assert_close(
-            a.double(), b.double(), rtol=2e-6, atol=2e-6 * max(size, 1e-3), msg=f"result {k}"
+            a.double(), b.double(), rtol=2e-6, atol=2e-6 * max(size, 1.0), msg=f"result {k}"
         )
 
 
@@ -103,10 +104,12 @@ def test_gate_residual(shape, kind, tanh):
         check(gate_kernels.gate_residual_backward(*args), wanted)
 
 
-@pytest.mark.parametrize("shape", [*SHAPES[:3], (1, 2, 4100)])
-@pytest.mark.parametrize("kind", MARKS)
-@pytest.mark.parametrize("rms", [False, True])
-@pytest.mark.parametrize("tanh", [False, True])
+FUSED = [(s, kind, rms, tanh) for s in SHAPES[:3] for kind in MARKS for rms, tanh in FLAGS]
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "rms", "tanh"), [*FUSED, ((1, 2, 4100), "tokens", False, True)]
+)
 def test_gate_residual_norm_modulate(shape, kind, rms, tanh):
     t0, first, second = inputs(shape, kind, 3)
     residual, u, dy, dout = (normal(*shape, seed=k) for k in range(4))
