@@ -1,20 +1,31 @@
 """Fused ops with gradients. One public op a file; backends are chosen in dispatch.py."""
 
+from qirl_fast.ops.awm_logp import awm_logp
+from qirl_fast.ops.awm_loss import AwmLoss, awm_loss
 from qirl_fast.ops.dispatch import BackendError, use_backend
 from qirl_fast.ops.flow_logp import flow_logp
 from qirl_fast.ops.flow_step import flow_step
 from qirl_fast.ops.group_advantage import GroupAdvantage, group_advantage
 from qirl_fast.ops.guide import guide
+from qirl_fast.ops.nft_loss import NftLoss, nft_loss
 from qirl_fast.ops.policy_loss import PolicyLoss, policy_loss
+from qirl_fast.ops.velocity_loss import VelocityLoss, velocity_loss
 
 __all__ = [
+    "AwmLoss",
     "BackendError",
     "GroupAdvantage",
+    "NftLoss",
     "PolicyLoss",
+    "VelocityLoss",
+    "awm_logp",
+    "awm_loss",
     "flow_logp",
     "flow_step",
     "group_advantage",
     "guide",
+    "nft_loss",
     "policy_loss",
     "use_backend",
+    "velocity_loss",
 ]
