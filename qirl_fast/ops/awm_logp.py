@@ -211,7 +211,7 @@ def awm_logp(
     v: velocity at (1 - t) x0 + t noise. v, noise, x0: [B, ...] with B >= 1, same shape and device,
         float32 or bfloat16 each.
     time: t, float32 [B], finite; "uniform" has no use for its values.
-    weighting: "uniform", "t", "t2", "huber" or "ghuber"; power in (0, 1] is the exponent of the last.
+    weighting: "uniform", "t", "t2", "huber" or "ghuber"; power, in (0, 1], is ghuber's.
     Raises ValueError for shapes, dtypes, devices or values outside this, and when anything but v
     asks for a gradient.
     """
@@ -232,4 +232,4 @@ def awm_logp(
     if torch.is_grad_enabled() and v.requires_grad:
         logp: Tensor = _AwmLogp.apply(v, noise, x0, time, form, backend)
         return logp
-    return _awm_logp(v, noise, x0, time, *form, backend)[0]  # type: ignore[no-any-return]
+    return _awm_logp(v, noise, x0, time, *form, backend)[0]

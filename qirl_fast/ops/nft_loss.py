@@ -56,7 +56,7 @@ _FLOOR = 1e-5  # kNftFloor of csrc/math/nft_loss.h
 
 
 class NftLoss(NamedTuple):
-    """loss scalar; [B] each: policy term, mean squares of e+, of e- and of v - v_ref (0 without)."""
+    """loss scalar; [B] each: policy term, mean squares of e+, e- and v - v_ref (0 without)."""
 
     loss: Tensor
     policy: Tensor
@@ -199,7 +199,7 @@ def nft_loss(
 ) -> NftLoss:
     """DiffusionNFT's loss of B noised samples; see the module docstring for the math.
 
-    v, v_old, v_ref: velocities [B, ...] at x_t of the policy, the sampling policy and the reference.
+    v, v_old, v_ref: velocities [B, ...] at x_t of the policy, the sampling policy, the reference.
     x_t, x0: the noised sample and its clean one, shaped and placed like v; all five tensors are
         float32 or bfloat16, each its own.
     sigma: noise level, float32 [B], finite. advantage: float32 [B].

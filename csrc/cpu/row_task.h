@@ -1,0 +1,12 @@
+// How the rows of the losses are cut into tasks, for kernels and bindings.
+#pragma once
+
+#include <stdint.h>
+
+namespace qirl {
+
+constexpr int64_t kRowBlock = 1024;
+
+inline int64_t blocks_per_row(int64_t row_size) { return (row_size + kRowBlock - 1) / kRowBlock; }
+
+}  // namespace qirl
