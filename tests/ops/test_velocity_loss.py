@@ -200,7 +200,10 @@ BAD = {
     "scalar": ({"v": torch.zeros(())}, r"\[B, ...\]"),
     "list": ({"v": [1.0]}, "must be a tensor; got list"),
     "integer v": ({"v": torch.zeros(2, 8, dtype=torch.int64)}, "float32 or bfloat16"),
-    "shape of target": ({"target": torch.zeros(2, 7)}, r"target must have the shape of v, \(2, 8\)"),
+    "shape of target": (
+        {"target": torch.zeros(2, 7)},
+        r"target must have the shape of v, \(2, 8\)",
+    ),
     "broadcast": ({"target": torch.zeros(1, 8)}, "target must have the shape of v"),
     "integer target": (
         {"target": torch.zeros(2, 8, dtype=torch.int32)},
@@ -231,5 +234,5 @@ def test_bad_input_names_what_came_and_what_is_wanted(case, backend):
 
 def test_types_the_kernel_lacks_are_refused():
     v = torch.zeros(2, 8, dtype=torch.float64)
-    with pytest.raises(ValueError, match="takes torch.float32, torch.bfloat16; got torch.float64"):
+    with pytest.raises(ValueError, match=r"takes torch\.float32, .*; got torch\.float64"):
         ops.velocity_loss(v, v)
