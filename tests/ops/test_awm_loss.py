@@ -9,7 +9,7 @@ import torch
 
 from qirl_fast import _cpu, ops
 
-SHAPES = [(1, 1), (3,), (3, 5, 7), (5, 1023), (2, 4, 33, 31), (1, 70_001)]
+SHAPES = [(1, 1), (3,), (3, 5, 7), (64, 1023), (2, 4, 33, 31), (1, 70_001)]
 DTYPES = [torch.float32, torch.bfloat16]
 WEIGHTINGS = ["uniform", "t", "t2", "huber", "ghuber"]
 

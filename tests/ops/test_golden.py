@@ -2,8 +2,8 @@
 
 tests/golden/peers_golden.npz holds float32 tensors: flow_grpo's SDE and CPS steps and DanceGRPO's
 step at nine steps of a ten-step schedule (24 tokens of 16, 2 rows; the recorded gradient is that of
-0.5 logp[0] + 1.5 logp[1]), flow_grpo's and UniRL's advantages, the clipped GRPO loss, DiffusionNFT's
-loss, and diffusers' true CFG with and without the norm rescale.
+0.5 logp[0] + 1.5 logp[1]), flow_grpo's and UniRL's advantages, the clipped GRPO loss,
+DiffusionNFT's loss, and diffusers' true CFG with and without the norm rescale.
 """
 
 import math
