@@ -27,12 +27,11 @@ const char* awm_logp(const void* arguments, int64_t begin, int64_t end) {
   const AwmArgs& args = *(const AwmArgs*)arguments;
   with_storage_type(args.v.dtype, [&](auto* v) {
     all_blocks(args, begin, end, v, [&](int64_t task, const RowBlock& block, auto residual) {
-      Sum16 sum;
-      for_vectors(block.size, [&](int64_t i, int n) {
+      const BlockSums<1> sum(block.size, [&](int64_t i, int n, int64_t vector, Sum16* part) {
         const F r = residual(i, n);
-        sum.add(i / kLanes, r * r);
+        part->add(vector, r * r);
       });
-      args.sums[task] = sum.total();
+      args.sums[task] = sum.total(0);
     });
   });
   return kIsaName;

@@ -38,19 +38,18 @@ const char* nft_loss(const void* arguments, int64_t begin, int64_t end) {
   with_storage_type(args.v.dtype, [&](auto* v) {
     all_blocks(args, begin, end, v,
                [&](int64_t task, const RowBlock& block, auto errors, auto away) {
-                 Sum16 sums[kNftSums];
-                 for_vectors(block.size, [&](int64_t i, int n) {
+                 const auto add = [&](int64_t i, int n, int64_t vector, Sum16* part) {
                    const auto e = errors(i, n);
                    const F r = away(i, n);
-                   const int64_t vector = i / kLanes;
-                   sums[0].add(vector, absolute(e.better));
-                   sums[1].add(vector, absolute(e.worse));
-                   sums[2].add(vector, e.better * e.better);
-                   sums[3].add(vector, e.worse * e.worse);
-                   sums[4].add(vector, r * r);
-                 });
+                   part[0].add(vector, absolute(e.better));
+                   part[1].add(vector, absolute(e.worse));
+                   part[2].add(vector, e.better * e.better);
+                   part[3].add(vector, e.worse * e.worse);
+                   part[4].add(vector, r * r);
+                 };
+                 const BlockSums<kNftSums> sums(block.size, add);
                  for (int k = 0; k < kNftSums; ++k) {
-                   args.sums[task * kNftSums + k] = sums[k].total();
+                   args.sums[task * kNftSums + k] = sums.total(k);
                  }
                });
   });

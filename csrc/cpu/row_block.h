@@ -1,5 +1,7 @@
-// What the losses share: rows cut into blocks of kRowBlock elements, a task each, whose sums are
-// added in the order of flow_logp (Sum16 inside a block; the blocks, in double, by the caller).
+// What the losses share: rows cut into blocks of kRowBlock elements, a task each, and K sums over
+// a block in a fixed order. Element i of a block goes to virtual lane i % 16 of part i / kRowPart;
+// parts are added to each other in turn, then the lanes by the tree of Sum16. The short chains keep
+// the rounding near that of PyTorch's sum. The caller adds the blocks, in double.
 #pragma once
 
 #include "cpu/dtype.h"
@@ -50,6 +52,27 @@ template <class Body>
 QIRL_HD void with_storage_type(int dtype, Body body) {
   dtype == kFloat32 ? body((float*)nullptr) : body((bf16*)nullptr);
 }
+
+template <int K>
+struct BlockSums {
+  Sum16 whole[K];
+
+  // add(i, n, vector, part): part[k].add(vector, value of elements [i, i + n) of the block).
+  template <class Add>
+  QIRL_INLINE BlockSums(int64_t size, Add add) {
+    for (int64_t start = 0; start < size; start += kRowPart) {
+      Sum16 part[K];
+      const int64_t left = size - start;
+      for_vectors(left < kRowPart ? left : kRowPart,
+                  [&](int64_t i, int n) { add(start + i, n, i / kLanes, part); });
+      for (int k = 0; k < K; ++k) {
+        for (int j = 0; j < Sum16::kParts; ++j) whole[k].lanes[j] += part[k].lanes[j];
+      }
+    }
+  }
+
+  QIRL_INLINE float total(int k) const { return whole[k].total(); }
+};
 
 QIRL_HD F absolute(F value) { return (F)((U)value & 0x7fffffffu); }
 

@@ -17,13 +17,12 @@ QIRL_HD void all_blocks(const VelocityArgs& args, int64_t begin, int64_t end, co
     const float weight = args.weight_B ? args.weight_B[block.row] : 1.0f;
     const F slope = splat(velocity_slope(weight, args.row_size, args.rows));
     V* dv = (V*)args.dv + block.out;
-    Sum16 sum;
-    for_vectors(block.size, [&](int64_t i, int n) {
+    const BlockSums<1> sum(block.size, [&](int64_t i, int n, int64_t vector, Sum16* part) {
       const F r = velocity_error(load_n(v + i, n), load_n(target + i, n));
-      sum.add(i / kLanes, r * r);
+      part->add(vector, r * r);
       if (kGradient) store_n(dv + i, round_as(dv, slope * r), n, args.stream);
     });
-    args.sums[task] = sum.total();
+    args.sums[task] = sum.total(0);
   }
 }
 

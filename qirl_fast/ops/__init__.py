@@ -5,10 +5,14 @@ from qirl_fast.ops.awm_loss import AwmLoss, awm_loss
 from qirl_fast.ops.dispatch import BackendError, use_backend
 from qirl_fast.ops.flow_logp import flow_logp
 from qirl_fast.ops.flow_step import flow_step
+from qirl_fast.ops.fp8_linear import fp8_linear
+from qirl_fast.ops.fp8_quantize import fp8_quantize
+from qirl_fast.ops.gelu import gelu
 from qirl_fast.ops.group_advantage import GroupAdvantage, group_advantage
 from qirl_fast.ops.guide import guide
 from qirl_fast.ops.nft_loss import NftLoss, nft_loss
 from qirl_fast.ops.policy_loss import PolicyLoss, policy_loss
+from qirl_fast.ops.swiglu import swiglu
 from qirl_fast.ops.velocity_loss import VelocityLoss, velocity_loss
 
 __all__ = [
@@ -22,10 +26,14 @@ __all__ = [
     "awm_loss",
     "flow_logp",
     "flow_step",
+    "fp8_linear",
+    "fp8_quantize",
+    "gelu",
     "group_advantage",
     "guide",
     "nft_loss",
     "policy_loss",
+    "swiglu",
     "use_backend",
     "velocity_loss",
 ]

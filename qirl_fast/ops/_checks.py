@@ -104,3 +104,20 @@ def rows_of(x: Tensor | None) -> tuple[int, int, int]:
 def row_sizes(x: Tensor) -> tuple[int, int]:
     """Rows and elements a row."""
     return x.shape[0], x.numel() // x.shape[0]
+
+
+def matrices(*tensors: Tensor) -> list[Tensor]:
+    """The tensors, of one shape [..., K], as matrices with dense rows; copied where they must be.
+
+    One row of everything when all are contiguous; else [rows, K], a view where the leading
+    dimensions have one stride, as the halves of a fused projection do.
+    """
+    if all(t.is_contiguous() for t in tensors):
+        return [t.reshape(1, -1) for t in tensors]
+    return [matrix(t) for t in tensors]
+
+
+def matrix(x: Tensor) -> Tensor:
+    """x [..., K] as [rows, K] with dense rows; copied where it must be."""
+    view = x.reshape(-1, x.shape[-1])
+    return view if view.stride(1) == 1 or view.shape[1] == 1 else view.contiguous()
