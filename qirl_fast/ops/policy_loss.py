@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from qirl_fast import _cpu
 from qirl_fast.ops._checks import require_no_grad
+from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 
 
@@ -96,6 +97,9 @@ OP = Op(
     {
         "reference": Backend(policy_loss_reference, ("cpu", "cuda"), _REALS),
         "cpu": Backend(policy_loss_cpu, ("cpu",), _REALS),
+        "triton": Backend(
+            triton_launcher("policy_loss", "policy_loss"), ("cuda",), _REALS, missing_triton
+        ),
     },
     {"cpu": "cpu", "cuda": "reference"},
 )
