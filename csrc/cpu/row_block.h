@@ -1,12 +1,8 @@
-// What the losses share: rows cut into blocks of kRowBlock elements, a task each, and K sums over
-// a block in a fixed order. Element i of a block goes to virtual lane i % 16 of part i / kRowPart;
-// parts are added to each other in turn, then the lanes by the tree of Sum16. The short chains keep
-// the rounding near that of PyTorch's sum. The caller adds the blocks, in double.
+// What the losses share: a task is one block of one row; its sums have the order of math/rows.h.
 #pragma once
 
 #include "cpu/dtype.h"
-#include "cpu/operand.h"
-#include "cpu/row_task.h"
+#include "math/rows.h"
 #include "cpu/vec.h"
 
 namespace qirl {

@@ -2,8 +2,7 @@
 #pragma once
 
 #include "cpu/isa.h"
-#include "cpu/operand.h"
-#include "cpu/row_task.h"
+#include "math/rows.h"
 
 namespace qirl {
 

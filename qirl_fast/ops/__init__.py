@@ -1,5 +1,6 @@
 """Fused ops with gradients. One public op a file; backends are chosen in dispatch.py."""
 
+from qirl_fast.ops._qk_checks import Stream
 from qirl_fast.ops.awm_logp import awm_logp
 from qirl_fast.ops.awm_loss import AwmLoss, awm_loss
 from qirl_fast.ops.dispatch import BackendError, use_backend
@@ -12,6 +13,7 @@ from qirl_fast.ops.group_advantage import GroupAdvantage, group_advantage
 from qirl_fast.ops.guide import guide
 from qirl_fast.ops.nft_loss import NftLoss, nft_loss
 from qirl_fast.ops.policy_loss import PolicyLoss, policy_loss
+from qirl_fast.ops.qk_norm_rope import qk_norm_rope
 from qirl_fast.ops.swiglu import swiglu
 from qirl_fast.ops.velocity_loss import VelocityLoss, velocity_loss
 
@@ -21,6 +23,7 @@ __all__ = [
     "GroupAdvantage",
     "NftLoss",
     "PolicyLoss",
+    "Stream",
     "VelocityLoss",
     "awm_logp",
     "awm_loss",
@@ -33,6 +36,7 @@ __all__ = [
     "guide",
     "nft_loss",
     "policy_loss",
+    "qk_norm_rope",
     "swiglu",
     "use_backend",
     "velocity_loss",

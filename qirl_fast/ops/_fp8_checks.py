@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qirl_fast.ops._checks import LARGE_DTYPES, require_no_grad, require_rows
+from qirl_fast.ops._checks import LARGE_DTYPES, require_no_grad, require_rows, require_tensor
 
 _OP = "fp8_linear"
 MULTIPLE = 16  # of both dimensions of the weight: what fp8 tensor cores take
@@ -95,8 +95,7 @@ def require_frozen(
 
 
 def _require_tensor(name: str, t: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    if not isinstance(t, Tensor):
-        raise ValueError(f"{_OP}: {name} must be a tensor; got {type(t).__name__}.")
+    require_tensor(_OP, name, t)
     if t.dtype not in dtypes:
         wanted = " or ".join(str(d) for d in dtypes)
         raise ValueError(f"{_OP}: {name} must be {wanted}; got {t.dtype}.")

@@ -196,6 +196,22 @@ class _AwmLogp(torch.autograd.Function):
         return _awm_logp_backward(grad, *ctx.saved_tensors, ctx.backend), *(None,) * 5
 
 
+def require_awm(
+    op: str, v: Tensor, noise: Tensor, x0: Tensor, time: Tensor, weighting: str, power: float
+) -> None:
+    """The arguments are what awm_logp takes; `op` names the one that asks."""
+    require_rows(op, "v", v)
+    require_like(op, "noise", noise, "v", v, dtype=False)
+    require_like(op, "x0", x0, "v", v, dtype=False)
+    require_per_row(op, "time", time, v, torch.float32)
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"{op}: weighting is {weighting!r}; choose from {', '.join(WEIGHTINGS)}.")
+    if not 0 < power <= 1:
+        raise ValueError(f"{op}: power is {power}; want 0 < power <= 1.")
+    why = "it is differentiable in v only"
+    require_no_grad(op, why, noise=noise, x0=x0, time=time)
+
+
 # ---- public -------------------------------------------------------------------------------------
 def awm_logp(
     v: Tensor,
@@ -215,18 +231,7 @@ def awm_logp(
     Raises ValueError for shapes, dtypes, devices or values outside this, and when anything but v
     asks for a gradient.
     """
-    require_rows("awm_logp", "v", v)
-    require_like("awm_logp", "noise", noise, "v", v, dtype=False)
-    require_like("awm_logp", "x0", x0, "v", v, dtype=False)
-    require_per_row("awm_logp", "time", time, v, torch.float32)
-    if weighting not in WEIGHTINGS:
-        raise ValueError(
-            f"awm_logp: weighting is {weighting!r}; choose from {', '.join(WEIGHTINGS)}."
-        )
-    if not 0 < power <= 1:
-        raise ValueError(f"awm_logp: power is {power}; want 0 < power <= 1.")
-    why = "logp is differentiable in v only"
-    require_no_grad("awm_logp", why, noise=noise, x0=x0, time=time)
+    require_awm("awm_logp", v, noise, x0, time, weighting, power)
     form = _WEIGHTINGS.get(weighting, (1, power, 1.0 / power))
     backend = forced_backend()
     if torch.is_grad_enabled() and v.requires_grad:

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qirl_fast.ops._checks import require_per_row, require_rows
-from qirl_fast.ops.awm_logp import awm_logp
+from qirl_fast.ops._checks import require_no_grad, require_per_row
+from qirl_fast.ops.awm_logp import awm_logp, require_awm
 from qirl_fast.ops.policy_loss import policy_loss
 
 
@@ -54,9 +54,12 @@ def awm_loss(
     clip_low, clip_high: as for policy_loss.
     Raises ValueError for whatever those two refuse.
     """
-    require_rows("awm_loss", "v", v)
+    require_awm("awm_loss", v, noise, x0, time, weighting, power)
+    real = torch.promote_types(v.dtype, torch.float32)
     for name, t in (("logp_old", logp_old), ("advantage", advantage)):
-        require_per_row("awm_loss", name, t, v, torch.float32, torch.float64)
+        require_per_row("awm_loss", name, t, v, real)
+    why = "it is differentiable in v only"
+    require_no_grad("awm_loss", why, logp_old=logp_old, advantage=advantage)
     logp = awm_logp(v, noise, x0, time, weighting=weighting, power=power)
     out = policy_loss(logp, logp_old, advantage, clip_low=clip_low, clip_high=clip_high)
     return AwmLoss(out.loss, logp.detach(), out.ratio, out.clip_fraction, out.approx_kl)

@@ -255,7 +255,7 @@ BAD = {
     "NaN power": ({"power": math.nan}, "power is nan"),
     "large power": ({"power": 1.5}, r"power is 1\.5"),
     "rows of logp_old": ({"logp_old": torch.ones(3)}, "logp_old needs one value a row"),
-    "double logp_old": ({"logp_old": torch.ones(2).double()}, "logp_old must be like logp"),
+    "double logp_old": ({"logp_old": torch.ones(2).double()}, "logp_old must be torch.float32"),
     "column advantage": ({"advantage": torch.ones(2, 1)}, "advantage needs one value a row"),
     "clip_low": ({"clip_low": 0.0}, "clip_low is 0"),
     "clip_high": ({"clip_high": math.nan}, "clip_high is nan"),

@@ -2,17 +2,13 @@
 #pragma once
 
 #include "bindings/cpu/ops.h"
+#include "bindings/operand.h"
 #include "cpu/dtype.h"
-#include "cpu/operand.h"
-#include "cpu/row_task.h"
+#include "math/rows.h"
 
 namespace qirl {
 
 constexpr int64_t kRowGrain = 16;  // blocks a thread should at least have
-
-inline Operand operand(const Rows& rows) {
-  return {address_of(rows), stride_of(rows), dtype_of(rows)};
-}
 
 // Sum of `count` block sums that lie `step` apart, in float64 in the order of the blocks.
 inline double ordered_sum(const float* sums, int64_t count, int64_t step = 1) {
