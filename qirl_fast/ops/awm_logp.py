@@ -37,6 +37,8 @@ from qirl_fast.ops._checks import (
     row_sizes,
     rows_of,
 )
+from qirl_fast.ops._cuda import missing_cuda
+from qirl_fast.ops._loss_cuda import awm_logp_backward_cuda, awm_logp_cuda
 from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 
@@ -142,6 +144,7 @@ OP = Op(
         "triton": Backend(
             triton_launcher("awm_logp", "awm_logp"), ("cuda",), LARGE_DTYPES, missing_triton
         ),
+        "cuda": Backend(awm_logp_cuda, ("cuda",), LARGE_DTYPES, missing_cuda),
     },
     _DEFAULT,
 )
@@ -156,6 +159,7 @@ OP_BACKWARD = Op(
             LARGE_DTYPES,
             missing_triton,
         ),
+        "cuda": Backend(awm_logp_backward_cuda, ("cuda",), LARGE_DTYPES, missing_cuda),
     },
     _DEFAULT,
 )

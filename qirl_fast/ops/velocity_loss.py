@@ -40,7 +40,9 @@ from qirl_fast.ops._checks import (
     row_sizes,
     rows_of,
 )
+from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._gradient import scaled
+from qirl_fast.ops._loss_cuda import velocity_loss_cuda
 from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 
@@ -114,6 +116,7 @@ OP = Op(
             LARGE_DTYPES,
             missing_triton,
         ),
+        "cuda": Backend(velocity_loss_cuda, ("cuda",), LARGE_DTYPES, missing_cuda),
     },
     {"cpu": "cpu", "cuda": "reference"},
 )
