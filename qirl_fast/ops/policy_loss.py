@@ -7,8 +7,9 @@
     approx_kl     = mean of (logp_i - logp_old_i)^2 / 2, zero only where nothing moved
 
 Shapes: logp, logp_old, advantage [B], float32 or float64, all alike; loss, clip_fraction and
-approx_kl are scalars, ratio [B]. Computed in float64 in row order and rounded once: logp equal to
-logp_old gives ratio exactly 1, and the same bits come out on every run and for any thread count.
+approx_kl are scalars, ratio [B]. Computed in float64 and rounded once: logp equal to logp_old gives
+ratio exactly 1, and the same bits come out on every run and for any thread count. Rows are added in
+order; by Triton in lanes of 256 and then those, an order the number of rows fixes. One launch.
 A NaN in logp, logp_old or advantage reaches the loss; max and clip never drop it.
 Gradients: to logp only; ratio, clip_fraction and approx_kl carry none.
 Source: PPO (arXiv 1707.06347) as used by Flow-GRPO (arXiv 2505.05470), whose clip_fraction and
@@ -26,6 +27,9 @@ from torch.autograd.function import once_differentiable
 
 from qirl_fast import _cpu
 from qirl_fast.ops._checks import require_no_grad, require_tensor
+from qirl_fast.ops._cuda import missing_cuda
+from qirl_fast.ops._loss_cuda import policy_loss_cuda
+from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 
 
@@ -96,6 +100,10 @@ OP = Op(
     {
         "reference": Backend(policy_loss_reference, ("cpu", "cuda"), _REALS),
         "cpu": Backend(policy_loss_cpu, ("cpu",), _REALS),
+        "triton": Backend(
+            triton_launcher("policy_loss", "policy_loss"), ("cuda",), _REALS, missing_triton
+        ),
+        "cuda": Backend(policy_loss_cuda, ("cuda",), _REALS, missing_cuda),
     },
     {"cpu": "cpu", "cuda": "reference"},
 )

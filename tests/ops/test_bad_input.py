@@ -39,6 +39,10 @@ def _fp8_linear() -> Call:
     return {"x": _rows(B, D), "weight_q": w_q, "weight_scale": w_scale, "bias": _rows(D)}
 
 
+def _awm() -> Call:
+    return {name: _rows(B, D) for name in ("v", "noise", "x0")} | {"time": _per_row()}
+
+
 CALLS: dict[str, Callable[[], Call]] = {
     "flow_step": lambda: _flow() | {"s": _per_row(), "seed": torch.arange(B), "offset": 0},
     "flow_logp": lambda: _flow() | {"x_next": _rows(B, D)},
@@ -57,6 +61,20 @@ CALLS: dict[str, Callable[[], Call]] = {
         "clip_low": 0.1,
         "clip_high": 0.1,
     },
+    "velocity_loss": lambda: {
+        "v": _rows(B, D),
+        "target": _rows(B, D),
+        "weight": _per_row(),
+    },
+    "nft_loss": lambda: (
+        {name: _rows(B, D) for name in ("v", "v_old", "v_ref", "x_t", "x0")}
+        | {"sigma": _per_row(), "advantage": _per_row(), "beta": 0.1}
+    ),
+    "awm_logp": _awm,
+    "awm_loss": lambda: (
+        _awm()
+        | {"logp_old": _per_row(), "advantage": _per_row(), "clip_low": 0.1, "clip_high": 0.1}
+    ),
     "qk_norm_rope": lambda: (
         {name: _rows(B, S, 2, D) for name in ("q", "k", "v")}
         | {"q_weight": _rows(D), "k_weight": _rows(D), "rope": torch.ones(S, D // 2) + 0j}
@@ -102,6 +120,13 @@ VALUES: list[tuple[str, str, Any]] = [
     *(("guide", "scale", bad) for bad in (math.nan, math.inf, "4")),
     *(("policy_loss", "clip_low", bad) for bad in (0.0, -1.0, 1.5, math.nan)),
     *(("policy_loss", "clip_high", bad) for bad in (0.0, -1.0, math.nan)),
+    *(("velocity_loss", "weight", bad) for bad in (math.nan, math.inf)),
+    *(("nft_loss", "sigma", bad) for bad in (math.nan, math.inf)),
+    *(("nft_loss", name, bad) for name in ("beta", "adv_clip") for bad in (0.0, math.nan)),
+    *(("nft_loss", "ref_weight", bad) for bad in (-1.0, math.nan)),
+    *(("awm_logp", "time", bad) for bad in (math.nan, math.inf)),
+    *(("awm_logp", "power", bad) for bad in (0.0, 2.0, math.nan)),
+    ("awm_logp", "weighting", "t3"),
     *(("group_advantage", name, -1.0) for name in ("eps", "std_floor", "min_range", "clamp")),
     *(("group_advantage", name, math.nan) for name in ("eps", "std_floor", "min_range", "clamp")),
     *(("group_advantage", name, "none") for name in ("mode", "std", "ddof")),
@@ -120,6 +145,10 @@ CONSTANTS = [
     *(("flow_logp", name) for name in ("x_next", "delta", "a", "c", "w", "b")),
     ("guide", "scale"),
     *(("policy_loss", name) for name in ("logp_old", "advantage")),
+    *(("velocity_loss", name) for name in ("target", "weight")),
+    *(("nft_loss", name) for name in ("v_old", "v_ref", "x_t", "x0", "sigma", "advantage")),
+    *(("awm_logp", name) for name in ("noise", "x0", "time")),
+    *(("awm_loss", name) for name in ("noise", "x0", "time", "logp_old", "advantage")),
     *(("group_advantage", name) for name in ("rewards", "weights")),
     ("qk_norm_rope", "rope"),
     ("fp8_quantize", "x"),

@@ -2,8 +2,8 @@
 
 tests/golden/peers_golden.npz holds float32 tensors: flow_grpo's SDE and CPS steps and DanceGRPO's
 step at nine steps of a ten-step schedule (24 tokens of 16, 2 rows; the recorded gradient is that of
-0.5 logp[0] + 1.5 logp[1]), flow_grpo's and UniRL's advantages, the clipped GRPO loss, and
-diffusers' true CFG with and without the norm rescale.
+0.5 logp[0] + 1.5 logp[1]), flow_grpo's and UniRL's advantages, the clipped GRPO loss,
+DiffusionNFT's loss, and diffusers' true CFG with and without the norm rescale.
 """
 
 import math
@@ -156,3 +156,25 @@ def test_guidance(name: str, rescale: bool, per_row: bool, backend: str) -> None
             rescale=rescale,
         )
     torch.testing.assert_close(v, tensor(name), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nft_loss(backend: str) -> None:
+    v = tensor("nft_v").clone().requires_grad_()
+    adv_clip = float(GOLDEN["nft_adv_clip_max"])
+    with ops.use_backend(backend):
+        out = ops.nft_loss(
+            v,
+            tensor("nft_old"),
+            tensor("nft_xt"),
+            tensor("nft_x0"),
+            tensor("nft_t"),
+            (2 * tensor("nft_reward_prob") - 1) * adv_clip,
+            beta=float(GOLDEN["nft_beta"]),
+            v_ref=tensor("nft_ref"),
+            adv_clip=adv_clip,
+            ref_weight=float(GOLDEN["nft_kl"]),
+        )
+    out.loss.backward()
+    assert float(out.loss.detach()) == pytest.approx(float(GOLDEN["nft_loss"]), rel=2e-7)
+    torch.testing.assert_close(v.grad, tensor("nft_dv"), rtol=1e-6, atol=1e-8)

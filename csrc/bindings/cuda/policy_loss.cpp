@@ -1,0 +1,31 @@
+#include "cuda/policy_loss.h"
+
+#include "bindings/cuda/ops.h"
+
+namespace qirl::cuda {
+namespace {
+
+void run(uintptr_t logp_B, uintptr_t logp_old_B, uintptr_t advantage_B, uintptr_t loss,
+         uintptr_t ratio_B, uintptr_t clip_fraction, uintptr_t approx_kl, uintptr_t grad_B,
+         int64_t rows, double low, double high, bool is_double, uintptr_t stream) {
+  PolicyArgs args{};
+  args.logp_B = as_pointer(logp_B);
+  args.logp_old_B = as_pointer(logp_old_B);
+  args.advantage_B = as_pointer(advantage_B);
+  args.loss = as_pointer(loss);
+  args.ratio_B = as_pointer(ratio_B);
+  args.clip_fraction = as_pointer(clip_fraction);
+  args.approx_kl = as_pointer(approx_kl);
+  args.grad_B = as_pointer(grad_B);
+  args.rows = rows;
+  args.low = low;
+  args.high = high;
+  args.is_double = is_double;
+  check("policy_loss", policy_loss(args, as_pointer(stream)));
+}
+
+const Binding binding([](py::module_& m) { m.def("policy_loss", &run); });
+
+}  // namespace
+
+}  // namespace qirl::cuda
