@@ -36,7 +36,7 @@ def _tile(size, width, blocks, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _divide_or_zero(a, b):
-    return tl.where(b > 0.0, tl.div_rn(a, b), a * 0.0)
+    return tl.where(b > 0.0, tl.div_rn(a, b), 0.0)
 
 
 @triton.jit
