@@ -28,6 +28,12 @@ or more each; weights [K] or [N, K], rows of one group equal (they need not sum 
 with std 'group' (but not gdpo) a group's result does not depend on the other groups. Outputs have
 the dtype of rewards. No gradients. Differs from flow_grpo: equal rewards give exactly 0 even with
 eps 0, because deviations are taken from a member before the mean is.
+
+The cuda and triton backends do not wait for the device, so they cannot refuse values. A group with
+a bad one (too few members; a valid reward or a weight that is NaN, infinite or beyond 1e60; weights
+that differ or are all zero), and a row whose id is outside 0..M-1, get advantage NaN and keep
+false, the group also NaN statistics. Where batch statistics enter (std 'global', gdpo), all rows
+do: no number is made from part of a batch.
 """
 
 from __future__ import annotations
@@ -39,7 +45,9 @@ import torch
 from torch import Tensor
 
 from qirl_fast import _cpu
+from qirl_fast.ops._advantage_cuda import group_advantage_cuda
 from qirl_fast.ops._checks import require_no_grad
+from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._group_checks import check_group_values, require_group_inputs, require_options
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 
@@ -174,6 +182,7 @@ OP = Op(
     {
         "reference": Backend(group_advantage_reference, ("cpu", "cuda"), _REALS),
         "cpu": Backend(group_advantage_cpu, ("cpu",), _REALS),
+        "cuda": Backend(group_advantage_cuda, ("cuda",), _REALS, missing_cuda),
     },
     {"cpu": "cpu", "cuda": "reference"},
 )

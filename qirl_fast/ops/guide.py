@@ -7,6 +7,7 @@
 Shapes: v_cond, v_uncond, v [B, ...] (with rescale at least [B, D]); scale float or float32 [B].
 Dtypes: float32 or bfloat16, both velocities alike; computed in float32 and rounded once.
 Gradients: to v_cond and v_uncond, not to scale.
+Sums: over a token, in float32; cpu and cuda in one order and with one result, triton in its own.
 Source: diffusers, pipeline_qwenimage.py (true CFG). It rounds each intermediate to the storage
 dtype and yields NaN where |g| = 0; here there is one rounding and the factor is 0.
 """
@@ -33,6 +34,9 @@ from qirl_fast.ops._checks import (
     row_sizes,
     rows_of,
 )
+from qirl_fast.ops._cuda import missing_cuda
+from qirl_fast.ops._guide_cuda import guide_backward_cuda, guide_cuda
+from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 
 
@@ -125,6 +129,10 @@ OP = Op(
     {
         "reference": Backend(guide_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
         "cpu": Backend(guide_cpu, ("cpu",), LARGE_DTYPES),
+        "triton": Backend(
+            triton_launcher("guide", "guide"), ("cuda",), LARGE_DTYPES, missing_triton
+        ),
+        "cuda": Backend(guide_cuda, ("cuda",), LARGE_DTYPES, missing_cuda),
     },
     _DEFAULT,
 )
@@ -133,6 +141,10 @@ OP_BACKWARD = Op(
     {
         "reference": Backend(guide_backward_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
         "cpu": Backend(guide_backward_cpu, ("cpu",), LARGE_DTYPES),
+        "triton": Backend(
+            triton_launcher("guide", "guide_backward"), ("cuda",), LARGE_DTYPES, missing_triton
+        ),
+        "cuda": Backend(guide_backward_cuda, ("cuda",), LARGE_DTYPES, missing_cuda),
     },
     _DEFAULT,
 )
