@@ -5,6 +5,7 @@ from qirl_fast.ops.flow_logp import flow_logp
 from qirl_fast.ops.flow_step import flow_step
 from qirl_fast.ops.group_advantage import GroupAdvantage, group_advantage
 from qirl_fast.ops.guide import guide
+from qirl_fast.ops.lora_linear import lora_linear
 from qirl_fast.ops.policy_loss import PolicyLoss, policy_loss
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "flow_step",
     "group_advantage",
     "guide",
+    "lora_linear",
     "policy_loss",
     "use_backend",
 ]
