@@ -4,6 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
+import torch
+
 from bench import base
 
 
@@ -12,6 +14,7 @@ def main() -> None:
     parser.add_argument("what", choices=["ops"])
     parser.add_argument("--op", nargs="+", metavar="OP", help="only these ops")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], metavar="DTYPE")
     parser.add_argument("--base", metavar="COMMIT", help="build that commit too and compare")
     parser.add_argument("--out", type=Path, metavar="F.json", help="also writes F.md and F.png")
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds (default 15)")
@@ -27,6 +30,9 @@ def main() -> None:
         ops.Options(
             device=options.device,
             only=options.op,
+            dtypes=[
+                {"float32": torch.float32, "bfloat16": torch.bfloat16}[d] for d in options.dtype
+            ],
             rounds=options.rounds,
             seconds=options.seconds,
             compiled=not options.no_compile,
@@ -47,6 +53,7 @@ def _for_base(options: argparse.Namespace) -> list[str]:
     """Arguments of the run on the base commit: eager is enough to compare with."""
     names = ["--op", *options.op] if options.op else []
     limits = ["--rounds", str(options.rounds), "--seconds", str(options.seconds)]
+    names += ["--dtype", *options.dtype]
     return [*names, "--device", options.device, *limits, "--no-compile", "--no-sweep"]
 
 

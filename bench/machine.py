@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -17,7 +18,9 @@ def _git(*arguments: str) -> str:
 
 
 def commit() -> str:
-    """The checked-out commit, with + where the tree differs from it; '' outside a repository."""
+    """The checked-out commit, with + where the tree differs from it; $QIRL_COMMIT overrides it."""
+    if os.environ.get("QIRL_COMMIT"):
+        return os.environ["QIRL_COMMIT"]
     changed = _git("status", "--porcelain", "--untracked-files=no")
     return _git("rev-parse", "HEAD") + ("+" if changed else "")
 

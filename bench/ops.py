@@ -15,16 +15,24 @@ from typing import Any
 
 import torch
 import torch._functorch.config
-from torch import Tensor
 
 from bench.cases import CASES, Case, Make, Shape
+from bench.cases.case import Function
+from bench.check import (
+    fault,
+    forced,
+    output_gradients,
+    results,
+    tensors,
+    tolerance,
+    with_leaves,
+)
 from bench.machine import about
 from bench.timing import Times, captured, copy_call, copy_gbps, interleaved, peak_bytes
 from qirl_fast import ops
 
 MODES = ("forward", "backward", "both")
 DTYPES = (torch.float32, torch.bfloat16)
-Function = Callable[..., object]
 # A GPU's caches hold the small shapes: there, larger ones stand beside them.
 LARGE = {(4, 4096, 64): (64, 4096, 64), (1, 4352, 3072): (8, 4352, 3072)}
 SWEEP = {
@@ -39,6 +47,7 @@ class Options:
 
     device: str = "cpu"
     only: Sequence[str] | None = None
+    dtypes: Sequence[torch.dtype] = DTYPES
     rounds: int = 15
     seconds: float = 20.0
     compiled: bool = True
@@ -75,7 +84,7 @@ def _jobs(options: Options) -> Iterator[tuple[str, Shape, torch.dtype, bool]]:
     chosen = [n for n in CASES if options.only is None or n.split(",")[0] in options.only]
     for name in chosen:
         shape = CASES[name][1]
-        for dtype in DTYPES if shape in SWEEP else DTYPES[:1]:
+        for dtype in options.dtypes if shape in SWEEP else DTYPES[:1]:
             yield name, LARGE.get(shape, shape) if options.device == "cuda" else shape, dtype, False
     for name in chosen if options.sweep else ():
         for shape in SWEEP.get(CASES[name][1], ()):
@@ -90,17 +99,9 @@ def _note(notes: list[str], title: str, why: str, say: Callable[[str], None]) ->
 
 
 # ---- providers ----------------------------------------------------------------------------------
-def _forced(backend: str, function: Function) -> Function:
-    def call(*inputs: object) -> object:
-        with ops.use_backend(backend):
-            return function(*inputs)
-
-    return call
-
-
 def _providers(case: Case, options: Options, sweep: bool) -> dict[str, Function]:
     if options.device == "cuda":
-        found = {f"ours-{name}": _forced(name, case.ours) for name in ("triton", "cuda")}
+        found = {f"ours-{name}": forced(name, case.ours) for name in ("triton", "cuda")}
         found |= case.rivals  # all of them are for GPUs
     else:
         found = {"ours": case.ours}
@@ -111,72 +112,33 @@ def _providers(case: Case, options: Options, sweep: bool) -> dict[str, Function]
 
 
 # ---- correctness --------------------------------------------------------------------------------
-def _tensors(result: object) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else list(result)  # type: ignore[call-overload]
-
-
-def _with_leaves(case: Case) -> tuple[list[object], list[Tensor]]:
-    inputs = list(case.inputs)
-    leaves = []
-    for i in case.leaves:
-        inputs[i] = inputs[i].detach().requires_grad_()  # type: ignore[attr-defined]
-        leaves.append(inputs[i])
-    return inputs, leaves  # type: ignore[return-value]
-
-
-def _output_gradients(outputs: list[Tensor]) -> list[Tensor]:
-    """1 for a loss, as loss.backward() has it, else normal."""
-    g = torch.Generator().manual_seed(1)
-    return [
-        torch.ones_like(t) if t.ndim == 0 else torch.randn(t.shape, generator=g).to(t)
-        for t in outputs
-    ]
-
-
-def _results(case: Case, function: Function) -> list[Tensor]:
-    inputs, leaves = _with_leaves(case)
-    outputs = _tensors(function(*inputs))
-    if not leaves:
-        return outputs
-    grads = torch.autograd.grad(outputs, leaves, _output_gradients(outputs))
-    return [t.detach() for t in (*outputs, *grads)]
-
-
-def _fault(got: Sequence[Tensor], truth: Sequence[Tensor], tolerance: float) -> str:
-    """What is wrong with these results, or ''."""
-    for i, (mine, true) in enumerate(zip(got, truth, strict=True)):
-        if mine.shape != true.shape or mine.dtype != true.dtype:
-            return f"result {i} is {mine.dtype} {tuple(mine.shape)}, not {true.dtype}"
-        error = (mine.float() - true.float()).abs().max() / true.float().abs().max().clamp(min=1e-9)
-        if not bool(error <= tolerance):  # NaN is wrong too
-            return f"result {i} is off by {float(error):.1e} of the largest true value"
-    return ""
-
-
 def _right_ones(
     case: Case,
     found: dict[str, Function],
-    tolerance: float,
+    allowed: float,
     note: Callable[[str, str], None],
 ) -> dict[str, Function]:
     """The providers that run and, where they do the same job, give the reference's results."""
-    truth = _results(case, _forced("reference", case.ours))
+    truth = results(case, forced("reference", case.ours))
     right = {}
     for provider, function in found.items():
         try:
-            results = _results(case, function)
+            got = results(case, function)
         except ImportError as error:
             note(provider, f"not installed ({error})")
             continue
         except ops.BackendError as error:
             note(provider, str(error))
             continue
+        except Exception as error:  # a kernel that does not compile loses this provider only
+            note(provider, f"WRONG, not timed: {type(error).__name__}: {error}")
+            continue
         ours = provider.startswith("ours")
-        fault = ""
+        wrong = ""
         if ours or case.same_job:  # the others round their intermediates to storage
-            fault = _fault(results, truth, tolerance if ours else 8 * tolerance)
-        if fault:
-            note(provider, f"WRONG, not timed: {fault}")
+            wrong = fault(got, truth, allowed if ours else 8 * allowed)
+        if wrong:
+            note(provider, f"WRONG, not timed: {wrong}")
         else:
             right[provider] = function
     return right
@@ -191,12 +153,12 @@ def _call(case: Case, function: Function, mode: str) -> Callable[[], object]:
                 return function(*case.inputs)
 
         return forward
-    inputs, leaves = _with_leaves(case)
-    outputs = _tensors(function(*inputs))
-    grads = _output_gradients(outputs)
+    inputs, leaves = with_leaves(case)
+    outputs = tensors(function(*inputs))
+    grads = output_gradients(outputs)
     if mode == "backward":
         return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
-    return lambda: torch.autograd.grad(_tensors(function(*inputs)), leaves, grads)
+    return lambda: torch.autograd.grad(tensors(function(*inputs)), leaves, grads)
 
 
 def _bench(
@@ -214,8 +176,8 @@ def _bench(
         kind = "wrong" if "WRONG" in why else "skipped"
         _note(result[kind], f"{label if kind == 'wrong' else name}, {provider}", why, say)
 
-    tolerance = case.tolerance or (2e-2 if dtype == torch.bfloat16 else 2e-5)
-    right = _right_ones(case, _providers(case, options, sweep), tolerance, note)
+    found = _providers(case, options, sweep)
+    right = _right_ones(case, found, tolerance(case, dtype), note)
     if not any(provider.startswith("ours") for provider in right):
         return []
     rows = []

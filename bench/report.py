@@ -77,7 +77,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes[0].set(yscale="log", ylabel="speed-up, bfloat16")
     axes[0].legend()
     axes[1].bar(at, [r["pct_copy"] for r in bars], 0.6, color="tab:green")
-    axes[1].set(ylabel="% of a copy of the same bytes")
+    axes[1].set(ylabel="% of a copy of the same bytes", ylim=(0, 150))
     for axis in axes[:2]:
         axis.set_xticks(list(at), names, rotation=90, fontsize=7)
     for op in dict.fromkeys(r["op"] for r in sweep):

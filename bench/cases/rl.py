@@ -1,4 +1,4 @@
-"""RL ops at [rows, tokens, channels] or [rows]. `eager` is written as the public trainers write it."""
+"""RL ops at [rows, tokens, channels] or [rows]; `eager` is as public trainers write it."""
 
 import torch
 from torch import Tensor
