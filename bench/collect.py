@@ -1,4 +1,4 @@
-"""`python -m bench.collect FOLDER`: what bench/gpu.sh left there as one JSON, a table and a plot."""
+"""`python -m bench.collect FOLDER`: what bench/gpu.sh left there, as one JSON, table and plot."""
 
 import json
 import sys

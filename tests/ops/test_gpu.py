@@ -97,14 +97,14 @@ def bits(tensors_: list[Tensor]) -> list[Tensor]:
     return [t.detach().clone().reshape(-1) for t in tensors_]
 
 
-@pytest.mark.parametrize(("name", "backend", "shape", "dtype"), calls())
+@pytest.mark.parametrize(("name", "backend", "shape", "dtype"), list(calls()))
 def test_matches_the_reference(name, backend, shape, dtype, prepared):
     case, function = prepared(name, backend, shape, dtype)
     truth = results(case, forced("reference", case.ours))
     assert fault(results(case, function), truth, tolerance(case, dtype)) == ""
 
 
-@pytest.mark.parametrize(("name", "backend", "shape", "dtype"), calls())
+@pytest.mark.parametrize(("name", "backend", "shape", "dtype"), list(calls()))
 def test_same_bits_without_sync_and_in_a_graph(name, backend, shape, dtype, prepared):
     """Run to run; no host sync, forward or backward; captured as a CUDA graph and replayed."""
     case, function = prepared(name, backend, shape, dtype)
