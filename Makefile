@@ -11,7 +11,7 @@ READY := .venv/.ready
 KEY := $(CURDIR) PYTHON=$(PYTHON) QIRL_CUDA=$(QIRL_CUDA)
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup train test lint format clean cuda-check FORCE
+.PHONY: help setup train test lint format clean cuda-check asan FORCE
 
 help:
 	@echo 'make train       train the packaged tiny model on the CPU   ARGS="key=value ..."'
@@ -19,6 +19,7 @@ help:
 	@echo 'make lint        ruff, mypy, clang-format; changes nothing'
 	@echo 'make format      let ruff and clang-format rewrite the files'
 	@echo 'make cuda-check  compile the CUDA code, where nvcc is found; needs no GPU'
+	@echo 'make asan        test the kernels under AddressSanitizer and UBSan   ARGS="pytest arguments"'
 	@echo 'make setup       only what the others do first: .venv, dependencies, C++ kernels'
 	@echo 'make clean       remove build products; keeps .venv and outputs/'
 
@@ -51,6 +52,9 @@ format: $(READY)
 
 cuda-check: $(READY)
 	@.ci/cuda-check
+
+asan: $(READY)
+	@.ci/asan $(ARGS)
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis $(READY)

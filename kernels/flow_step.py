@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qirl_fast.kernels.budget import Case
+
 BLOCK = 1024
 WARPS = 4
 
@@ -245,3 +247,43 @@ def flow_logp_backward(grad, x, x_next, v, a, c, w, delta, want_dx, want_dv):
         enable_fp_fusion=False,
     )
     return dx, dv
+
+
+# ---- budget -------------------------------------------------------------------------------------
+_POINTERS = {"a_ptr": "*fp32", "c_ptr": "*fp32"}
+_SIZES = {"size": "i64", "blocks": "i32"}
+
+
+def _case(dtype: str, replay: bool, delta: bool, registers: int) -> Case:
+    large = dict.fromkeys(("x_ptr", "v_ptr", "delta_ptr", "x_next_ptr"), f"*{dtype}")
+    rest = {"s_ptr": "*fp32", "seed_ptr": "*i64", "sums_ptr": "*fp32", "offset": "i64"}
+    return Case(
+        flow_kernel,
+        {**large, **_POINTERS, **rest, **_SIZES},
+        {"HAS_DELTA": delta, "REPLAY": replay, "BLOCK": BLOCK},
+        WARPS,
+        registers,
+        divisible=(*large, "size"),
+    )
+
+
+def _backward_case(dtype: str, registers: int) -> Case:
+    large = ("x_ptr", "v_ptr", "delta_ptr", "x_next_ptr", "dx_ptr", "dv_ptr")
+    return Case(
+        backward_kernel,
+        {**dict.fromkeys(large, f"*{dtype}"), **_POINTERS, "slope_ptr": "*fp32", **_SIZES},
+        {"HAS_DELTA": True, "WANT_DX": True, "WANT_DV": True, "BLOCK": BLOCK},
+        WARPS,
+        registers,
+        divisible=(*large, "size"),
+    )
+
+
+BUDGET = [
+    _case("bf16", replay=False, delta=False, registers=64),
+    _case("fp32", replay=False, delta=True, registers=64),
+    _case("bf16", replay=True, delta=True, registers=48),
+    _case("fp32", replay=True, delta=False, registers=48),
+    _backward_case("bf16", registers=48),
+    _backward_case("fp32", registers=48),
+]

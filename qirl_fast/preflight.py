@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qirl_fast.config import Config, ConfigError
 from qirl_fast.data.prompts import Prompt
 from qirl_fast.rewards.composite import ROW_CHECKS
+from qirl_fast.rollout.dynamics import step_coefficients
 from qirl_fast.rollout.sample import Model
 from qirl_fast.rollout.schedule import make_sigmas
 
@@ -46,6 +49,29 @@ def _size_problems(cfg: Config, model: Model, scheduler_config: Mapping[str, Any
             make_sigmas(steps, tokens, scheduler_config)
         except ValueError as error:
             yield f"{key}.steps: {error}"
+            return
+    yield from _dynamics_problems(cfg, make_sigmas(cfg.rollout.steps, tokens, scheduler_config))
+
+
+def _dynamics_problems(cfg: Config, sigmas: np.ndarray) -> Iterator[str]:
+    """The first step that may be trained and whose coefficients are out of range."""
+    r = cfg.rollout
+    drawn = r.sde_steps.high if r.sde_steps else None
+    first, last = 0, drawn or r.steps - 1
+    if r.window:
+        first, last = r.window.start, r.window.start + r.window.size
+    for i in range(first, last):
+        try:
+            step_coefficients(
+                r.dynamics,
+                float(sigmas[i]),
+                float(sigmas[i + 1]),
+                eta=r.eta,
+                sigma_max=float(sigmas[1]),
+            )
+        except ValueError as error:
+            yield f"rollout.eta: step {i}: {error}"
+            return
 
 
 def _count_problems(cfg: Config, prompts: Mapping[str, list[Prompt]]) -> Iterator[str]:

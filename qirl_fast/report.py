@@ -11,6 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from qirl_fast import _cpu
+from qirl_fast.config import ConfigError
 from qirl_fast.evaluation.grid import before_after_grid
 from qirl_fast.evaluation.heldout import Evaluation
 from qirl_fast.evaluation.paired import paired_bootstrap
@@ -24,16 +25,25 @@ PACKAGES = ("qirl_fast", "torch", "diffusers", "transformers", "peft", "numpy")
 def before_evaluation(trainer: Trainer, run_dir: Path) -> Evaluation:
     """The untrained policy on the held-out prompts; kept in the run folder for resuming."""
     path = run_dir / "samples" / "before.npz"
+    ids = np.array([p.id for p in trainer.heldout])
     if path.exists():
         with np.load(path, allow_pickle=False) as saved:
-            scores = {n.removeprefix("score_"): saved[n] for n in saved if n != "images"}
+            if not np.array_equal(saved["prompts"], ids):
+                raise ConfigError(
+                    [
+                        f"data.heldout: {trainer.cfg.data.heldout} has changed since {run_dir} was "
+                        "begun, and before and after are compared on the same prompts; put the "
+                        "file back, or start anew under run=NAME"
+                    ]
+                )
+            scores = {n.removeprefix("score_"): saved[n] for n in saved if n.startswith("score_")}
             return Evaluation(scores, saved["images"])
     with trainer.model.reference():
         before = trainer.evaluate_weights()
     path.parent.mkdir(exist_ok=True)
     beside = path.with_name(".before.npz")
     arrays: dict[str, Any] = {f"score_{name}": values for name, values in before.scores.items()}
-    np.savez(beside, images=before.images, **arrays)
+    np.savez(beside, images=before.images, prompts=ids, **arrays)
     beside.replace(path)
     return before
 

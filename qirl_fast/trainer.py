@@ -1,5 +1,6 @@
 """What a run holds, and the steps the training loop is made of."""
 
+import logging
 import random
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +32,7 @@ from qirl_fast.rollout.sample import Sampling, Trajectory, sample_then
 from qirl_fast.rollout.workers import Workers, cpu_workers
 from qirl_fast.tiny import packaged
 
+logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -53,6 +55,10 @@ class Trainer:
         seed_everything(cfg.seed)
         best = "cuda" if torch.cuda.is_available() else "cpu"
         device = best if cfg.device == "auto" else cfg.device
+        if device == "cuda" and best == "cpu":
+            raise ValueError(
+                "device: got cuda, and torch.cuda.is_available() is False here; allowed: cpu, auto"
+            )
         self.workers = cpu_workers(cfg.threads) if device == "cpu" else Workers(1)
         folder = packaged(cfg.model.path)
         self.model = load_model(folder, cfg.model.family, DTYPES[cfg.model.dtype], device)
@@ -155,16 +161,23 @@ class Trainer:
                 chunks.append((chunk, images, self._judging.submit(self.judge, images, part)))
         trajectories = [chunk for chunk, _, _ in chunks]
         drawn = np.concatenate([images for _, images, _ in chunks])
-        results = []
+        results: list[tuple[Tensor, Tensor]] = []
         for chunk, _, future in chunks:
             try:
                 results.append(future.result())
             except BadReward as error:
                 row = chunk.rows.start + error.row
-                none = torch.zeros(len(rows), len(self.judges))
+                scores = torch.full((len(rows), len(self.judges)), torch.nan)
+                for done, (known, _) in zip(trajectories, results, strict=False):
+                    scores[done.rows.start : done.rows.stop] = known
+                if error.scores is not None:
+                    column = self.judges.index(error.judge)
+                    scores[chunk.rows.start : chunk.rows.stop, column] = torch.as_tensor(
+                        error.scores
+                    )
                 raise StepFailed(
                     f"judge {error.judge!r}, row {row} ({rows[row].prompt!r}): {error.reason}",
-                    Batch(prompts, trajectories, drawn, none, none.bool()),
+                    Batch(prompts, trajectories, drawn, scores, scores.isfinite()),
                 ) from error
         scores, valid = (torch.cat(parts) for parts in zip(*results, strict=True))
         return Batch(prompts, trajectories, drawn, scores, valid)
@@ -221,9 +234,16 @@ class Trainer:
             if k == 0:
                 sums["pre_update_clip_fraction"] = found["clip_fraction"] * count
                 sums["pre_update_ratio_error"] = found["ratio_error"] * count
+                if found["ratio_error"] > 0:
+                    logger.error(
+                        "before the update a ratio is off 1 by %g: rollout and replay computed "
+                        "different velocities from the same weights",
+                        found["ratio_error"],
+                    )
             for name, value in {**found, "grad_norm": norm}.items():
                 sums[name] = sums.get(name, 0.0) + value
-        return {name: value / count for name, value in sums.items()}
+        rate = self.optimizer.param_groups[0]["lr"]
+        return {name: value / count for name, value in sums.items()} | {"lr": rate}
 
     def _backward(self, chunks: list[Trajectory], advantage: Tensor) -> dict[str, float]:
         """Leave the gradient of the loss over all chunks in `.grad`; returns its metrics.
@@ -266,9 +286,8 @@ class Trainer:
         if not torch.isfinite(norm):
             self.optimizer.zero_grad()
             raise StepFailed(f"the gradient norm is {norm.item()}")
-        train = self.cfg.train
         for group in self.optimizer.param_groups:
-            group["lr"] = train.lr * min(1.0, (self.optimizer_steps + 1) / max(1, train.warmup))
+            group["lr"] = self._learning_rate()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.optimizer_steps += 1
@@ -276,6 +295,13 @@ class Trainer:
             self.ema.update(self.optimizer_steps)
         self.algorithm.after_step(self.model)
         return norm.item()
+
+    def _learning_rate(self) -> float:
+        """The next optimizer step's: up over `warmup` steps, level, down over the last `decay`."""
+        train = self.cfg.train
+        left = train.steps * train.updates_per_rollout - self.optimizer_steps
+        up = (self.optimizer_steps + 1) / max(1, train.warmup)
+        return train.lr * min(1.0, up, left / max(1, train.decay))
 
     def evaluate(self, count: int | None = None) -> Evaluation:
         """Score the first `count` held-out prompts, with averaged weights where there are some."""

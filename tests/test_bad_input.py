@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -34,6 +35,11 @@ SETTINGS = {
     "unknown section": (["trian.lr=1"], r"trian.*did you mean.*train"),
     "mistyped key": (["rollout.group_sise=4"], r"rollout\.group_sise.*rollout\.group_size"),
     "wrong type": (["train.steps=many"], r"train\.steps: got 'many'.*whole number"),
+    "list for a section": (["rewards=[alignment]"], r"rewards: got \['alignment'\]"),
+    "list for settings": (["train=[1]"], r"train: got \[1\]"),
+    "section for a number": (["train.steps={a: 1}"], r"train\.steps: got \{'a': 1\}"),
+    "eta out of range": (["rollout.eta=1.0e-30"], r"rollout\.eta: step 0: .*eta = 1e-30"),
+    "no GPU here": (["device=cuda"], r"device: got cuda.*allowed: cpu, auto"),
     "bool for number": (["rollout.eta=true"], r"rollout\.eta: got True"),
     "updates do not divide": (
         ["train.updates_per_rollout=3"],
@@ -97,6 +103,8 @@ PROMPTS = {
     "no prompt": (GOOD + '{"tag": "colors"}\n', r"p\.jsonl:3: no 'prompt' among the keys \(tag\)"),
     "blank prompt": (GOOD + '{"prompt": " "}\n', r"p\.jsonl:3: the prompt is blank"),
     "blank line": (GOOD + "\n" + GOOD, r"p\.jsonl:3: got a blank line"),
+    "half a character": ('{"prompt": "a \\ud800 b"}\n', r"p\.jsonl:1: the prompt holds half a"),
+    "too deep": ("[" * 100_000 + "\n", r"p\.jsonl:1: maximum recursion depth"),
     "a list": ("[1]\n", r"p\.jsonl:1: got a list"),
     "unknown class": (
         GOOD + GOOD.replace("circle", "dog"),
@@ -146,6 +154,14 @@ def overwritten(name: str, text: str) -> Callable[[Path], None]:
     return lambda model: (model / name).write_text(text) and None
 
 
+def edited(name: str, **values: object) -> Callable[[Path], None]:
+    def damage(model: Path) -> None:
+        config = json.loads((model / name).read_text())
+        (model / name).write_text(json.dumps(config | values))
+
+    return damage
+
+
 def lacking_a_weight(name: str) -> Callable[[Path], None]:
     """Libraries fill such a hole with random numbers and go on."""
 
@@ -179,6 +195,26 @@ HALVES = {
     "empty config": (
         overwritten("text_encoder/config.json", "{}"),
         r"half a model: .*text_encoder/config\.json names no model",
+    ),
+    "another model's config": (
+        edited("transformer/config.json", num_layers=3),
+        r"transformer hold, beyond the config, \d+ weights \(",
+    ),
+    "another class": (
+        edited("transformer/config.json", _class_name="FluxTransformer2DModel"),
+        r"config\.json names _class_name 'FluxTransformer2DModel'; wanted 'QwenImage21",
+    ),
+    "another text encoder": (
+        edited("text_encoder/config.json", model_type="llama"),
+        r"config\.json names model_type 'llama'; wanted 'qwen3_vl'",
+    ),
+    "another scheduler": (
+        edited("scheduler/scheduler_config.json", _class_name="DDIMScheduler"),
+        r"names _class_name 'DDIMScheduler'; wanted 'FlowMatchEuler",
+    ),
+    "a config without sizes": (  # the library's default: billions of weights
+        edited("text_encoder/config.json", text_config=None),
+        r"text_encoder cannot be loaded: the config describes [\d,]+ weights, the files hold",
     ),
     "cut transformer": (truncated(TRANSFORMER), r"half a model: .*transformer cannot be loaded"),
     "cut text encoder": (truncated(TEXT), r"half a model: .*text_encoder cannot be loaded"),

@@ -314,6 +314,13 @@ def test_hash_and_changes_follow_the_numbers_only() -> None:
     assert changes(cfg, load("train.lr=2e-3")) == ["train.lr: was 0.001, is now 0.002"]
 
 
+def test_steps_may_not_grow_where_the_learning_rate_counts_down_to_the_last() -> None:
+    cfg = load("train.steps=50", "train.decay=10")
+    with pytest.raises(ConfigError, match=r"train\.steps: was 50, is now 51"):
+        refuse_changes(cfg, load("train.steps=51", "train.decay=10"), "here")
+    assert config_hash(load("train.steps=51", "train.decay=10")) != config_hash(cfg)
+
+
 def test_only_train_steps_may_grow() -> None:
     cfg = load("train.steps=50")
     saved = json.loads(json.dumps(cfg.model_dump(mode="json")))

@@ -262,6 +262,17 @@ def test_a_finished_run_resumed_reports_again(reference: Path, begin, tmp_path: 
     assert summaries[0]["images_per_s"] == summaries[1]["images_per_s"] > 0
 
 
+def test_other_held_out_prompts_are_not_compared(begin, tmp_path: Path) -> None:
+    """Their scores before training are of other prompts."""
+    row = '{"tag": "t", "include": [{"class": "circle", "count": 1}], "prompt": "a circle"}\n'
+    heldout = tmp_path / "p.jsonl"
+    heldout.write_text(4 * row)
+    assert begin(tmp_path, "train.steps=1", f"data.heldout={heldout}").wait() == 0
+    heldout.write_text(4 * row.replace("circle", "square"))
+    run = begin(tmp_path, "train.steps=1", f"data.heldout={heldout}", "resume=auto")
+    assert run.wait() == 2 and "has changed since" in run.output(), run.output()
+
+
 def test_another_recipe_is_not_resumed(reference: Path, begin, tmp_path: Path) -> None:
     shutil.copytree(reference, tmp_path / "r", symlinks=True)
     before = content(tmp_path / "r")

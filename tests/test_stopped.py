@@ -91,6 +91,9 @@ def test_a_reward_that_is_no_number(moody, output: Path, whole, read_jsonl, valu
     folder = output / name
     assert [row["step"] for row in read_jsonl(folder / "metrics.jsonl")] == [1]
     assert_batch_is_saved(folder / "failed" / "step-2")
+    if value != "short":
+        with np.load(folder / "failed" / "step-2" / "batch.npz") as batch:
+            np.testing.assert_equal(batch["scores"][5, -1], np.float32(value), "as the judge said")
     mended = moody(name, "fine", "resume=auto")
     assert mended.wait() == 0, mended.output()
     assert "from step 1 to 3" in mended.output()

@@ -26,6 +26,7 @@ METRICS = {
     "step",
     "loss",
     "grad_norm",
+    "lr",
     "clip_fraction",
     "approx_kl",
     "ratio_error",
@@ -250,6 +251,12 @@ def test_every_option_at_once(
     names = {p.name for p in (folder / "samples").glob("*.png")}
     assert names == {"step-1.png", "step-2.png", "before_after.png"}
     assert not list((folder / "tb").iterdir())
+
+
+def test_the_learning_rate_rises_and_falls(finished: Callable[..., Path], read_jsonl) -> None:
+    folder = finished("rates", "train={steps: 5, lr: 0.002, warmup: 2, decay: 3}")
+    rates = [row["lr"] for row in read_jsonl(folder / "metrics.jsonl")]
+    assert rates == pytest.approx([0.001, 0.002, 0.002, 0.002 * 2 / 3, 0.002 / 3])
 
 
 def test_the_export_is_the_average(finished: Callable[..., Path]) -> None:

@@ -106,6 +106,19 @@ QIRL_HD void store(bf16* p, F value, bool stream) {
 #endif
 }
 
+// The low byte of each lane; the lanes hold values below 256.
+QIRL_HD void store_bytes(uint8_t* p, U value) {
+#if QIRL_ISA_LEVEL == 2
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)value));
+#elif QIRL_ISA_LEVEL == 1
+  const __m256i words = _mm256_packus_epi32((__m256i)value, (__m256i)value);
+  const __m128i eight = _mm256_castsi256_si128(_mm256_permute4x64_epi64(words, 0x08));
+  _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(eight, eight));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = (uint8_t)value[i];
+#endif
+}
+
 // Largest alignment a streamed store can ask for.
 constexpr uintptr_t kStreamAlign = 64;
 
@@ -128,6 +141,31 @@ QIRL_HD F square_root(F value) {
 #else
   for (int i = 0; i < kLanes; ++i) value[i] = __builtin_sqrtf(value[i]);
   return value;
+#endif
+}
+
+// The smaller (larger) of the two, or x where it is NaN.
+QIRL_HD F at_most(F x, F limit) {
+#if QIRL_ISA_LEVEL == 2
+  return (F)_mm512_min_ps((__m512)limit, (__m512)x);
+#elif QIRL_ISA_LEVEL == 1
+  return (F)_mm256_min_ps((__m256)limit, (__m256)x);
+#elif defined(__SSE4_1__)
+  return (F)_mm_min_ps((__m128)limit, (__m128)x);
+#else
+  return x > limit ? limit : x;
+#endif
+}
+
+QIRL_HD F at_least(F x, F limit) {
+#if QIRL_ISA_LEVEL == 2
+  return (F)_mm512_max_ps((__m512)limit, (__m512)x);
+#elif QIRL_ISA_LEVEL == 1
+  return (F)_mm256_max_ps((__m256)limit, (__m256)x);
+#elif defined(__SSE4_1__)
+  return (F)_mm_max_ps((__m128)limit, (__m128)x);
+#else
+  return x < limit ? limit : x;
 #endif
 }
 
@@ -213,6 +251,8 @@ struct Ops {
     QIRL_ISA::multiply_wide(a, m, high, low);
   }
   QIRL_HD F to_float(I value) { return __builtin_convertvector(value, F); }
+  QIRL_HD F at_most(F x, float limit) { return QIRL_ISA::at_most(x, splat(limit)); }
+  QIRL_HD F at_least(F x, float limit) { return QIRL_ISA::at_least(x, splat(limit)); }
   QIRL_HD F square_root(F value) { return QIRL_ISA::square_root(value); }
   QIRL_HD U bits(F value) { return (U)value; }
   QIRL_HD F from_bits(U value) { return (F)value; }
@@ -244,6 +284,11 @@ QIRL_HD void store_n(T* p, F value, int n, bool stream) {
   T padded[kLanes];
   store(padded, value, false);
   for (int i = 0; i < n; ++i) p[i] = padded[i];
+}
+
+QIRL_HD void store_bytes_n(uint8_t* p, U value, int n) {
+  if (n == kLanes) return store_bytes(p, value);
+  for (int i = 0; i < n; ++i) p[i] = (uint8_t)value[i];
 }
 
 // body(i, n) for each vector of a span: its first index and how many lanes are in use.

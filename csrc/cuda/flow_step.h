@@ -32,6 +32,5 @@ struct FlowArgs {
 int flow_step(const FlowArgs& args, void* stream);
 int flow_logp(const FlowArgs& args, void* stream);
 int flow_logp_backward(const FlowArgs& args, void* stream);
-const char* error_text(int error);
 
 }  // namespace qirl::cuda

@@ -82,10 +82,12 @@ def save_resolved(cfg: Config, path: str | os.PathLike[str]) -> None:
 def config_hash(cfg: Config) -> str:
     """Return the SHA-256 of everything that changes the numbers of a step.
 
-    Left out: run, output, resume, threads, tracking, and train.steps, which only says when to end.
+    Left out: run, output, resume, threads, tracking, and train.steps, which only says when to end
+    (not where train.decay counts the learning rate down to it).
     """
     flat = _numbers(cfg.model_dump(mode="json"))
-    flat.pop("train.steps", None)
+    if not flat["train.decay"]:
+        flat.pop("train.steps", None)
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 
 
@@ -108,7 +110,7 @@ def changes(old: Config | Mapping[str, Any], new: Config) -> list[str]:
     """Return one line per key that changes the numbers: 'key: was X, is now Y'.
 
     old: a Config, or its `model_dump(mode="json")` as kept in a checkpoint.
-    A larger train.steps is no change; a smaller one is.
+    A larger train.steps is no change where train.decay is 0; a smaller one is.
     """
     before = _numbers(old.model_dump(mode="json") if isinstance(old, Config) else old)
     after = _numbers(new.model_dump(mode="json"))
@@ -116,6 +118,7 @@ def changes(old: Config | Mapping[str, Any], new: Config) -> list[str]:
     for key in sorted(before.keys() | after.keys()):
         was, now = before.get(key, "absent"), after.get(key, "absent")
         grown = key == "train.steps" and "absent" not in (was, now) and now >= was
+        grown = grown and not after["train.decay"]
         if was != now and not grown:
             lines.append(f"{key}: was {was!r}, is now {now!r}")
     return lines

@@ -86,12 +86,28 @@ def _read(argv: Sequence[str]) -> tuple[dict[str, Any], Path]:
         merged: Any = OmegaConf.load(recipe)
         if not OmegaConf.is_dict(merged):
             raise ConfigError([f"{recipe}: got a list; wanted keys and values"])
-        merged = OmegaConf.merge(merged, *(_override(arg) for arg in argv if "=" in arg))
+        for arg in argv:
+            if "=" in arg:
+                merged = _merged(merged, arg)
         plain = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError([f"{recipe}: {' '.join(str(error).split())}"]) from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}, recipe
+
+
+def _merged(recipe: Any, arg: str) -> Any:
+    """The recipe with one override; where a section meets a list or a number, the new one stands.
+
+    Which of the two was wanted is for the schema to say.
+    """
+    override = _override(arg)
+    try:
+        return OmegaConf.merge(recipe, override)
+    except TypeError:
+        key = arg.partition("=")[0]
+        OmegaConf.update(recipe, key, OmegaConf.select(override, key), merge=False)
+        return recipe
 
 
 def _override(arg: str) -> Any:

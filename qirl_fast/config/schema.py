@@ -158,6 +158,11 @@ class TrainConfig(Section):
     warmup: Natural = Field(
         default=0, description="optimizer steps over which the learning rate rises linearly to lr"
     )
+    decay: Natural = Field(
+        default=0,
+        description="last optimizer steps of the run, over which the learning rate falls linearly "
+        "towards 0",
+    )
     betas: Annotated[tuple[Decay, Decay], Strict(False)] = Field(
         default=(0.9, 0.999), description="AdamW betas"
     )

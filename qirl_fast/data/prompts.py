@@ -94,7 +94,7 @@ def _parse_json(row: str, where: str) -> Prompt:
             f"{where}: malformed JSON at column {error.colno} ({error.msg}): {_short(row)}; "
             "wanted one JSON object a line"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PromptError(f"{where}: {error}") from error
     if not isinstance(data, dict):
         raise PromptError(f"{where}: got {_kind(data)}; wanted a JSON object with a prompt")
@@ -112,6 +112,13 @@ def _prompt(row: dict[str, Any], where: str) -> Prompt:
     _want(row, "prompt", str, "a text", where)
     if not row["prompt"].strip():
         raise PromptError(f"{where}: the prompt is blank; wanted a text")
+    try:
+        row["prompt"].encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"{where}: the prompt holds half a character ({error.object[error.start]!r} at "
+            f"{error.start}), which no tokenizer takes; wanted Unicode text"
+        ) from error
     _want(row, "tag", str, "a text", where)
     for name in ("include", "exclude"):
         _want(row, name, list, "a list of objects", where)

@@ -1,20 +1,27 @@
 """Load one component of a model folder, and refuse half of one."""
 
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors import safe_open
 
 SHOWN = 3  # names in a message
 
 
 def load_component(component: Any, folder: Path, **settings: Any) -> Any:
-    """`component.from_pretrained(folder)` from local safetensors, every weight of it.
+    """`component.from_pretrained(folder)` from local safetensors, every weight of it and no other.
 
     component: a model class of diffusers or transformers; both fill weights that the files lack
-    with random numbers and go on. settings: further arguments, such as the dtype.
-    Raises ValueError naming the folder if files are unreadable or do not fit the config, or weights
-    are missing.
+    with random numbers, pass over weights that the config does not name, and go on. settings:
+    further arguments, such as the dtype.
+    Raises ValueError naming the folder if files are unreadable, config and files are of different
+    models, or weights are missing or left over.
     """
+    load_part(lambda path: _check_config(component, path), folder)
     loaded, info = load_part(
         component.from_pretrained,
         folder,
@@ -23,13 +30,14 @@ def load_component(component: Any, folder: Path, **settings: Any) -> Any:
         output_loading_info=True,
         **settings,
     )
-    missing = sorted(info["missing_keys"])
-    if missing:
-        names = ", ".join(missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
-        raise ValueError(
-            f"half a model: the files in {folder} lack {len(missing)} weights ({names}); "
-            "fetch the folder again"
-        )
+    for kind, says in (("missing_keys", "lack"), ("unexpected_keys", "hold, beyond the config,")):
+        keys = sorted(info[kind])
+        if keys:
+            names = ", ".join(keys[:SHOWN]) + (", ..." if len(keys) > SHOWN else "")
+            raise ValueError(
+                f"half a model: the files in {folder} {says} {len(keys)} weights ({names}); "
+                "fetch the folder again"
+            )
     return loaded
 
 
@@ -40,3 +48,32 @@ def load_part(load: Callable[..., Any], folder: Path, **settings: Any) -> Any:
     except Exception as error:  # tokenizers raises bare Exception, configs KeyError and TypeError
         reason = str(error) or repr(error)
         raise ValueError(f"half a model: {folder} cannot be loaded: {reason}") from error
+
+
+def check_class(folder: Path, file: str, key: str, wanted: str) -> None:
+    """ValueError unless `key` in the JSON `file` of the folder says `wanted`."""
+    named = json.loads((folder / file).read_text(encoding="utf-8")).get(key)
+    if named != wanted:
+        raise ValueError(f"{file} names {key} {named!r}; wanted {wanted!r}")
+
+
+def _check_config(component: Any, folder: Path) -> None:
+    """The config is this component's and describes about as many weights as the files hold.
+
+    A config without sizes describes the library's default, often billions of weights: found out
+    here, on the meta device, before memory is asked for them.
+    """
+    with torch.device("meta"):
+        if hasattr(component, "load_config"):  # diffusers
+            check_class(folder, "config.json", "_class_name", component.__name__)
+            model = component.from_config(component.load_config(folder, local_files_only=True))
+        else:
+            check_class(folder, "config.json", "model_type", component.config_class.model_type)
+            model = component(component.config_class.from_pretrained(folder))
+    described, held = sum(p.numel() for p in model.parameters()), 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            names = weights.keys()
+            held += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
+    if described > 1.5 * held:
+        raise ValueError(f"the config describes {described:,} weights, the files hold {held:,}")

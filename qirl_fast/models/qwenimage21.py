@@ -28,7 +28,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
-from qirl_fast.models.loading import load_component, load_part
+from qirl_fast.models.loading import check_class, load_component, load_part
 from qirl_fast.models.processor import QwenVLProcessor
 
 PIXELS_PER_TOKEN = 16
@@ -43,6 +43,12 @@ LORA_TARGETS = (
     "img_mlp.out",
 )
 COMPONENTS = ("processor", "scheduler", "text_encoder", "transformer", "vae")
+
+
+def _load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
+    name = FlowMatchEulerDiscreteScheduler.__name__
+    check_class(folder, "scheduler_config.json", "_class_name", name)
+    return FlowMatchEulerDiscreteScheduler.from_pretrained(folder)
 
 
 @dataclass(frozen=True)
@@ -99,9 +105,7 @@ class QwenImage21:
                 f"{', '.join(COMPONENTS)} (a folder each) and model_index.json"
             )
         pipeline = QwenImage21Pipeline(
-            scheduler=load_part(
-                FlowMatchEulerDiscreteScheduler.from_pretrained, folder / "scheduler"
-            ),
+            scheduler=load_part(_load_scheduler, folder / "scheduler"),
             vae=load_component(AutoencoderKLQwenImage21, folder / "vae", torch_dtype=dtype),
             text_encoder=load_component(
                 Qwen3VLForConditionalGeneration, folder / "text_encoder", dtype=dtype

@@ -10,10 +10,18 @@ REFERENCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1}  # enum Dtype of csrc/cpu/dtype.h
 
 
+def require_tensor(op: str, name: str, t: object, form: str = "") -> None:
+    """t is a tensor that lies in memory as strides say; `form` describes the shape wanted."""
+    wanted = f"a tensor {form}".rstrip()
+    if not isinstance(t, Tensor):
+        raise ValueError(f"{op}: {name} must be {wanted}; got {type(t).__name__}.")
+    if t.layout != torch.strided:
+        raise ValueError(f"{op}: {name} must be {wanted}, not sparse; got {t.layout}.")
+
+
 def require_rows(op: str, name: str, x: Tensor) -> None:
     """x is a floating tensor [B, ...] with at least one row and one element a row."""
-    if not isinstance(x, Tensor):
-        raise ValueError(f"{op}: {name} must be a tensor; got {type(x).__name__}.")
+    require_tensor(op, name, x)
     if x.dtype not in REFERENCE_DTYPES:
         raise ValueError(f"{op}: {name} must be float32 or bfloat16; got {x.dtype}.")
     if x.ndim < 1 or x.numel() == 0:
@@ -27,8 +35,7 @@ def require_like(
     op: str, name: str, t: Tensor, like_name: str, like: Tensor, *, dtype: bool
 ) -> None:
     """t has the shape and device of `like`, is floating, and with dtype=True has its dtype."""
-    if not isinstance(t, Tensor):
-        raise ValueError(f"{op}: {name} must be a tensor; got {type(t).__name__}.")
+    require_tensor(op, name, t)
     if t.shape != like.shape:
         raise ValueError(
             f"{op}: {name} must have the shape of {like_name}, {tuple(like.shape)}; "
@@ -48,11 +55,7 @@ def require_like(
 
 def require_per_row(op: str, name: str, t: Tensor, x: Tensor, *dtypes: torch.dtype) -> None:
     """t is a tensor [B] on x's device with one of `dtypes`."""
-    if not isinstance(t, Tensor):
-        raise ValueError(
-            f"{op}: {name} must be a tensor [{x.shape[0]}], one value a row; "
-            f"got {type(t).__name__}."
-        )
+    require_tensor(op, name, t, f"[{x.shape[0]}], one value a row")
     if t.ndim != 1 or t.shape[0] != x.shape[0]:
         raise ValueError(
             f"{op}: {name} needs one value a row, shape ({x.shape[0]},); got {tuple(t.shape)}."
@@ -104,3 +107,20 @@ def rows_of(x: Tensor | None) -> tuple[int, int, int]:
 def row_sizes(x: Tensor) -> tuple[int, int]:
     """Rows and elements a row."""
     return x.shape[0], x.numel() // x.shape[0]
+
+
+def matrices(*tensors: Tensor) -> list[Tensor]:
+    """The tensors, of one shape [..., K], as matrices with dense rows; copied where they must be.
+
+    One row of everything when all are contiguous; else [rows, K], a view where the leading
+    dimensions have one stride, as the halves of a fused projection do.
+    """
+    if all(t.is_contiguous() for t in tensors):
+        return [t.reshape(1, -1) for t in tensors]
+    return [matrix(t) for t in tensors]
+
+
+def matrix(x: Tensor) -> Tensor:
+    """x [..., K] as [rows, K] with dense rows; copied where it must be."""
+    view = x.reshape(-1, x.shape[-1])
+    return view if view.stride(1) == 1 or view.shape[1] == 1 else view.contiguous()

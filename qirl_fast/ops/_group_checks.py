@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qirl_fast.ops._checks import require_tensor
+
 _LARGEST = 1e60  # squares of weighted sums of numbers up to this stay finite in float64
 
 
@@ -21,6 +23,10 @@ def require_group_inputs(
     op: str, rewards: Tensor, group: Tensor, weights: Tensor, valid: Tensor | None
 ) -> None:
     """Shapes, dtypes and devices. Reads metadata only."""
+    for name, t in (("rewards", rewards), ("group", group), ("weights", weights)):
+        require_tensor(op, name, t)
+    if valid is not None:
+        require_tensor(op, "valid", valid)
     if rewards.ndim != 2 or rewards.numel() == 0:
         raise ValueError(
             f"{op}: rewards needs shape [N, K] with at least one row and one reward; got "
@@ -44,10 +50,10 @@ def require_group_inputs(
             f"{op}: valid must be bool of shape [{n}, {k}]; got {valid.dtype} of shape "
             f"{tuple(valid.shape)}."
         )
-    for name, t in (("group", group), ("weights", weights), ("valid", valid)):
-        if t is not None and t.device != rewards.device:
+    for name, other in (("group", group), ("weights", weights), ("valid", valid)):
+        if other is not None and other.device != rewards.device:
             raise ValueError(
-                f"{op}: {name} must be on {rewards.device}, as rewards is; got {t.device}."
+                f"{op}: {name} must be on {rewards.device}, as rewards is; got {other.device}."
             )
 
 

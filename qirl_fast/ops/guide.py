@@ -193,6 +193,8 @@ def guide(
         require_no_grad("guide", "the guidance strength has no gradient", scale=scale)
         scale_B = scale
     else:
+        if isinstance(scale, bool) or not isinstance(scale, int | float):
+            raise ValueError(f"guide: scale must be a number or a tensor [B]; got {scale!r}.")
         if not -math.inf < scale < math.inf:
             raise ValueError(f"guide: scale must be finite; got {scale}.")
         scale_B = v_cond.new_full((v_cond.shape[0],), scale, dtype=torch.float32)

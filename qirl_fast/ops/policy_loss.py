@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qirl_fast import _cpu
-from qirl_fast.ops._checks import require_no_grad
+from qirl_fast.ops._checks import require_no_grad, require_tensor
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 
 
@@ -144,6 +144,8 @@ def policy_loss(
     Raises ValueError for shapes, dtypes, devices or clip ranges outside this, and when logp_old or
     advantage asks for a gradient.
     """
+    for name, t in (("logp", logp), ("logp_old", logp_old), ("advantage", advantage)):
+        require_tensor("policy_loss", name, t)
     if logp.ndim != 1 or logp.shape[0] == 0:
         raise ValueError(
             f"policy_loss: logp needs shape [B] with at least one row; got {tuple(logp.shape)}."

@@ -39,11 +39,12 @@ _logged: set[str] = set()
 class BadReward(ValueError):
     """A judge returned NaN, infinity or something else than a number a row.
 
-    `judge` is its name and `row` the first such row.
+    `judge` is its name, `row` the first such row, `scores` [B] what it returned where those are
+    numbers (masked rows NaN).
     """
 
-    def __init__(self, judge: str, row: int, reason: str) -> None:
-        self.judge, self.row, self.reason = judge, row, reason
+    def __init__(self, judge: str, row: int, reason: str, scores: np.ndarray | None = None) -> None:
+        self.judge, self.row, self.reason, self.scores = judge, row, reason, scores
         super().__init__(f"judge {judge!r}, row {row}: {reason}")
 
 
@@ -64,8 +65,8 @@ def resolve(name: str) -> Judge:
         )
     try:
         judge = getattr(importlib.import_module(module_name), attribute, None)
-    except ImportError as error:
-        raise ValueError(f"judge {name!r}: cannot import {module_name!r} ({error})") from error
+    except Exception as error:  # a module may raise anything while it is imported
+        raise ValueError(f"judge {name!r}: cannot import {module_name!r} ({error!r})") from error
     if not callable(judge):
         raise ValueError(f"judge {name!r}: module {module_name!r} has no function {attribute!r}")
     return judge
@@ -94,9 +95,13 @@ def score_all(
 
 def _checked(name: str, result: Any, b: int) -> tuple[np.ndarray, np.ndarray]:
     """(scores, valid) of one judge's result, both [B]."""
-    if np.shape(result) != (b,):
-        raise BadReward(name, 0, f"the result has shape {np.shape(result)}; wanted ({b},)")
-    values_B = np.ma.asarray(result)
+    try:
+        values_B = np.ma.asarray(result)
+    except Exception as error:  # e.g. a tensor on a GPU or with a gradient
+        kind = type(result).__name__
+        raise BadReward(name, 0, f"a {kind} is no numpy array of ({b},): {error}") from error
+    if values_B.shape != (b,):
+        raise BadReward(name, 0, f"the result has shape {values_B.shape}; wanted ({b},)")
     if values_B.dtype.kind not in "biuf":
         raise BadReward(name, 0, f"the result is of {values_B.dtype}; wanted numbers")
     valid_B = ~np.ma.getmaskarray(values_B)
@@ -108,6 +113,7 @@ def _checked(name: str, result: Any, b: int) -> tuple[np.ndarray, np.ndarray]:
             int(bad[0]),
             f"scored {scores_B[bad[0]]}; a judge that cannot score a row must mask it "
             "(numpy.ma) or raise",
+            np.where(valid_B, scores_B, np.float32("nan")),
         )
     return scores_B, valid_B
 

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
 from qirl_fast import _cpu
+from qirl_fast.ops import _cuda
+from qirl_fast.ops.dispatch import Op
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(params=_cpu.available_isas())
@@ -71,3 +81,51 @@ def no_worse() -> Callable[..., None]:
         assert max_error(result, truth) <= max(2.0 * max_error(same_dtype, truth), ulp)
 
     return check
+
+
+@pytest.fixture(scope="session")
+def emulated_module() -> ModuleType:
+    """csrc/cuda and its bindings, built by the C++ compiler to run on the host (csrc/emulate).
+
+    QIRL_EMULATED_DIR: a folder that holds a build of another kind (make asan).
+    """
+    folder = os.environ.get("QIRL_EMULATED_DIR")
+    if folder is None:
+        folder = str(REPOSITORY / "build/emulated")
+        built = subprocess.run(
+            [REPOSITORY / ".ci/build-cpp", folder, "_cuda_emulated", "-DQIRL_CUDA=OFF"],
+            env={**os.environ, "QIRL_BUILD_PYTHON": sys.executable},
+            capture_output=True,
+            text=True,
+        )
+        assert built.returncode == 0, built.stdout + built.stderr
+    path = Path(folder) / "csrc/emulate/_cuda_emulated.so"
+    spec = spec_from_file_location("emulated._cuda", path)  # the module inside is named _cuda
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def emulated_cuda(emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The `cuda` backends run on CPU tensors: as <op>_cuda(...) and under use_backend("cuda")."""
+    stand_ins = {
+        _cuda.cuda_module: lambda: emulated_module,
+        _cuda.stream_of: lambda x: 0,
+        _cuda.device_of: lambda x: nullcontext(),
+    }
+    # Launchers import the three by name, so each module of ops holds its own references.
+    for name, module in list(sys.modules.items()):
+        if not name.startswith("qirl_fast.ops"):
+            continue
+        for attribute, value in list(vars(module).items()):
+            if callable(value) and value in stand_ins:
+                monkeypatch.setattr(module, attribute, stand_ins[value])
+            if isinstance(value, Op) and "cuda" in value.backends:
+                served = replace(
+                    value.backends["cuda"], devices=("cpu", "cuda"), missing=lambda: None
+                )
+                monkeypatch.setitem(value.backends, "cuda", served)
+    emulated_module.seed_order(1)
+    return emulated_module

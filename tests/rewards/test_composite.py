@@ -6,6 +6,7 @@ import types
 
 import numpy as np
 import pytest
+import torch
 
 from qirl_fast.rewards import alignment, composite
 from qirl_fast.rewards.composite import BadReward, resolve, score_all, weights_for
@@ -24,6 +25,7 @@ def judges(monkeypatch):
     module.masked = lambda images, rows: np.ma.masked_invalid([0.1, np.nan, 0.3])
     module.short = lambda images, rows: np.zeros(2)
     module.words = lambda images, rows: ["good"] * 3
+    module.grad = lambda images, rows: torch.zeros(3, requires_grad=True)
     module.number = 3
 
     def broken(images, rows):
@@ -69,6 +71,7 @@ def test_a_non_finite_score_names_judge_and_row(judges):
     with pytest.raises(BadReward, match=r"'some_judges:nan', row 1: scored nan") as error:
         score_all(["some_judges:half", "some_judges:nan"], IMAGES, ROWS)
     assert (error.value.judge, error.value.row) == ("some_judges:nan", 1)
+    assert np.array_equal(error.value.scores, np.float32([0.1, np.nan, np.inf]), equal_nan=True)
 
 
 def test_masked_rows_are_missing_and_hold_no_nan(judges):
@@ -82,6 +85,8 @@ def test_a_result_that_is_not_one_score_a_row_is_an_error(judges):
         score_all(["some_judges:short"], IMAGES, ROWS)
     with pytest.raises(BadReward, match=r"'some_judges:words', row 0: the result is of <U4"):
         score_all(["some_judges:words"], IMAGES, ROWS)
+    with pytest.raises(BadReward, match=r"a Tensor is no numpy array of \(3,\): Can't call numpy"):
+        score_all(["some_judges:grad"], IMAGES, ROWS)
 
 
 @pytest.mark.parametrize(
@@ -90,11 +95,14 @@ def test_a_result_that_is_not_one_score_a_row_is_an_error(judges):
         ("alignmnt", "did you mean 'alignment'"),
         ("beauty", "aesthetics"),
         ("no_such_module:score", "cannot import 'no_such_module'"),
+        ("faulty_judge:score", "cannot import 'faulty_judge' .SyntaxError"),
         ("some_judges:absent", "no function 'absent'"),
         ("some_judges:number", "no function 'number'"),
     ],
 )
-def test_unknown_judges_are_named(judges, name, words):
+def test_unknown_judges_are_named(judges, name, words, tmp_path, monkeypatch):
+    (tmp_path / "faulty_judge.py").write_text("def score(:")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=words):
         score_all([name], IMAGES, ROWS)
 

@@ -1,9 +1,6 @@
 #include "cuda/flow_step.h"
 
-#include <stdexcept>
-#include <string>
-
-#include "bindings/bind.h"
+#include "bindings/cuda/ops.h"
 
 namespace qirl::cuda {
 namespace {
@@ -30,12 +27,6 @@ FlowArgs inputs(const Rows& x, const Rows& v, const Rows& delta, const Coefficie
   args.rows = rows;
   args.row_size = row_size;
   return args;
-}
-
-void check(const char* op, int error) {
-  if (error == 0) return;
-  throw std::runtime_error(std::string(op) + ": CUDA launch failed: " + error_text(error) + " (" +
-                           std::to_string(error) + ").");
 }
 
 void step(const Rows& x, const Rows& v, const Rows& delta, const Coefficients& coefficients,

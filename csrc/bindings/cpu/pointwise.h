@@ -1,0 +1,37 @@
+// What the bindings of the pointwise kernels share.
+#pragma once
+
+#include <initializer_list>
+
+#include "bindings/cpu/ops.h"
+#include "cpu/dtype.h"
+#include "cpu/pointwise.h"
+
+namespace qirl {
+
+// Inputs of one dtype, contiguous outputs.
+inline void run_pointwise(const Kernel (&table)[kIsaCount], std::initializer_list<Rows> inputs,
+                          std::initializer_list<uintptr_t> outputs, int64_t rows, int64_t width,
+                          int threads) {
+  PointwiseArgs a{};
+  int count = 0;
+  for (const Rows& in : inputs) {
+    a.in[count] = address_of(in);
+    a.in_stride[count++] = stride_of(in);
+  }
+  a.rows = rows;
+  a.width = width;
+  a.dtype = dtype_of(*inputs.begin());
+  a.stream = true;
+  count = 0;
+  for (const uintptr_t out : outputs) {
+    a.out[count] = as_pointer(out);
+    a.stream = a.stream && worth_streaming(a.out[count++], width * dtype_bytes(a.dtype), rows);
+  }
+  const int64_t tasks = rows * ((width + kPointwiseBlock - 1) / kPointwiseBlock);
+  const int64_t task_size = width < kPointwiseBlock ? width : kPointwiseBlock;
+  py::gil_scoped_release released;
+  run_kernel(table, &a, tasks, (4 * kPointwiseBlock + task_size - 1) / task_size, threads);
+}
+
+}  // namespace qirl

@@ -1,0 +1,25 @@
+#include "cuda/gelu.h"
+
+#include "bindings/cuda/pointwise.h"
+
+namespace qirl::cuda {
+namespace {
+
+void forward(const Rows& x, uintptr_t y, int64_t rows, int64_t width, uintptr_t stream) {
+  check("gelu", gelu(pointwise_args({x}, {y}, rows, width), as_pointer(stream)));
+}
+
+void backward(const Rows& dy, const Rows& x, uintptr_t dx, int64_t rows, int64_t width,
+              uintptr_t stream) {
+  check("gelu_backward",
+        gelu_backward(pointwise_args({dy, x}, {dx}, rows, width), as_pointer(stream)));
+}
+
+const Binding binding([](py::module_& m) {
+  m.def("gelu", &forward);
+  m.def("gelu_backward", &backward);
+});
+
+}  // namespace
+
+}  // namespace qirl::cuda

@@ -1,0 +1,21 @@
+// Arguments of kernels that map elements to elements: gelu, swiglu and their gradients.
+#pragma once
+
+#include "cpu/isa.h"
+
+namespace qirl {
+
+// `rows` rows of `width` elements of one dtype; inputs have row strides (in elements) and dense
+// rows, outputs are contiguous. A task is one block of kPointwiseBlock elements of one row.
+struct PointwiseArgs {
+  const void* in[3];
+  void* out[2];
+  int64_t in_stride[3];
+  int64_t rows, width;
+  int dtype;
+  bool stream;
+};
+
+constexpr int64_t kPointwiseBlock = 4096;
+
+}  // namespace qirl

@@ -1,0 +1,50 @@
+"""Launchers of csrc/cuda/gelu.cu and csrc/cuda/swiglu.cu."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from qirl_fast.ops._checks import matrices, rows_of
+from qirl_fast.ops._cuda import cuda_module, device_of, stream_of
+
+
+def gelu_cuda(x: Tensor) -> Tensor:
+    """CUDA kernel, csrc/cuda/gelu.cu."""
+    y = x.new_empty(x.shape)
+    (m,) = matrices(x)
+    with device_of(x):
+        cuda_module().gelu(rows_of(m), y.data_ptr(), *m.shape, stream_of(x))
+    return y
+
+
+def gelu_backward_cuda(grad: Tensor, x: Tensor) -> Tensor:
+    """CUDA kernel, csrc/cuda/gelu.cu."""
+    dx = x.new_empty(x.shape)
+    dy, m = matrices(grad, x)
+    with device_of(x):
+        cuda_module().gelu_backward(rows_of(dy), rows_of(m), dx.data_ptr(), *m.shape, stream_of(x))
+    return dx
+
+
+def swiglu_cuda(gate: Tensor, up: Tensor) -> Tensor:
+    """CUDA kernel, csrc/cuda/swiglu.cu."""
+    y = gate.new_empty(gate.shape)
+    g, u = matrices(gate, up)
+    with device_of(gate):
+        cuda_module().swiglu(rows_of(g), rows_of(u), y.data_ptr(), *g.shape, stream_of(gate))
+    return y
+
+
+def swiglu_backward_cuda(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """CUDA kernel, csrc/cuda/swiglu.cu."""
+    dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
+    dy, g, u = matrices(grad, gate, up)
+    with device_of(gate):
+        cuda_module().swiglu_backward(
+            *map(rows_of, (dy, g, u)),
+            dgate.data_ptr(),
+            dup.data_ptr(),
+            *g.shape,
+            stream_of(gate),
+        )
+    return dgate, dup
