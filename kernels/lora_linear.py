@@ -9,13 +9,13 @@ Blocks are fixed by `rank_block` and `width_block`. Math, shapes, dtypes:
 qirl_fast/ops/lora_linear.py.
 """
 
-from collections import namedtuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
+
+from qirl_fast.kernels.budget import Case
 
 TOKENS = 64  # tokens a block
 CHUNK = 1024  # tokens a weight-gradient program sums
@@ -271,9 +271,6 @@ def lora_linear_backward(dy, x, weight, a, b, t, scale, want):
 
 
 # ---- budget -------------------------------------------------------------------------------------
-Case = namedtuple(
-    "Case", "kernel signature constexprs num_warps registers width divisible", defaults=(128, ())
-)
 _SIZES = {"tokens": "i32", "width": "i32", "rank": "i32"}
 
 
