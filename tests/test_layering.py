@@ -8,6 +8,8 @@ Services are imported by drivers, entry points and each other. An entry point is
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -115,3 +117,12 @@ def test_the_walk_sees_imports(tmp_path):
         "def f():\n  from qirl_fast import train\n"
     )
     assert imports("rewards.x", file) == {"models.a", "rewards.b", "ops.c", "train"}
+
+
+def test_importing_the_ops_loads_no_gpu_code_and_no_model_library() -> None:
+    heavy = ("triton", "qirl_fast._cuda", "diffusers", "transformers", "peft")
+    code = f"import sys, qirl_fast.ops; print([m for m in {heavy} if m in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
