@@ -59,5 +59,5 @@ def about(device: str) -> dict[str, object]:
         "machine": machine,
         "versions": {"python": platform.python_version(), "cuda": torch.version.cuda, **versions},
         "commit": commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -96,8 +96,7 @@ def velocity_loss(shape: Shape, make: Make) -> Case:
     v, target, weight = make.large(*shape), make.large(*shape), make.rows(shape[0]).abs()
 
     def ours(v, target, weight):
-        loss = ops.velocity_loss(v, target, weight=weight)
-        return loss if isinstance(loss, Tensor) else loss[0]
+        return ops.velocity_loss(v, target, weight=weight).loss
 
     def eager(v, target, weight):
         return (weight * ((v.float() - target.float()) ** 2).flatten(1).mean(1)).mean()
@@ -134,14 +133,14 @@ def awm_loss(shape: Shape, make: Make) -> Case:
     v, x0, noise = (make.large(*shape) for _ in range(3))
     sigma, advantage = make.full(shape[0], 0.7), make.rows(shape[0])
     logp_old = -((v.float() - (noise.float() - x0.float())) ** 2).flatten(1).mean(1)
-    inputs = (v, x0, noise, sigma, logp_old, advantage)
+    inputs = (v, noise, x0, sigma, logp_old, advantage)
 
-    def ours(v, x0, noise, sigma, logp_old, advantage):
+    def ours(v, noise, x0, sigma, logp_old, advantage):
         return ops.awm_loss(
-            v, x0, noise, sigma, logp_old, advantage, clip_low=1e-4, clip_high=1e-4
+            v, noise, x0, sigma, logp_old, advantage, clip_low=1e-4, clip_high=1e-4
         ).loss
 
-    def eager(v, x0, noise, sigma, logp_old, advantage):
+    def eager(v, noise, x0, sigma, logp_old, advantage):
         target = noise.float() - x0.float()
         ratio = torch.exp(-((v.float() - target) ** 2).flatten(1).mean(1) - logp_old)
         clipped = ratio.clamp(1 - 1e-4, 1 + 1e-4)

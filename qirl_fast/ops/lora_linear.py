@@ -31,7 +31,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qirl_fast.ops._checks import LARGE_DTYPES, REFERENCE_DTYPES, require_rows
+from qirl_fast.ops._checks import (
+    LARGE_DTYPES,
+    REFERENCE_DTYPES,
+    require_rows,
+    require_tensor,
+)
 from qirl_fast.ops._lora_addmm import lora_linear_addmm, lora_linear_backward_addmm
 from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
@@ -229,6 +234,9 @@ def _checked(
     a: _Lists = []
     b: _Lists = []
     scale: list[float] = []
+    if not isinstance(adapters, list | tuple):
+        came = type(adapters).__name__
+        raise ValueError(f"lora_linear: adapters must be a list of (A, B, scale); got {came}.")
     for i, adapter in enumerate(adapters):
         name = f"adapters[{i}]"
         if not isinstance(adapter, tuple | list) or len(adapter) != 3:
@@ -237,8 +245,8 @@ def _checked(
         a_i, b_i, s = adapter
         _require(f"{name} A", a_i, x, "[r, in]", 2, {1: x.shape[-1]})
         _require(f"{name} B", b_i, x, "[out, r]", 2, {0: out, 1: a_i.shape[0]})
-        if isinstance(s, Tensor) or not -math.inf < s < math.inf:
-            raise ValueError(f"lora_linear: {name} scale must be a finite float; got {s}.")
+        if not isinstance(s, int | float) or not -math.inf < s < math.inf:
+            raise ValueError(f"lora_linear: {name} scale must be a finite float; got {s!r}.")
         a.append(a_i)
         b.append(b_i)
         scale.append(float(s))
@@ -247,8 +255,7 @@ def _checked(
 
 def _require(name: str, t: Tensor, x: Tensor, form: str, ndim: int, sizes: dict[int, int]) -> None:
     """t is a floating tensor of `ndim` on x's device with these sizes, none of them 0."""
-    if not isinstance(t, Tensor):
-        raise ValueError(f"lora_linear: {name} must be a tensor {form}; got {type(t).__name__}.")
+    require_tensor("lora_linear", name, t, form)
     fits = t.ndim == ndim and all(t.shape[i] == size for i, size in sizes.items())
     if not fits or t.numel() == 0:
         where = ", ".join(f"size {size} in dimension {i}" for i, size in sizes.items())
