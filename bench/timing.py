@@ -4,7 +4,6 @@ On CUDA a variant is captured into a graph where it can be, so that device time 
 Python's; the L2 cache is overwritten before each run, and events are read once a round.
 """
 
-import gc
 import os
 import statistics
 import time
@@ -123,7 +122,6 @@ def _silenced() -> Iterator[None]:
 
 def peak_bytes(call: Call, device: str) -> int:
     """Most bytes of tensors that the call held at one time beyond those there before it."""
-    gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

@@ -129,6 +129,19 @@ def nft_loss(shape: Shape, make: Make) -> Case:
     return Case("nft_loss", shape, inputs, ours, eager, 4 * n, n, leaves=(0,))
 
 
+def awm_logp(shape: Shape, make: Make) -> Case:
+    v, noise, x0 = (make.large(*shape) for _ in range(3))
+
+    def ours(v, noise, x0, time):
+        return ops.awm_logp(v, noise, x0, time)
+
+    def eager(v, noise, x0, time):
+        return -((v.float() - (noise.float() - x0.float())) ** 2).flatten(1).mean(1)
+
+    inputs, n = (v, noise, x0, make.full(shape[0], 0.7)), size_of(v)
+    return Case("awm_logp", shape, inputs, ours, eager, 3 * n, 4 * n, leaves=(0,))
+
+
 def awm_loss(shape: Shape, make: Make) -> Case:
     v, x0, noise = (make.large(*shape) for _ in range(3))
     sigma, advantage = make.full(shape[0], 0.7), make.rows(shape[0])
@@ -195,6 +208,7 @@ CASES = {
     "guide_step": guide_step,
     "velocity_loss": velocity_loss,
     "nft_loss": nft_loss,
+    "awm_logp": awm_logp,
     "awm_loss": awm_loss,
 }
 
