@@ -1,22 +1,60 @@
-"""`python -m bench ops`: ops against eager PyTorch and torch.compile, and the copy ceiling."""
+"""`python -m bench ops`: ops against eager PyTorch, torch.compile and others, and a copy."""
 
 import argparse
+import json
+from pathlib import Path
 
-from bench.ops import run
+import torch
+
+from bench import base
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("what", choices=["ops"])
+    parser.add_argument("--op", nargs="+", metavar="OP", help="only these ops")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], metavar="DTYPE")
+    parser.add_argument("--base", metavar="COMMIT", help="build that commit too and compare")
+    parser.add_argument("--out", type=Path, metavar="F.json", help="also writes F.md and F.png")
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds (default 15)")
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--channels", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=20.0, help="limit for one set of rounds")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--only", nargs="*", default=None, help="names of ops")
+    parser.add_argument("--no-sweep", action="store_true", help="leave the size sweep out")
     options = parser.parse_args()
-    shape = (options.rows, options.tokens, options.channels)
-    run(shape, options.rounds, not options.no_compile, options.only)
+    base.use_site()
+
+    from bench import ops, report
+
+    result = ops.run(
+        ops.Options(
+            device=options.device,
+            only=options.op,
+            dtypes=[
+                {"float32": torch.float32, "bfloat16": torch.bfloat16}[d] for d in options.dtype
+            ],
+            rounds=options.rounds,
+            seconds=options.seconds,
+            compiled=not options.no_compile,
+            sweep=not options.no_sweep,
+            out=options.out,
+        ),
+        say=lambda text: print(text, flush=True),
+    )
+    if options.base:
+        base.compare(result, base.measure(options.base, _for_base(options)))
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        options.out.with_suffix(".md").write_text(report.markdown(result))
+        report.plot(result, options.out.with_suffix(".png"))
+
+
+def _for_base(options: argparse.Namespace) -> list[str]:
+    """Arguments of the run on the base commit: eager is enough to compare with."""
+    names = ["--op", *options.op] if options.op else []
+    limits = ["--rounds", str(options.rounds), "--seconds", str(options.seconds)]
+    names += ["--dtype", *options.dtype]
+    return [*names, "--device", options.device, *limits, "--no-compile", "--no-sweep"]
 
 
 if __name__ == "__main__":

@@ -1,142 +1,236 @@
-"""Each op: qirl_fast, eager PyTorch as the trainers write it, and torch.compile of that.
+"""Each op against eager PyTorch, torch.compile of that, and other libraries where installed.
 
-Per op one table row: median ms of each, speed-ups, and the share of the copy ceiling: the time a
-copy of the same number of bytes takes in the same rounds, divided by the op's time. It can pass
-100 % where the op reads more than it writes, or finds its data in the cache.
+A case is checked against the op's reference backend first, values and gradients; one that is wrong
+is reported and not timed. Then forward (without autograd), backward and both are timed, all
+providers and a copy of the bytes the job must move in the same rounds. `pct_copy` is that copy's
+time over the provider's; it can pass 100 where a job reads more than it writes or hits the cache.
 """
 
-import math
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
+import torch._functorch.config
 
-from bench.timing import copy_call, interleaved
-from qirl_fast import _cpu, ops
+from bench.cases import CASES, Case, Make, Shape
+from bench.cases.case import Function
+from bench.check import (
+    fault,
+    forced,
+    output_gradients,
+    results,
+    tensors,
+    tolerance,
+    with_leaves,
+)
+from bench.machine import about
+from bench.timing import Times, captured, copy_call, copy_gbps, interleaved, peak_bytes
+from qirl_fast import ops
 
-Shape = tuple[int, int, int]
+MODES = ("forward", "backward", "both")
+DTYPES = (torch.float32, torch.bfloat16)
+# A GPU's caches hold the small shapes: there, larger ones stand beside them.
+LARGE = {(4, 4096, 64): (64, 4096, 64), (1, 4352, 3072): (8, 4352, 3072)}
+SWEEP = {
+    (4, 4096, 64): [(1, 1024, 64), (2, 4096, 64), (4, 4096, 64), (16, 4096, 64)],
+    (1, 4352, 3072): [(1, 256, 3072), (1, 1024, 3072), (1, 4352, 3072), (2, 4352, 3072)],
+}
 
 
 @dataclass
-class Case:
-    """ours and eager do the same job; `bytes` is what it must at least read and write."""
+class Options:
+    """What `python -m bench ops` was asked for."""
 
-    name: str
-    ours: Callable[[], object]
-    eager: Callable[..., object]
-    arguments: tuple[object, ...]
-    bytes: int
-
-
-def _per_row(values: Tensor, like: Tensor) -> Tensor:
-    return values.reshape(-1, *[1] * (like.ndim - 1))
-
-
-def _eager_logp(x, x_next, v, a, c, w, b):
-    x, x_next, v = x.float(), x_next.float(), v.float()
-    mean = _per_row(a, x) * x + _per_row(c, x) * v
-    return (-_per_row(w, x) * (x_next - mean) ** 2 - _per_row(b, x)).flatten(1).mean(1)
+    device: str = "cpu"
+    only: Sequence[str] | None = None
+    dtypes: Sequence[torch.dtype] = DTYPES
+    rounds: int = 15
+    seconds: float = 20.0
+    compiled: bool = True
+    sweep: bool = True
+    out: Path | None = None
 
 
-def _eager_step(x, v, a, c, s, w, b):
-    mean = _per_row(a, x) * x.float() + _per_row(c, x) * v.float()
-    x_next = (mean + _per_row(s, x) * torch.randn_like(mean)).to(x.dtype)
-    logp = (-_per_row(w, x) * (x_next.float() - mean) ** 2 - _per_row(b, x)).flatten(1).mean(1)
-    return x_next, logp
+def run(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """The result. options.out is rewritten after each case: a stopped run leaves what it had."""
+    torch._functorch.config.donated_buffer = False  # the backward pass is run many times
+    result = about(options.device) | {"copy_gbps": copy_gbps(options.device)}
+    result |= {"rows": [], "wrong": [], "skipped": []}
+    for name, shape, dtype, sweep in _jobs(options):
+        title = f"{name} {shape} {str(dtype).removeprefix('torch.')}"
+        if not hasattr(ops, name.split(",")[0]):
+            _note(result["skipped"], name, "this build has no such op", say)
+            continue
+        try:
+            case = CASES[name][0](shape, Make(dtype, options.device))
+            rows = _bench(case, name, dtype, options, sweep, result, say)
+        except Exception as error:  # one broken case must not lose the others
+            _note(result["wrong"], title, f"{type(error).__name__}: {error}", say)
+            continue
+        result["rows"] += rows
+        for row in rows:
+            say(_line(row))
+        if options.out is not None:
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
+        torch._dynamo.reset()
+    return result
 
 
-def _eager_guide(v_cond, v_uncond, scale):
-    comb = v_uncond + scale * (v_cond - v_uncond)
-    norm, comb_norm = (torch.norm(t, dim=-1, keepdim=True) for t in (v_cond, comb))
-    return comb * (norm / comb_norm)
+def _jobs(options: Options) -> Iterator[tuple[str, Shape, torch.dtype, bool]]:
+    chosen = [n for n in CASES if options.only is None or n.split(",")[0] in options.only]
+    for name in chosen:
+        shape = CASES[name][1]
+        for dtype in options.dtypes if shape in SWEEP else DTYPES[:1]:
+            yield name, LARGE.get(shape, shape) if options.device == "cuda" else shape, dtype, False
+    for name in chosen if options.sweep else ():
+        for shape in SWEEP.get(CASES[name][1], ()):
+            yield name, shape, torch.bfloat16, True
 
 
-def _gradient(function: Callable[..., Tensor], v: Tensor) -> Callable[[], Tensor]:
-    def call() -> Tensor:
-        leaf = v.detach().requires_grad_()
-        return torch.autograd.grad(function(leaf).sum(), leaf)[0]
-
-    return call
-
-
-def cases(shape: Shape, dtype: torch.dtype) -> list[Case]:
-    """The benchmarked ops at [rows, tokens, channels] in one dtype."""
-    torch.manual_seed(0)
-    rows, count = shape[0], math.prod(shape)
-    x, v, u = (torch.randn(shape).to(dtype) for _ in range(3))
-    a, c, s = torch.full((rows,), 1.01), torch.full((rows,), -0.1), torch.full((rows,), 0.3)
-    w, b = 1 / (2 * s * s), torch.log(s)
-    seed = torch.arange(rows)
-    x_next, _ = ops.flow_step(x, v, a, c, s, w, b, seed=seed, offset=0)
-    size = x.element_size() * count
-    with_grad = _gradient(lambda t: ops.flow_logp(x, x_next, t, a, c, w, b), v)
-    return [
-        Case(
-            "flow_step",
-            lambda: ops.flow_step(x, v, a, c, s, w, b, seed=seed, offset=0),
-            _eager_step,
-            (x, v, a, c, s, w, b),
-            3 * size,
-        ),
-        Case(
-            "flow_logp",
-            lambda: ops.flow_logp(x, x_next, v, a, c, w, b),
-            _eager_logp,
-            (x, x_next, v, a, c, w, b),
-            3 * size,
-        ),
-        Case(
-            "flow_logp + backward",
-            with_grad,
-            lambda *t: _gradient(lambda leaf: _eager_logp(x, x_next, leaf, a, c, w, b), v)(),
-            (),
-            7 * size,
-        ),
-        Case(
-            "guide, rescaled",
-            lambda: ops.guide(v, u, 4.0, rescale=True),
-            _eager_guide,
-            (v, u, 4.0),
-            3 * size,
-        ),
-    ]
+def _note(notes: list[str], title: str, why: str, say: Callable[[str], None]) -> None:
+    text = f"{title}: {why.splitlines()[0]}"
+    if text not in notes:
+        notes.append(text)
+        say(text)
 
 
-def run(shape: Shape, rounds: int, compiled: bool, only: list[str] | None) -> None:
-    """Print one table per dtype."""
-    console = Console()
-    console.print(
-        f"{shape} rows x tokens x channels, {torch.get_num_threads()} threads, "
-        f"kernels {_cpu.active_isa()}, torch {torch.__version__}, {rounds} rounds"
-    )
-    for dtype in (torch.float32, torch.bfloat16):
-        heads = ("op", "ours ms", "eager ms", "compile ms", "vs eager", "vs compile", "of copy")
-        table = Table(*heads, title=str(dtype))
-        for case in cases(shape, dtype):
-            if only is None or case.name.split()[0].rstrip(",") in only:
-                table.add_row(case.name, *_measure(case, rounds, compiled))
-        console.print(table)
+# ---- providers ----------------------------------------------------------------------------------
+def _providers(case: Case, options: Options, sweep: bool) -> dict[str, Function]:
+    if options.device == "cuda":
+        found = {f"ours-{name}": forced(name, case.ours) for name in ("triton", "cuda")}
+        found |= case.rivals  # all of them are for GPUs
+    else:
+        found = {"ours": case.ours}
+    found["eager"] = case.eager
+    if options.compiled and not sweep and case.op != "group_advantage":  # eager loops over groups
+        found["compile"] = torch.compile(case.eager, dynamic=False)
+    return found
 
 
-def _measure(case: Case, rounds: int, compiled: bool) -> list[str]:
-    variants: dict[str, Callable[[], object]] = {
-        "ours": case.ours,
-        "eager": lambda: case.eager(*case.arguments),
-        "copy": copy_call(case.bytes),
+# ---- correctness --------------------------------------------------------------------------------
+def _right_ones(
+    case: Case,
+    found: dict[str, Function],
+    allowed: float,
+    note: Callable[[str, str], None],
+) -> dict[str, Function]:
+    """The providers that run and, where they do the same job, give the reference's results."""
+    truth = results(case, forced("reference", case.ours))
+    right = {}
+    for provider, function in found.items():
+        try:
+            got = results(case, function)
+        except ImportError as error:
+            note(provider, f"not installed ({error})")
+            continue
+        except ops.BackendError as error:
+            note(provider, str(error))
+            continue
+        except Exception as error:  # a kernel that does not compile loses this provider only
+            note(provider, f"WRONG, not timed: {type(error).__name__}: {error}")
+            continue
+        ours = provider.startswith("ours")
+        wrong = ""
+        if ours or case.same_job:  # the others round their intermediates to storage
+            wrong = fault(got, truth, allowed if ours else 8 * allowed)
+        if wrong:
+            note(provider, f"WRONG, not timed: {wrong}")
+        else:
+            right[provider] = function
+    return right
+
+
+# ---- timing -------------------------------------------------------------------------------------
+def _call(case: Case, function: Function, mode: str) -> Callable[[], object]:
+    if mode == "forward":
+
+        def forward() -> object:
+            with torch.no_grad():
+                return function(*case.inputs)
+
+        return forward
+    inputs, leaves = with_leaves(case)
+    outputs = tensors(function(*inputs))
+    grads = output_gradients(outputs)
+    if mode == "backward":
+        return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+    return lambda: torch.autograd.grad(tensors(function(*inputs)), leaves, grads)
+
+
+def _bench(
+    case: Case,
+    name: str,
+    dtype: torch.dtype,
+    options: Options,
+    sweep: bool,
+    result: dict[str, Any],
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    label = f"{name} {case.shape} {str(dtype).removeprefix('torch.')}"
+
+    def note(provider: str, why: str) -> None:
+        kind = "wrong" if "WRONG" in why else "skipped"
+        _note(result[kind], f"{label if kind == 'wrong' else name}, {provider}", why, say)
+
+    found = _providers(case, options, sweep)
+    right = _right_ones(case, found, tolerance(case, dtype), note)
+    if not any(provider.startswith("ours") for provider in right):
+        return []
+    rows = []
+    for mode in MODES if case.leaves and not sweep else MODES[:1]:
+        moved = {"forward": case.forward_bytes, "backward": case.backward_bytes}
+        moved["both"] = sum(moved.values())
+        calls = {p: _call(case, f, mode) for p, f in right.items()}
+        calls["copy"] = copy_call(moved[mode], options.device)
+        peaks = {p: peak_bytes(call, options.device) for p, call in calls.items()}
+        if options.device == "cuda":
+            for provider, call in calls.items():
+                try:
+                    calls[provider] = captured(call)
+                except RuntimeError as error:
+                    note(provider, f"no CUDA graph ({mode}), timed with Python: {error}")
+        with torch.no_grad() if mode == "forward" else nullcontext():
+            times = interleaved(calls, options.rounds, options.device, options.seconds)
+        copy = times.pop("copy")
+        head = {"op": name, "device": options.device, "dtype": str(dtype).removeprefix("torch.")}
+        head |= {"shape": list(case.shape), "mode": mode, "sweep": sweep}
+        rows += [
+            head
+            | {"provider": p}
+            | _figures(t, copy, times, moved[mode])
+            | {"peak_mb": peaks[p] / 1e6}
+            for p, t in times.items()
+        ]
+    return rows
+
+
+def _figures(time: Times, copy: Times, times: dict[str, Times], moved: int) -> dict[str, Any]:
+    def speedup(other: str) -> float | None:
+        return times[other].p50 / time.p50 if other in times else None
+
+    return {
+        "ms_p20": time.p20,
+        "ms_p50": time.p50,
+        "ms_p80": time.p80,
+        "gbps": moved / time.p50 / 1e6,
+        "pct_copy": 100 * copy.p50 / time.p50,
+        "speedup_vs_eager": speedup("eager"),
+        "speedup_vs_compile": speedup("compile"),
     }
-    if compiled and case.arguments:  # a closure over a gradient does not compile as one graph
-        graph = torch.compile(case.eager)
-        variants["compile"] = lambda: graph(*case.arguments)
-    ms = interleaved(variants, rounds)
-    has_graph = "compile" in ms
-    return [
-        f"{ms['ours']:.3f}",
-        f"{ms['eager']:.3f}",
-        f"{ms['compile']:.3f}" if has_graph else "-",
-        f"{ms['eager'] / ms['ours']:.1f}x",
-        f"{ms['compile'] / ms['ours']:.1f}x" if has_graph else "-",
-        f"{100 * ms['copy'] / ms['ours']:.0f} %",
-    ]
+
+
+def _line(row: dict[str, Any]) -> str:
+    shape = "x".join(map(str, row["shape"]))
+    speed = "".join(
+        f" {row[key]:6.2f}x {key.removeprefix('speedup_')}"
+        for key in ("speedup_vs_eager", "speedup_vs_compile")
+        if row[key] is not None
+    )
+    return (
+        f"{row['op']:28} {row['dtype']:9} {shape:14} {row['mode']:9} {row['provider']:11} "
+        f"{row['ms_p50']:9.3f} ms {row['pct_copy']:5.0f} % of copy{speed}"
+    )

@@ -79,6 +79,12 @@ CALLS: dict[str, Callable[[], Call]] = {
         {name: _rows(B, S, 2, D) for name in ("q", "k", "v")}
         | {"q_weight": _rows(D), "k_weight": _rows(D), "rope": torch.ones(S, D // 2) + 0j}
     ),
+    "lora_linear": lambda: {
+        "x": _rows(B, D),
+        "weight": _rows(D, D),
+        "bias": _rows(D),
+        "adapters": [(_rows(2, D), _rows(D, 2), 0.5)],
+    },
     "gelu": lambda: {"x": _rows(B, D)},
     "swiglu": lambda: {"gate": _rows(B, D), "up": _rows(B, D)},
     "fp8_quantize": lambda: {"x": _rows(B, D)},
@@ -110,7 +116,13 @@ WORKS = {
     ("fp8_quantize", "x", "one row more"),
     ("fp8_quantize", "x", "one dimension more"),
     ("fp8_linear", "x", "one row more"),
+    ("lora_linear", "x", "one row more"),
 }
+
+# Second factors and scales that do not fit a first factor [2, D]; what spoils that first factor.
+_LORA = [(_rows(D, 3), 1.0), (_rows(D - 1, 2), 1.0), (None, 1.0), (_rows(D, 2), math.nan)]
+_LORA += [(_rows(D, 2), "1"), (_rows(D, 2), torch.ones(()))]
+_SPOIL = list(FAULTS.values())
 
 # A wrong value or option, by op and argument.
 VALUES: list[tuple[str, str, Any]] = [
@@ -135,6 +147,9 @@ VALUES: list[tuple[str, str, Any]] = [
     *(("group_advantage", "weights", bad) for bad in (math.nan, math.inf)),
     *(("group_advantage", "group", bad) for bad in (-1, 7)),
     *(("qk_norm_rope", "eps", bad) for bad in (-1.0, math.nan)),
+    *(("lora_linear", "adapters", bad) for bad in (3.0, "ab", [3.0], [(1, 2)])),
+    *(("lora_linear", "adapters", [(_rows(2, D), b, s)]) for b, s in _LORA),
+    *(("lora_linear", "adapters", [(fault(_rows(2, D)), _rows(D, 2), 1.0)]) for fault in _SPOIL),
     ("fp8_quantize", "granularity", "column"),
     ("fp8_quantize", "dtype", torch.int8),
     ("fp8_linear", "granularity", "block"),

@@ -14,8 +14,9 @@ import torch
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (extra 'triton')")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without GPU")
-def test_flow_step_in_the_interpreter():
-    cases = Path(__file__).with_name("triton_flow_step_cases.py")
+@pytest.mark.parametrize("op", ["flow_step", "lora_linear"])
+def test_in_the_interpreter(op):
+    cases = Path(__file__).with_name(f"triton_{op}_cases.py")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
         env={**os.environ, "TRITON_INTERPRET": "1"},
