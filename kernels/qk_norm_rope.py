@@ -1,9 +1,9 @@
 """qk_norm_rope and its gradients in Triton. Math, shapes, dtypes: qirl_fast/ops/qk_norm_rope.py.
 
-One launch for each stream, q, k and v together: a program takes one token's heads of one of them
-(up to TILE elements) and writes its place in the joint buffer. In the backward pass a program walks
-over CHUNK tokens of one sample where weight gradients are wanted; its float32 sums over tokens and
-heads go to `partials`, which a second kernel adds in float64 in the order of the rows.
+One launch takes q, k and v of both streams: a program takes one token's heads of one of them (up to
+TILE elements) and writes its place in the joint buffer. In the backward pass a program walks over
+CHUNK tokens of one sample where weight gradients are wanted; its float32 sums over tokens and heads
+go to `partials`, which a second kernel adds in float64 in the order of the rows.
 """
 
 import torch
@@ -18,71 +18,48 @@ ROWS, COLUMNS = 32, 32  # of one step of the second kernel
 
 
 @triton.jit
-def _pairs(x, HEADS: tl.constexpr, HALF: tl.constexpr):
-    """Even and odd elements of [HEADS, 2 HALF]."""
-    return tl.split(tl.reshape(x, [HEADS, HALF, 2]))
-
-
-@triton.jit
-def _joined(even, odd, HEADS: tl.constexpr, HALF: tl.constexpr):
-    return tl.reshape(tl.join(even, odd), [HEADS, 2 * HALF])
-
-
-@triton.jit
 def _rotated(x, rope_ptr, d, width, sign, HEADS: tl.constexpr, HALF: tl.constexpr):
-    """Pairs of x times (cos + i sign sin) of one token."""
+    """Pairs of x [HEADS, 2 HALF] times (cos + i sign sin) of one token."""
     rope = tl.load(rope_ptr + d, mask=d < width, other=0.0)
     cos, sin = tl.split(tl.reshape(rope, [HALF, 2]))
     cos, sin = cos[None, :], sin[None, :] * sign
-    even, odd = _pairs(x, HEADS, HALF)
-    return _joined(even * cos - odd * sin, odd * cos + even * sin, HEADS, HALF)
+    even, odd = tl.split(tl.reshape(x, [HEADS, HALF, 2]))
+    turned = tl.join(even * cos - odd * sin, odd * cos + even * sin)
+    return tl.reshape(turned, [HEADS, 2 * HALF])
 
 
 @triton.jit
-def _head_block(
-    x_ptr,
-    at,
-    stride_h,
-    weight_ptr,
-    rope_ptr,
-    y_ptr,
-    heads,
-    width,
-    eps,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_ROPE: tl.constexpr,
-    NORM: tl.constexpr,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-):
-    """One token's heads: x_ptr + at -> y_ptr, which points to the token."""
-    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
-    d = tl.arange(0, 2 * HALF)
-    inside = (h < heads) & (d[None, :] < width)
-    stored = tl.load(x_ptr + at + h * stride_h + d[None, :], mask=inside, other=0.0)
-    y = stored.to(tl.float32)
-    if NORM:
-        r = 1.0 / tl.sqrt_rn(tl.sum(y * y, axis=1) / width + eps)
-        y = y * r[:, None]
-        if HAS_WEIGHT:
-            w = tl.load(weight_ptr + d, mask=d < width, other=0.0).to(tl.float32)
-            y = y * w[None, :]
-        if HAS_ROPE:
-            y = _rotated(y, rope_ptr, d, width, 1.0, HEADS, HALF)
-    tl.store(y_ptr + h * width + d[None, :], y.to(stored.dtype), mask=inside)
+def _pick(text, is_k, t_q, t_k, q, k):
+    """Of q or k, of the text or the image stream."""
+    return tl.where(text, tl.where(is_k, t_k, t_q), tl.where(is_k, k, q))
 
 
 @triton.jit
 def forward_kernel(
+    tq_ptr,
+    tk_ptr,
+    tv_ptr,
     q_ptr,
     k_ptr,
     v_ptr,
+    tq_weight_ptr,
+    tk_weight_ptr,
     q_weight_ptr,
     k_weight_ptr,
+    t_rope_ptr,
     rope_ptr,
     Q_ptr,
     K_ptr,
     V_ptr,
+    tq_b,
+    tq_s,
+    tq_h,
+    tk_b,
+    tk_s,
+    tk_h,
+    tv_b,
+    tv_s,
+    tv_h,
     q_b,
     q_s,
     q_h,
@@ -92,99 +69,79 @@ def forward_kernel(
     v_b,
     v_s,
     v_h,
+    t_rope_b,
+    t_rope_s,
     rope_b,
     rope_s,
-    length,
-    start,
+    text_length,
     joint,
     q_heads,
     k_heads,
     width,
     eps,
     KINDS: tl.constexpr,
-    HAS_QW: tl.constexpr,
-    HAS_KW: tl.constexpr,
-    HAS_ROPE: tl.constexpr,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-):
-    """Tokens of a stream of `length` go to [start, start + length) of `joint` tokens."""
-    task = tl.program_id(0).to(tl.int64)
-    kind, token = task % KINDS, task // KINDS
-    b, s = token // length, token % length
-    rope_ptr += b * rope_b + s * rope_s
-    out = (b * joint + start + s) * width
-    if kind == 0:
-        at = b * q_b + s * q_s
-        y = Q_ptr + out * q_heads
-        _head_block(
-            *(q_ptr, at, q_h, q_weight_ptr, rope_ptr, y, q_heads, width, eps),
-            *(HAS_QW, HAS_ROPE, True, HEADS, HALF),
-        )
-    elif kind == 1:
-        at = b * k_b + s * k_s
-        y = K_ptr + out * k_heads
-        _head_block(
-            *(k_ptr, at, k_h, k_weight_ptr, rope_ptr, y, k_heads, width, eps),
-            *(HAS_KW, HAS_ROPE, True, HEADS, HALF),
-        )
-    else:
-        at = b * v_b + s * v_s
-        y = V_ptr + out * k_heads
-        _head_block(
-            *(v_ptr, at, v_h, k_weight_ptr, rope_ptr, y, k_heads, width, eps),
-            *(False, False, False, HEADS, HALF),
-        )
-
-
-@triton.jit
-def _head_block_grad(
-    dy_ptr,
-    dy_at,
-    dy_h,
-    x_ptr,
-    x_at,
-    x_h,
-    weight_ptr,
-    rope_ptr,
-    dx_ptr,
-    heads,
-    width,
-    eps,
     HAS_WEIGHT: tl.constexpr,
     HAS_ROPE: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """Writes dx of one token's heads; their part of the weight gradient [2 HALF]."""
+    """Token `place` of `joint` tokens: of the text stream before text_length, then of the image."""
+    task = tl.program_id(0).to(tl.int64)
+    kind, token = task % KINDS, task // KINDS
+    b, place = token // joint, token % joint
+    text, is_k = place < text_length, kind == 1
+    s = tl.where(text, place, place - text_length)
+    x_ptr = _pick(text, is_k, tq_ptr, tk_ptr, q_ptr, k_ptr)
+    stride_b = _pick(text, is_k, tq_b, tk_b, q_b, k_b)
+    stride_s = _pick(text, is_k, tq_s, tk_s, q_s, k_s)
+    stride_h = _pick(text, is_k, tq_h, tk_h, q_h, k_h)
+    y_ptr = tl.where(is_k, K_ptr, Q_ptr)
+    heads = tl.where(kind == 0, q_heads, k_heads)
+    if KINDS == 3:
+        is_v = kind == 2
+        x_ptr = tl.where(is_v, tl.where(text, tv_ptr, v_ptr), x_ptr)
+        stride_b = tl.where(is_v, tl.where(text, tv_b, v_b), stride_b)
+        stride_s = tl.where(is_v, tl.where(text, tv_s, v_s), stride_s)
+        stride_h = tl.where(is_v, tl.where(text, tv_h, v_h), stride_h)
+        y_ptr = tl.where(is_v, V_ptr, y_ptr)
+
     h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     d = tl.arange(0, 2 * HALF)
     inside = (h < heads) & (d[None, :] < width)
-    stored = tl.load(x_ptr + x_at + h * x_h + d[None, :], mask=inside, other=0.0)
-    dn = tl.load(dy_ptr + dy_at + h * dy_h + d[None, :], mask=inside, other=0.0).to(tl.float32)
-    x = stored.to(tl.float32)
-    if HAS_ROPE:
-        dn = _rotated(dn, rope_ptr, d, width, -1.0, HEADS, HALF)
-    r = (1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / width + eps))[:, None]
-    n = x * r
-    dw = tl.sum(dn * n, axis=0)
-    if HAS_WEIGHT:
-        dn = dn * tl.load(weight_ptr + d, mask=d < width, other=0.0).to(tl.float32)[None, :]
-    mean = tl.sum(dn * n, axis=1)[:, None] / width
-    dx = r * (dn - n * mean)
-    tl.store(dx_ptr + h * width + d[None, :], dx.to(stored.dtype), mask=inside)
-    return dw
+    at = b * stride_b + s * stride_s + h * stride_h + d[None, :]
+    stored = tl.load(x_ptr + at, mask=inside, other=0.0)
+    y = stored.to(tl.float32)
+    if kind < 2:
+        r = 1.0 / tl.sqrt_rn(tl.sum(y * y, axis=1) / width + eps)
+        y = y * r[:, None]
+        if HAS_WEIGHT:
+            w_ptr = _pick(text, is_k, tq_weight_ptr, tk_weight_ptr, q_weight_ptr, k_weight_ptr)
+            w = tl.load(w_ptr + d, mask=d < width, other=0.0).to(tl.float32)
+            y = y * w[None, :]
+        if HAS_ROPE:
+            turn_ptr = tl.where(text, t_rope_ptr, rope_ptr)
+            turn_ptr += b * tl.where(text, t_rope_b, rope_b) + s * tl.where(text, t_rope_s, rope_s)
+            y = _rotated(y, turn_ptr, d, width, 1.0, HEADS, HALF)
+    out = (token * heads + h) * width + d[None, :]
+    tl.store(y_ptr + out, y.to(stored.dtype), mask=inside)
 
 
 @triton.jit
 def backward_kernel(
     dQ_ptr,
     dK_ptr,
+    tq_ptr,
+    tk_ptr,
     q_ptr,
     k_ptr,
+    tq_weight_ptr,
+    tk_weight_ptr,
     q_weight_ptr,
     k_weight_ptr,
+    t_rope_ptr,
     rope_ptr,
+    dtq_ptr,
+    dtk_ptr,
     dq_ptr,
     dk_ptr,
     partials_ptr,
@@ -194,76 +151,117 @@ def backward_kernel(
     dK_b,
     dK_s,
     dK_h,
+    tq_b,
+    tq_s,
+    tq_h,
+    tk_b,
+    tk_s,
+    tk_h,
     q_b,
     q_s,
     q_h,
     k_b,
     k_s,
     k_h,
+    t_rope_b,
+    t_rope_s,
     rope_b,
     rope_s,
-    length,
-    start,
+    batch,
+    text_length,
+    image_length,
+    text_chunks,
     chunks,
     q_heads,
     k_heads,
     width,
     eps,
-    HAS_QW: tl.constexpr,
-    HAS_KW: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
     HAS_ROPE: tl.constexpr,
     WANT_WEIGHTS: tl.constexpr,
     CHUNK: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """partials: float32 [2, B chunks * head tiles, 2 HALF], q first."""
+    """A piece is chunk `chunk` of a sample: of the text before text_chunks, then of the image.
+
+    partials: float32 [q and k, pieces * head tiles, 2 HALF], all pieces of the text first.
+    """
     task = tl.program_id(0).to(tl.int64)
-    kind, piece = task % 2, task // 2
-    b, first = piece // chunks, (piece % chunks) * CHUNK
+    is_k, piece = task % 2 == 1, task // 2
+    b, chunk = piece // chunks, piece % chunks
+    text = chunk < text_chunks
+    before = tl.where(text, 0, text_chunks)  # chunks of a sample that are of the other stream
+    length = tl.where(text, text_length, image_length)
+    dy_ptr, dy_b = tl.where(is_k, dK_ptr, dQ_ptr), tl.where(is_k, dK_b, dQ_b)
+    dy_s, dy_h = tl.where(is_k, dK_s, dQ_s), tl.where(is_k, dK_h, dQ_h)
+    x_ptr = _pick(text, is_k, tq_ptr, tk_ptr, q_ptr, k_ptr)
+    x_b = _pick(text, is_k, tq_b, tk_b, q_b, k_b)
+    x_s = _pick(text, is_k, tq_s, tk_s, q_s, k_s)
+    x_h = _pick(text, is_k, tq_h, tk_h, q_h, k_h)
+    dx_ptr = _pick(text, is_k, dtq_ptr, dtk_ptr, dq_ptr, dk_ptr)
+    heads = tl.where(is_k, k_heads, q_heads)
+    turn_ptr = tl.where(text, t_rope_ptr, rope_ptr) + b * tl.where(text, t_rope_b, rope_b)
+    turn_s = tl.where(text, t_rope_s, rope_s)
+
+    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    d = tl.arange(0, 2 * HALF)
+    inside = (h < heads) & (d[None, :] < width)
+    if HAS_WEIGHT:
+        w_ptr = _pick(text, is_k, tq_weight_ptr, tk_weight_ptr, q_weight_ptr, k_weight_ptr)
     total = tl.zeros([2 * HALF], tl.float32)
     for i in range(CHUNK):
-        s = first + i
+        s = (chunk - before) * CHUNK + i
         if s < length:
-            rope = rope_ptr + b * rope_b + s * rope_s
-            out = (b * length + s) * width
-            if kind == 0:
-                dy_at = b * dQ_b + (start + s) * dQ_s
-                x_at = b * q_b + s * q_s
-                dx = dq_ptr + out * q_heads
-                total += _head_block_grad(
-                    *(dQ_ptr, dy_at, dQ_h, q_ptr, x_at, q_h, q_weight_ptr, rope, dx, q_heads),
-                    *(width, eps, HAS_QW, HAS_ROPE, HEADS, HALF),
-                )
-            else:
-                dy_at = b * dK_b + (start + s) * dK_s
-                x_at = b * k_b + s * k_s
-                dx = dk_ptr + out * k_heads
-                total += _head_block_grad(
-                    *(dK_ptr, dy_at, dK_h, k_ptr, x_at, k_h, k_weight_ptr, rope, dx, k_heads),
-                    *(width, eps, HAS_KW, HAS_ROPE, HEADS, HALF),
-                )
+            x_at = b * x_b + s * x_s + h * x_h + d[None, :]
+            dy_at = b * dy_b + (s + tl.where(text, 0, text_length)) * dy_s + h * dy_h + d[None, :]
+            stored = tl.load(x_ptr + x_at, mask=inside, other=0.0)
+            dn = tl.load(dy_ptr + dy_at, mask=inside, other=0.0).to(tl.float32)
+            x = stored.to(tl.float32)
+            if HAS_ROPE:
+                dn = _rotated(dn, turn_ptr + s * turn_s, d, width, -1.0, HEADS, HALF)
+            r = (1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / width + eps))[:, None]
+            n = x * r
+            if WANT_WEIGHTS:
+                total += tl.sum(dn * n, axis=0)
+            if HAS_WEIGHT:
+                # Loaded again for each token, from the first-level cache: fewer registers.
+                w = tl.load(w_ptr + d, mask=d < width, other=0.0).to(tl.float32)
+                dn = dn * w[None, :]
+            mean = tl.sum(dn * n, axis=1)[:, None] / width
+            dx = r * (dn - n * mean)
+            out = ((b * length + s) * heads + h) * width + d[None, :]
+            tl.store(dx_ptr + out, dx.to(stored.dtype), mask=inside)
     if WANT_WEIGHTS:
-        pieces = tl.num_programs(0) // 2
-        row = (kind * pieces + piece) * tl.num_programs(1) + tl.program_id(1)
+        own = tl.where(text, text_chunks, chunks - text_chunks)
+        row = batch * before + b * own + (chunk - before) + tl.where(is_k, batch * chunks, 0)
+        row = row * tl.num_programs(1) + tl.program_id(1)
         tl.store(partials_ptr + row * 2 * HALF + tl.arange(0, 2 * HALF), total)
 
 
 @triton.jit
 def weights_kernel(
-    partials_ptr, dw_ptr, rows, width, padded, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    partials_ptr,
+    dw_ptr,
+    text_rows,
+    rows,
+    width,
+    padded,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """dw [2, width] from partials [2, rows, padded], added in float64."""
-    kind = tl.program_id(0).to(tl.int64)
+    """dw [text q, text k, q, k][width] from partials [q and k, rows, padded], added in float64."""
+    which = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float64)
-    first = 0
-    while first < rows:
+    first = tl.where(which < 2, 0, text_rows)
+    end = tl.where(which < 2, text_rows, rows)
+    while first < end:
         row = first + tl.arange(0, ROWS)[:, None]
-        at = partials_ptr + (kind * rows + row) * padded + d[None, :]
-        total += tl.load(at, mask=row < rows, other=0.0).to(tl.float64)
+        at = partials_ptr + (which % 2 * rows + row) * padded + d[None, :]
+        total += tl.load(at, mask=row < end, other=0.0).to(tl.float64)
         first += ROWS
-    tl.store(dw_ptr + kind * width + d, tl.sum(total, axis=0).to(tl.float32), mask=d < width)
+    tl.store(dw_ptr + which * width + d, tl.sum(total, axis=0).to(tl.float32), mask=d < width)
 
 
 # ---- launchers ----------------------------------------------------------------------------------
@@ -271,12 +269,31 @@ def _dense(t):
     return t if t is None or t.stride(-1) == 1 else t.contiguous()
 
 
-def _reals(rope, like):
-    """(float32 [.., S, Dh], stride of B, stride of S); `like` stands in for no rotation."""
-    if rope is None:
-        return like, 0, 0
-    real = _dense(torch.view_as_real(rope.resolve_conj()).flatten(-2))
-    return real, real.stride(0) if real.ndim == 3 else 0, real.stride(-2)
+def _weights(like, *weights):
+    """(all of one dtype, whether there are any). An absent one beside others is ones."""
+    given = [w for w in weights if w is not None]
+    if not given:
+        return [like] * len(weights), False
+    dtype = given[0].dtype if all(w.dtype == given[0].dtype for w in given) else torch.float32
+    ones = None if len(given) == len(weights) else torch.ones_like(given[0], dtype=dtype)
+    return [ones if w is None else w.to(dtype).contiguous() for w in weights], True
+
+
+def _ropes(like, *ropes):
+    """(float32 [.., S, Dh] each, their strides of B and S, whether there are any).
+
+    An absent one beside another turns by nothing.
+    """
+    given = [r for r in ropes if r is not None]
+    if not given:
+        return [like] * len(ropes), [0, 0] * len(ropes), False
+    reals, strides = [], []
+    for rope in ropes:
+        turn = given[0].new_ones((1, given[0].shape[-1])) if rope is None else rope.resolve_conj()
+        real = _dense(torch.view_as_real(turn).flatten(-2))
+        reals.append(real)
+        strides += [real.stride(0) if real.ndim == 3 else 0, 0 if rope is None else real.stride(-2)]
+    return reals, strides, True
 
 
 def _tiles(q, k):
@@ -287,65 +304,71 @@ def _tiles(q, k):
     return tile, width // 2, triton.cdiv(heads, tile), 8 if tile * width >= 2048 else 4
 
 
-def _stream(q, k, v, q_weight, k_weight, rope, Q, K, V, start, eps):
-    q, k, v = _dense(q), _dense(k), _dense(v)
-    real, rope_b, rope_s = _reals(rope, q)
-    tile, half, tiles, warps = _tiles(q, k)
-    kinds = 2 if v is None else 3
+def _strides(*tensors):
+    return [stride for t in tensors for stride in t.stride()[:3]]
+
+
+def qk_norm_rope(q, k, v, q_weight, k_weight, rope, tq, tk, tv, tq_weight, tk_weight, t_rope, eps):
+    """(Q, K, V); arguments as the reference's. V is empty without a text stream."""
+    joined = tq is not None
+    q, k, v = _dense(q), _dense(k), _dense(v) if joined else k
+    tq, tk, tv = (_dense(tq), _dense(tk), _dense(tv)) if joined else (q, k, v)
+    if not joined:  # stand-ins that are never read
+        tq_weight, tk_weight, t_rope = q_weight, k_weight, rope
+    weights, has_weight = _weights(q, tq_weight, tk_weight, q_weight, k_weight)
+    reals, rope_strides, has_rope = _ropes(q, t_rope, rope)
     batch, length, heads, width = q.shape
-    v_strides = (0, 0, 0) if v is None else v.stride()[:3]
-    forward_kernel[(batch * length * kinds, tiles)](
-        *(q, k, q if v is None else v),
-        q if q_weight is None else q_weight.contiguous(),
-        q if k_weight is None else k_weight.contiguous(),
-        *(real, Q, K, Q if V is None else V),
-        *(*q.stride()[:3], *k.stride()[:3], *v_strides, rope_b, rope_s),
-        *(length, start, Q.shape[1], heads, k.shape[2], width, eps),
+    start = tq.shape[1] if joined else 0
+    Q, K, V = (t.new_empty((batch, start + length, *t.shape[2:])) for t in (q, k, k))
+    V = V if joined else q.new_empty(0)
+    tile, half, tiles, warps = _tiles(q, k)
+    kinds = 3 if joined else 2
+    forward_kernel[(batch * (start + length) * kinds, tiles)](
+        *(tq, tk, tv, q, k, v, *weights, *reals, Q, K, V if joined else Q),
+        *(*_strides(tq, tk, tv, q, k, v), *rope_strides),
+        *(start, start + length, heads, k.shape[2], width, eps),
         KINDS=kinds,
-        HAS_QW=q_weight is not None,
-        HAS_KW=k_weight is not None,
-        HAS_ROPE=rope is not None,
+        HAS_WEIGHT=has_weight,
+        HAS_ROPE=has_rope,
         HEADS=tile,
         HALF=half,
         num_warps=warps,
         enable_fp_fusion=False,
     )
-
-
-def qk_norm_rope(q, k, v, q_weight, k_weight, rope, tq, tk, tv, tq_weight, tk_weight, t_rope, eps):
-    """(Q, K, V); arguments as the reference's. V is empty without a text stream."""
-    start = 0 if tq is None else tq.shape[1]
-    length = start + q.shape[1]
-    Q, K, V = (t.new_empty((t.shape[0], length, *t.shape[2:])) for t in (q, k, k))
-    if tq is None:
-        _stream(q, k, None, q_weight, k_weight, rope, Q, K, None, 0, eps)
-        return Q, K, q.new_empty(0)
-    _stream(tq, tk, tv, tq_weight, tk_weight, t_rope, Q, K, V, 0, eps)
-    _stream(q, k, v, q_weight, k_weight, rope, Q, K, V, start, eps)
     return Q, K, V
 
 
-def _stream_grad(dQ, dK, q, k, q_weight, k_weight, rope, start, eps, want_weights):
-    """(dq, dk, dq_weight, dk_weight); an absent or unwanted one is empty."""
-    dq, dk, q, k = q.new_empty(q.shape), k.new_empty(k.shape), _dense(q), _dense(k)
-    real, rope_b, rope_s = _reals(rope, q)
+def qk_norm_rope_backward(
+    dQ, dK, q, k, q_weight, k_weight, rope, tq, tk, tq_weight, tk_weight, t_rope, eps, want_weights
+):
+    """Gradients of q, k, q_weight, k_weight, then of the text stream's; see the reference."""
+    given = (q_weight, k_weight, tq_weight, tk_weight)
+    wanted = want_weights and any(w is not None for w in given)
+    joined = tq is not None
+    dQ, dK, q, k = map(_dense, (dQ, dK, q, k))
+    dq, dk = (t.new_empty(t.shape) for t in (q, k))
+    if joined:
+        tq, tk = _dense(tq), _dense(tk)
+        dtq, dtk = (t.new_empty(t.shape) for t in (tq, tk))
+    else:  # stand-ins that are neither read nor written
+        tq, tk, dtq, dtk, t_rope = q, k, dq, dk, rope
+        tq_weight, tk_weight = q_weight, k_weight
+    weights, has_weight = _weights(q, tq_weight, tk_weight, q_weight, k_weight)
+    reals, rope_strides, has_rope = _ropes(q, t_rope, rope)
     tile, half, tiles, warps = _tiles(q, k)
     batch, length, heads, width = q.shape
-    wanted = want_weights and not (q_weight is None and k_weight is None)
+    start = tq.shape[1] if joined else 0
     chunk = CHUNK if wanted else 1
-    chunks = triton.cdiv(length, chunk)
-    rows = batch * chunks * tiles
+    text_chunks, chunks = triton.cdiv(start, chunk), triton.cdiv(start, chunk)
+    chunks += triton.cdiv(length, chunk)
+    text_rows, rows = batch * text_chunks * tiles, batch * chunks * tiles
     partials = dq.new_empty((2, rows, 2 * half) if wanted else 0, dtype=torch.float32)
     backward_kernel[(batch * chunks * 2, tiles)](
-        *(dQ, dK, q, k),
-        q if q_weight is None else q_weight.contiguous(),
-        q if k_weight is None else k_weight.contiguous(),
-        *(real, dq, dk, partials if wanted else dq),
-        *(*dQ.stride()[:3], *dK.stride()[:3], *q.stride()[:3], *k.stride()[:3], rope_b, rope_s),
-        *(length, start, chunks, heads, k.shape[2], width, eps),
-        HAS_QW=q_weight is not None,
-        HAS_KW=k_weight is not None,
-        HAS_ROPE=rope is not None,
+        *(dQ, dK, tq, tk, q, k, *weights, *reals, dtq, dtk, dq, dk, partials if wanted else dq),
+        *(*_strides(dQ, dK, tq, tk, q, k), *rope_strides),
+        *(batch, start, length, text_chunks, chunks, heads, k.shape[2], width, eps),
+        HAS_WEIGHT=has_weight,
+        HAS_ROPE=has_rope,
         WANT_WEIGHTS=wanted,
         CHUNK=chunk,
         HEADS=tile,
@@ -353,55 +376,42 @@ def _stream_grad(dQ, dK, q, k, q_weight, k_weight, rope, start, eps, want_weight
         num_warps=warps,
         enable_fp_fusion=False,
     )
-    if not wanted:
-        return (
-            dq,
-            dk,
-            *(q.new_empty(0) if w is None else w.new_empty(0) for w in (q_weight, k_weight)),
+    dw = None
+    if wanted:
+        dw = dq.new_empty((4, width), dtype=torch.float32)
+        columns = min(COLUMNS, 2 * half)
+        weights_kernel[(4, triton.cdiv(2 * half, columns))](
+            *(partials, dw, text_rows, rows, width, 2 * half),
+            ROWS=ROWS,
+            COLUMNS=columns,
+            num_warps=4,
         )
-    dw = dq.new_empty((2, width), dtype=torch.float32)
-    columns = min(COLUMNS, 2 * half)
-    weights_kernel[(2, triton.cdiv(2 * half, columns))](
-        partials, dw, rows, width, 2 * half, ROWS=ROWS, COLUMNS=columns, num_warps=4
-    )
-    return (
-        dq,
-        dk,
-        *(
-            q.new_empty(0) if w is None else dw[i].to(w.dtype, copy=True)
-            for i, w in enumerate((q_weight, k_weight))
-        ),
-    )
 
+    def weight_grad(weight, row):
+        if weight is None:
+            return q.new_empty(0)
+        return weight.new_empty(0) if dw is None else dw[row].to(weight.dtype, copy=True)
 
-def qk_norm_rope_backward(
-    dQ, dK, q, k, q_weight, k_weight, rope, tq, tk, tq_weight, tk_weight, t_rope, eps, want_weights
-):
-    """Gradients of q, k, q_weight, k_weight, then of the text stream's."""
-    dQ, dK = _dense(dQ), _dense(dK)
-    start = 0 if tq is None else tq.shape[1]
-    image = _stream_grad(dQ, dK, q, k, q_weight, k_weight, rope, start, eps, want_weights)
-    if tq is None:
-        return *image, *(q.new_empty(0) for _ in range(4))
-    return *image, *_stream_grad(dQ, dK, tq, tk, tq_weight, tk_weight, t_rope, 0, eps, want_weights)
+    dqw, dkw, dtqw, dtkw = (weight_grad(w, i) for w, i in zip(given, (2, 3, 0, 1), strict=True))
+    if not joined:
+        dtq, dtk = q.new_empty(0), q.new_empty(0)
+    return dq, dk, dqw, dkw, dtq, dtk, dtqw, dtkw
 
 
 # ---- budget -------------------------------------------------------------------------------------
-_STRIDES = [f"{t}_{axis}" for t in ("q", "k", "v") for axis in "bsh"] + ["rope_b", "rope_s"]
-_GRAD_STRIDES = [f"{t}_{axis}" for t in ("dQ", "dK", "q", "k") for axis in "bsh"]
-_GRAD_STRIDES += ["rope_b", "rope_s"]
-
-
-def _case(kernel, dtype, pointers, strides, sizes, registers, narrow=0, **constexprs):
-    """Heads of 128; pointers named *_weight and rope, partials have types of their own."""
-    types = {"rope_ptr": "*fp32", "partials_ptr": "*fp32"}
+def _case(kernel, dtype, sizes, registers, narrow=0, **constexprs):
+    """Heads of 128, weights of the heads' dtype; float32 ropes and partials."""
+    names = kernel.arg_names[: kernel.arg_names.index("eps")]
+    pointers = [n for n in names if n.endswith("_ptr")]
+    wide = ("rope_ptr", "t_rope_ptr", "partials_ptr")
+    strides = [n for n in names if n not in pointers and n not in sizes]
     return Case(
         kernel,
-        {p: types.get(p, f"*{dtype}") for p in pointers}
+        {p: "*fp32" if p in wide else f"*{dtype}" for p in pointers}
         | dict.fromkeys(strides, "i64")
         | dict.fromkeys(sizes, "i32")
         | {"eps": "fp32"},
-        {"HAS_QW": True, "HAS_KW": True, "HAS_ROPE": True, "HEADS": 32, "HALF": 64} | constexprs,
+        {"HAS_WEIGHT": True, "HAS_ROPE": True, "HEADS": 32, "HALF": 64} | constexprs,
         8,
         registers=registers,
         divisible=(*pointers, *strides, "width"),
@@ -409,17 +419,14 @@ def _case(kernel, dtype, pointers, strides, sizes, registers, narrow=0, **conste
     )
 
 
-_POINTERS = ["q_ptr", "k_ptr", "v_ptr", "q_weight_ptr", "k_weight_ptr", "rope_ptr"]
-_POINTERS += ["Q_ptr", "K_ptr", "V_ptr"]
-_GRAD_POINTERS = ["dQ_ptr", "dK_ptr", "q_ptr", "k_ptr", "q_weight_ptr", "k_weight_ptr", "rope_ptr"]
-_GRAD_POINTERS += ["dq_ptr", "dk_ptr", "partials_ptr"]
-_SIZES = ["length", "start", "joint", "q_heads", "k_heads", "width"]
-_GRAD_SIZES = ["length", "start", "chunks", "q_heads", "k_heads", "width"]
+_SIZES = ("text_length", "joint", "q_heads", "k_heads", "width")
+_GRAD_SIZES = ("batch", "text_length", "image_length", "text_chunks", "chunks")
+_GRAD_SIZES += ("q_heads", "k_heads", "width")
 BUDGET = [
-    *(_case(forward_kernel, t, _POINTERS, _STRIDES, _SIZES, 96, KINDS=3) for t in ("bf16", "fp32")),
+    *(_case(forward_kernel, t, _SIZES, 64, KINDS=3) for t in ("bf16", "fp32")),
     *(
         _case(
-            *(backward_kernel, t, _GRAD_POINTERS, _GRAD_STRIDES, _GRAD_SIZES, 168),
+            *(backward_kernel, t, _GRAD_SIZES, 128),
             narrow=int(wanted),  # one row of partials
             WANT_WEIGHTS=wanted,
             CHUNK=CHUNK if wanted else 1,
@@ -429,13 +436,8 @@ BUDGET = [
     ),
     Case(
         weights_kernel,
-        {
-            "partials_ptr": "*fp32",
-            "dw_ptr": "*fp32",
-            "rows": "i32",
-            "width": "i32",
-            "padded": "i32",
-        },
+        {"partials_ptr": "*fp32", "dw_ptr": "*fp32"}
+        | dict.fromkeys(("text_rows", "rows", "width", "padded"), "i32"),
         {"ROWS": ROWS, "COLUMNS": COLUMNS},
         4,
         registers=64,

@@ -41,6 +41,14 @@ CASES = {
     "image alone": (stream(2, 9, 2, 2, 16, 1), (None,) * 6),
     "grouped heads": (stream(1, 3, 4, 2, 32, 2), stream(1, 2, 4, 2, 32, 22)),
     "a rope for each sample": (stream(2, 4, 2, 2, 8, 3, rope="each"), (None,) * 6),
+    "a rope for each sample, joint": (
+        stream(2, 2, 2, 2, 8, 7, rope="each"),
+        stream(2, 3, 2, 2, 8, 27, rope="each"),
+    ),
+    "weights of two dtypes": (
+        stream(1, 2, 2, 2, 8, 8),
+        tuple(t.bfloat16() if i == 3 else t for i, t in enumerate(stream(1, 3, 2, 2, 8, 28))),
+    ),
     "odd widths": (stream(1, 3, 3, 3, 6, 4), stream(1, 1, 3, 3, 6, 24, rope="none")),
     "no weights": (stream(1, 3, 2, 2, 8, 5, weights=False), stream(1, 2, 2, 2, 8, 25)),
     "several tiles": (stream(1, 2, 40, 40, 128, 6), (None,) * 6),
@@ -50,7 +58,8 @@ CASES = {
 def check(got, wanted):
     for g, w in zip(got, wanted, strict=True):
         assert g.shape == w.shape and g.isfinite().all()
-        torch.testing.assert_close(g.double(), w.double(), rtol=2e-5, atol=4e-6)
+        rtol = 2e-5 if g.dtype == torch.float32 else torch.finfo(g.dtype).eps  # it truncates
+        torch.testing.assert_close(g.double(), w.double(), rtol=rtol, atol=4e-6)
 
 
 @pytest.mark.parametrize("case", CASES)
