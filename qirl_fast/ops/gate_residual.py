@@ -31,6 +31,7 @@ from qirl_fast.ops._norm_checks import (
 )
 from qirl_fast.ops._norm_cpu import gate_residual_backward_cpu, gate_residual_cpu
 from qirl_fast.ops._norm_reference import rows_of_tokens, sums_over_tokens, widened
+from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 
 
@@ -81,6 +82,12 @@ OP = Op(
     {
         "reference": Backend(gate_residual_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
         "cpu": Backend(gate_residual_cpu, ("cpu",), LARGE_DTYPES),
+        "triton": Backend(
+            triton_launcher("gate_residual", "gate_residual"),
+            ("cuda",),
+            LARGE_DTYPES,
+            missing_triton,
+        ),
     },
     _DEFAULT,
 )
@@ -89,6 +96,12 @@ OP_BACKWARD = Op(
     {
         "reference": Backend(gate_residual_backward_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
         "cpu": Backend(gate_residual_backward_cpu, ("cpu",), LARGE_DTYPES),
+        "triton": Backend(
+            triton_launcher("gate_residual", "gate_residual_backward"),
+            ("cuda",),
+            LARGE_DTYPES,
+            missing_triton,
+        ),
     },
     _DEFAULT,
 )

@@ -41,6 +41,7 @@ from qirl_fast.ops._norm_reference import (
     rows_of_tokens,
     sums_over_tokens,
 )
+from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 from qirl_fast.ops.gate_residual import gate_residual_reference
 from qirl_fast.ops.norm_modulate import norm_modulate_reference
@@ -117,6 +118,12 @@ OP = Op(
             gate_residual_norm_modulate_reference, ("cpu", "cuda"), REFERENCE_DTYPES
         ),
         "cpu": Backend(gate_residual_norm_modulate_cpu, ("cpu",), LARGE_DTYPES),
+        "triton": Backend(
+            triton_launcher("gate_residual_norm_modulate", "gate_residual_norm_modulate"),
+            ("cuda",),
+            LARGE_DTYPES,
+            missing_triton,
+        ),
     },
     _DEFAULT,
 )
@@ -127,6 +134,12 @@ OP_BACKWARD = Op(
             gate_residual_norm_modulate_backward_reference, ("cpu", "cuda"), REFERENCE_DTYPES
         ),
         "cpu": Backend(gate_residual_norm_modulate_backward_cpu, ("cpu",), LARGE_DTYPES),
+        "triton": Backend(
+            triton_launcher("gate_residual_norm_modulate", "gate_residual_norm_modulate_backward"),
+            ("cuda",),
+            LARGE_DTYPES,
+            missing_triton,
+        ),
     },
     _DEFAULT,
 )

@@ -46,6 +46,7 @@ from qirl_fast.ops._norm_reference import (
     sums_over_tokens,
     widened,
 )
+from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 
 
@@ -107,6 +108,12 @@ OP = Op(
     {
         "reference": Backend(norm_modulate_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
         "cpu": Backend(norm_modulate_cpu, ("cpu",), LARGE_DTYPES),
+        "triton": Backend(
+            triton_launcher("norm_modulate", "norm_modulate"),
+            ("cuda",),
+            LARGE_DTYPES,
+            missing_triton,
+        ),
     },
     _DEFAULT,
 )
@@ -115,6 +122,12 @@ OP_BACKWARD = Op(
     {
         "reference": Backend(norm_modulate_backward_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
         "cpu": Backend(norm_modulate_backward_cpu, ("cpu",), LARGE_DTYPES),
+        "triton": Backend(
+            triton_launcher("norm_modulate", "norm_modulate_backward"),
+            ("cuda",),
+            LARGE_DTYPES,
+            missing_triton,
+        ),
     },
     _DEFAULT,
 )
