@@ -5,15 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qirl_fast.ops._checks import REFERENCE_DTYPES
+from qirl_fast.ops._checks import REFERENCE_DTYPES, require_tensor
 
 NORMS = ("layer", "rms")
 
 
 def require_tokens(op: str, name: str, x: Tensor) -> None:
     """x is a floating tensor [B, S, D] or [B, D] that is not empty."""
-    if not isinstance(x, Tensor):
-        raise ValueError(f"{op}: {name} must be a tensor; got {type(x).__name__}.")
+    require_tensor(op, name, x)
     if x.dtype not in REFERENCE_DTYPES:
         raise ValueError(f"{op}: {name} must be float32 or bfloat16; got {x.dtype}.")
     if x.ndim not in (2, 3) or x.numel() == 0:
@@ -50,8 +49,7 @@ def _require_t0_partner(
 
 
 def _require_modulation_row(op: str, name: str, t: Tensor, x: Tensor) -> None:
-    if not isinstance(t, Tensor):
-        raise ValueError(f"{op}: {name} must be a tensor [B, D]; got {type(t).__name__}.")
+    require_tensor(op, name, t, "[B, D]")
     wanted = (x.shape[0], x.shape[-1])
     if t.shape != wanted:
         raise ValueError(
@@ -67,8 +65,7 @@ def tokens_at_t0(op: str, t0: Tensor | None, x: Tensor) -> Tensor | None:
     """t0 as [B, S], a view; checked against x."""
     if t0 is None:
         return None
-    if not isinstance(t0, Tensor):
-        raise ValueError(f"{op}: t0 must be a bool tensor [S] or [B, S]; got {type(t0).__name__}.")
+    require_tensor(op, "t0", t0, "[S] or [B, S], bool")
     rows, tokens = x.shape[0], x.shape[1] if x.ndim == 3 else 1
     if t0.shape != (tokens,) and t0.shape != (rows, tokens):
         raise ValueError(

@@ -43,7 +43,20 @@ def _awm() -> Call:
     return {name: _rows(B, D) for name in ("v", "noise", "x0")} | {"time": _per_row()}
 
 
+def _modulation(*names: str) -> Call:
+    rows = {name: _rows(B, D) for name in names}
+    t0 = torch.tensor([[True, False, False, True]] * B)
+    return rows | {f"{name}_t0": _rows(B, D) for name in names} | {"t0": t0}
+
+
 CALLS: dict[str, Callable[[], Call]] = {
+    "norm_modulate": lambda: {"x": _rows(B, S, D)} | _modulation("scale", "shift"),
+    "gate_residual": lambda: (
+        {"residual": _rows(B, S, D), "u": _rows(B, S, D)} | _modulation("gate")
+    ),
+    "gate_residual_norm_modulate": lambda: (
+        {"residual": _rows(B, S, D), "u": _rows(B, S, D)} | _modulation("gate", "scale", "shift")
+    ),
     "flow_step": lambda: _flow() | {"s": _per_row(), "seed": torch.arange(B), "offset": 0},
     "flow_logp": lambda: _flow() | {"x_next": _rows(B, D)},
     "guide": lambda: {"v_cond": _rows(B, D), "v_uncond": _rows(B, D), "scale": _per_row()},
@@ -146,6 +159,9 @@ VALUES: list[tuple[str, str, Any]] = [
     *(("group_advantage", "rewards", bad) for bad in (math.nan, math.inf)),
     *(("group_advantage", "weights", bad) for bad in (math.nan, math.inf)),
     *(("group_advantage", "group", bad) for bad in (-1, 7)),
+    *(("norm_modulate", "eps", bad) for bad in (-1.0, math.nan)),
+    ("norm_modulate", "norm", "batch"),
+    ("gate_residual_norm_modulate", "norm", "batch"),
     *(("qk_norm_rope", "eps", bad) for bad in (-1.0, math.nan)),
     *(("lora_linear", "adapters", bad) for bad in (3.0, "ab", [3.0], [(1, 2)])),
     *(("lora_linear", "adapters", [(_rows(2, D), b, s)]) for b, s in _LORA),
