@@ -49,6 +49,7 @@ from qirl_fast.ops._advantage_cuda import group_advantage_cuda
 from qirl_fast.ops._checks import require_no_grad
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._group_checks import check_group_values, require_group_inputs, require_options
+from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 
 MODES = ("zscore_sum", "sum_first", "gdpo")
@@ -182,6 +183,9 @@ OP = Op(
     {
         "reference": Backend(group_advantage_reference, ("cpu", "cuda"), _REALS),
         "cpu": Backend(group_advantage_cpu, ("cpu",), _REALS),
+        "triton": Backend(
+            triton_launcher("group_advantage", "group_advantage"), ("cuda",), _REALS, missing_triton
+        ),
         "cuda": Backend(group_advantage_cuda, ("cuda",), _REALS, missing_cuda),
     },
     {"cpu": "cpu", "cuda": "reference"},

@@ -14,7 +14,7 @@ import torch
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (extra 'triton')")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without GPU")
-@pytest.mark.parametrize("cases", ["guide"])
+@pytest.mark.parametrize("cases", ["guide", "group_advantage"])
 def test_in_the_interpreter(cases):
     file = Path(__file__).with_name(f"triton_{cases}_cases.py")
     done = subprocess.run(
