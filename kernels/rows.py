@@ -9,8 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qirl_fast.ops._checks import dense_rows
-
 BLOCK = 1024
 WARPS = 4
 ROWS, CHUNK = 16, 32
@@ -38,6 +36,8 @@ def block_count(x: Tensor) -> tuple[int, int]:
 
 
 def strided(x: Tensor) -> tuple[Tensor, int]:
-    """x with dense rows, and its row stride."""
-    x = dense_rows(x)
-    return x, x.stride(0)
+    """x as [rows, elements] with dense rows, copied where it has none; and its row stride."""
+    flat = x.reshape(x.shape[0], -1)
+    if flat.shape[1] > 1 and flat.stride(1) != 1:
+        flat = flat.contiguous()
+    return flat, flat.stride(0)

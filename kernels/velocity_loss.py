@@ -70,11 +70,11 @@ def velocity_rows_kernel(
 # ---- launchers ----------------------------------------------------------------------------------
 def velocity_loss(v, target, weight, want_grad):
     """(loss, mse, dv); arguments as the op's, already checked."""
-    (v, v_stride), (target, target_stride) = strided(v), strided(target)
     (size, blocks), rows = block_count(v), v.shape[0]
+    dv = v.new_empty(v.shape if want_grad else 0)
+    (v, v_stride), (target, target_stride) = strided(v), strided(target)
     sums = v.new_empty((rows, blocks), dtype=torch.float32)
     loss, mse = sums.new_empty(()), sums.new_empty(rows)
-    dv = v.new_empty(v.shape if want_grad else 0)
     weight = None if weight is None else weight.contiguous()
     given = sums if weight is None else weight
     velocity_kernel[(rows * blocks,)](

@@ -145,3 +145,15 @@ def test_policy_loss_lets_a_nan_pass(where, sign):
     args[where][4] = math.nan
     loss, _, _, _, grad = policy.policy_loss(*args, 0.1, 0.1)
     assert loss.isnan() and grad[4].isnan() and int(grad.isnan().sum()) == 1
+
+
+def test_rows_that_are_not_dense_are_copied():
+    v, target = draw((4, 6, 10), 2)
+    want = velocity.velocity_loss(v, target, None, True)
+    for layout in (
+        lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda t: torch.stack((t, t), dim=-1)[..., 0],
+        lambda t: torch.cat((t, t), dim=1)[:, :6],
+    ):
+        got = velocity.velocity_loss(layout(v), layout(target), None, True)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
