@@ -81,8 +81,8 @@ def test_value_and_gradients_match_float64(shape, dtype, norm, split, isa, poiso
     exact = value_and_gradients(formula, wide, grad.double(), norm=norm, t0=t0)
     for name in got:
         assert got[name].dtype == dtype
-        if shape == (1, 1, 1) and name in ("x", "scale") and norm == "layer":
-            assert not bool(got[name].any())  # one element: it is its own mean
+        if shape == (1, 1, 1) and name in ("x", "scale") and (name, norm) != ("scale", "rms"):
+            assert float(got[name].abs().max()) < 1e-5  # n of one element is constant
         else:
             no_worse(got[name], same[name], exact[name])
 
