@@ -107,7 +107,7 @@ QIRL_HD void both_passes(const NormArgs& a, const NormScratch& scratch, int64_t 
   const int64_t at = sample * a.tokens + first;
   for (int k = 0; k < kTokens; ++k) {
     Token& t = tokens[k];
-    t = {};
+    t = Token();
     t.set = token_at_t0(a, sample, first + k);
     t.f = scratch.row(t.set, kGate);
     t.factor = scratch.row(t.set, kScale);
