@@ -5,102 +5,126 @@ namespace qirl {
 namespace QIRL_ISA {
 namespace {
 
-// Tokens taken together, so that rows and sums are loaded once for all of them. Sums add them in
-// order, as one at a time would.
+// Tokens taken together: rows and sums are loaded once for all of them, and adding the tokens up
+// first keeps the sums accurate.
 constexpr int kTogether = 4;
 
-// Where one chunk's sums go; null: not wanted.
+// Where one chunk's sums go, for the rows and for those at t0; null: not wanted.
 struct Sums {
-  float *gate, *scale, *shift;
+  float* of[2][kNormRows];
 };
 
-struct Moments {
+// One token: its moments, the rows it takes.
+struct Token {
+  const float *f, *factor;
   F mean, rstd, mean_g, mean_gx;
+  int set;
 };
 
-template <int kTokens, class T>
-QIRL_HD void first_pass(const NormArgs& a, const float* factor, int64_t at, Sums sums, Moments* m) {
+// The terms of kTokens tokens, added to the chunk's sum; with kMixed they take different rows.
+template <int kTokens, bool kMixed>
+QIRL_HD void add_terms(const Sums& sums, int name, const Token* tokens, const F* terms, int64_t i,
+                       int n) {
+  if (kMixed) {
+    for (int set = 0; set < 2; ++set) {
+      F sum = {};
+      for (int k = 0; k < kTokens; ++k) {
+        if (tokens[k].set == set) sum += terms[k];
+      }
+      float* to = sums.of[set][name] + i;
+      store_n(to, load_n(to, n) + sum, n, false);
+    }
+    return;
+  }
+  float* to = sums.of[tokens[0].set][name] + i;
+  const F sum = kTokens == 4 ? (terms[0] + terms[1]) + (terms[2] + terms[3]) : terms[0];
+  store_n(to, load_n(to, n) + sum, n, false);
+}
+
+template <int kTokens, bool kMixed, class T>
+QIRL_HD void first_pass(const NormArgs& a, int64_t at, const Sums& sums, Token* tokens) {
   const T *x = element<const T>(a.x, at), *dy = element<const T>(a.dy, at);
+  const bool want_scale = sums.of[0][kScale], want_shift = sums.of[0][kShift];
   using Sum = SumWays<1>;
   Sum g_sum[kTokens], gx_sum[kTokens];
   for_parts<Sum::kParts>(a.width, [&](int64_t i, int n, int part) {
-    F scale = sums.scale ? load_n(sums.scale + i, n) : F{};
-    F shift = sums.shift ? load_n(sums.shift + i, n) : F{};
-    const F one_scale = load(factor + i);
+    F d[kTokens], along[kTokens];
 #pragma GCC unroll 4
     for (int k = 0; k < kTokens; ++k) {
-      const F d = load_n(dy + k * a.width + i, n);
-      const F xhat = norm_hat(load_n(x + k * a.width + i, n), m[k].mean, m[k].rstd);
-      const F g = d * one_scale;
-      scale += d * xhat;
-      shift += d;
+      d[k] = load_n(dy + k * a.width + i, n);
+      const F xhat = norm_hat(load_n(x + k * a.width + i, n), tokens[k].mean, tokens[k].rstd);
+      const F g = d[k] * load(tokens[kMixed ? k : 0].factor + i);
+      along[k] = d[k] * xhat;
       g_sum[k].add(part, g);
       gx_sum[k].add(part, g * xhat);
     }
-    if (sums.scale) store_n(sums.scale + i, scale, n, false);
-    if (sums.shift) store_n(sums.shift + i, shift, n, false);
+    if (want_scale) add_terms<kTokens, kMixed>(sums, kScale, tokens, along, i, n);
+    if (want_shift) add_terms<kTokens, kMixed>(sums, kShift, tokens, d, i, n);
   });
   const float width = (float)a.width;
   for (int k = 0; k < kTokens; ++k) {
-    m[k].mean_g = splat(a.mean ? g_sum[k].total() / width : 0.0f);
-    m[k].mean_gx = splat(gx_sum[k].total() / width);
+    tokens[k].mean_g = splat(a.mean ? g_sum[k].total() / width : 0.0f);
+    tokens[k].mean_gx = splat(gx_sum[k].total() / width);
   }
 }
 
-template <bool kGated, bool kNorm, int kTokens, class T, class V>
-QIRL_HD void second_pass(const NormArgs& a, const float* f, const float* factor, int64_t at,
-                         Sums sums, const Moments* m) {
-  const T *x = element<const T>(a.x, at), *dy = element<const T>(a.dy, at),
-          *dout = element<const T>(a.dout, at);
+template <bool kGated, bool kNorm, int kTokens, bool kMixed, class T, class V>
+QIRL_HD void second_pass(const NormArgs& a, int64_t at, const Sums& sums, const Token* tokens) {
+  const T *x = element<const T>(a.x, at), *dy = element<const T>(a.dy, at);
+  const T* dout = element<const T>(a.dout, at);
   const V* u = element<const V>(a.u, at);
   T* dx = element<T>(a.y, at);
   V* du = element<V>(a.out, at);
-  const bool has_dout = a.dout != nullptr, want_du = a.out != nullptr;
+  const bool want_gate = kGated && sums.of[0][kGate];
   for_vectors(a.width, [&](int64_t i, int n) {
-    F gate = kGated && sums.gate ? load_n(sums.gate + i, n) : F{};
+    F terms[kTokens] = {};
 #pragma GCC unroll 4
     for (int k = 0; k < kTokens; ++k) {
+      const Token &own = tokens[k], &rows = tokens[kMixed ? k : 0];
       const int64_t j = k * a.width + i;
       F d = {};
       if (kNorm) {
-        const F xhat = norm_hat(load_n(x + j, n), m[k].mean, m[k].rstd);
-        d = norm_dx(load_n(dy + j, n) * load(factor + i), xhat, m[k].mean_g, m[k].mean_gx,
-                    m[k].rstd);
+        const F xhat = norm_hat(load_n(x + j, n), own.mean, own.rstd);
+        const F g = load_n(dy + j, n) * load(rows.factor + i);
+        d = norm_dx(g, xhat, own.mean_g, own.mean_gx, own.rstd);
       }
-      if (kGated && (!kNorm || has_dout)) {
+      if (kGated && (!kNorm || dout)) {
         const F direct = load_n(dout + j, n);
         d = kNorm ? d + direct : direct;
       }
       if (kNorm) store_n(dx + j, round_as(dx, d), n, a.stream);
-      if (kGated && want_du) {
-        store_n(du + j, round_as(du, load(f + i) * d), n, a.stream);
-      }
-      if (kGated && sums.gate) gate += d * load_n(u + j, n);
+      if (kGated && du) store_n(du + j, round_as(du, load(rows.f + i) * d), n, a.stream);
+      if (want_gate) terms[k] = d * load_n(u + j, n);
     }
-    if (kGated && sums.gate) store_n(sums.gate + i, gate, n, false);
+    if (want_gate) add_terms<kTokens, kMixed>(sums, kGate, tokens, terms, i, n);
   });
 }
 
-template <bool kGated, bool kNorm, int kTokens, class T, class V>
-QIRL_HD void tokens(const NormArgs& a, const NormScratch& scratch, int64_t token, bool at_t0,
-                    Sums sums) {
-  Moments m[kTokens] = {};
-  const float* factor = scratch.row(at_t0, kScale);
-  if (kNorm) {
-    for (int k = 0; k < kTokens; ++k) {
-      m[k].mean = splat(a.mean ? a.mean[token + k] : 0.0f);
-      m[k].rstd = splat(a.rstd[token + k]);
+template <bool kGated, bool kNorm, int kTokens, bool kMixed, class T, class V>
+QIRL_HD void both_passes(const NormArgs& a, const NormScratch& scratch, int64_t sample,
+                         int64_t first, const Sums& sums) {
+  Token tokens[kTokens];
+  const int64_t at = sample * a.tokens + first;
+  for (int k = 0; k < kTokens; ++k) {
+    Token& t = tokens[k];
+    t = Token();
+    t.set = token_at_t0(a, sample, first + k);
+    t.f = scratch.row(t.set, kGate);
+    t.factor = scratch.row(t.set, kScale);
+    if (kNorm) {
+      t.mean = splat(a.mean ? a.mean[at + k] : 0.0f);
+      t.rstd = splat(a.rstd[at + k]);
     }
-    first_pass<kTokens, T>(a, factor, token * a.width, sums, m);
   }
-  second_pass<kGated, kNorm, kTokens, T, V>(a, scratch.row(at_t0, kGate), factor, token * a.width,
-                                            sums, m);
+  if (kNorm) first_pass<kTokens, kMixed, T>(a, at * a.width, sums, tokens);
+  second_pass<kGated, kNorm, kTokens, kMixed, T, V>(a, at * a.width, sums, tokens);
 }
 
-QIRL_HD float* cleared(float* partial, int64_t row, int64_t width) {
-  if (partial == nullptr) return nullptr;
-  memset(partial + row * width, 0, sizeof(float) * width);
-  return partial + row * width;
+QIRL_HD bool alike(const NormArgs& a, int64_t sample, int64_t first) {
+  for (int k = 1; k < kTogether; ++k) {
+    if (token_at_t0(a, sample, first + k) != token_at_t0(a, sample, first)) return false;
+  }
+  return true;
 }
 
 template <bool kGated, bool kNorm, class T, class V>
@@ -108,28 +132,24 @@ void backward_chunks(const NormArgs& a, int64_t begin, int64_t end) {
   NormScratch scratch(a);
   for_chunks(a, begin, end, [&](int64_t sample, int64_t chunk, int64_t first, int64_t last) {
     scratch.prepare(a, sample);
-    const int64_t row = sample * norm_chunks(a.tokens) + chunk, base = sample * a.tokens;
-    Sums sums[2];
-    for (int k = 0; k < 2; ++k) {
-      sums[k].gate = cleared(a.partial[k][kGate], row, a.width);
-      sums[k].scale = cleared(a.partial[k][kScale], row, a.width);
-      sums[k].shift = cleared(a.partial[k][kShift], row, a.width);
+    const int64_t row = sample * norm_chunks(a.tokens) + chunk;
+    Sums sums;
+    for (int set = 0; set < 2; ++set) {
+      for (int name = 0; name < kNormRows; ++name) {
+        float* sum = element<float>(a.partial[set][name], row * a.width);
+        if (sum) memset(sum, 0, sizeof(float) * a.width);
+        sums.of[set][name] = sum;
+      }
     }
     int64_t t = first;
-    while (t < last) {
-      const bool at_t0 = token_at_t0(a, sample, t);
-      int64_t alike = 1;
-      while (alike < kTogether && t + alike < last && token_at_t0(a, sample, t + alike) == at_t0) {
-        ++alike;
-      }
-      if (alike == kTogether) {
-        tokens<kGated, kNorm, kTogether, T, V>(a, scratch, base + t, at_t0, sums[at_t0]);
-        t += kTogether;
+    for (; t + kTogether <= last; t += kTogether) {
+      if (a.t0 == nullptr || alike(a, sample, t)) {
+        both_passes<kGated, kNorm, kTogether, false, T, V>(a, scratch, sample, t, sums);
       } else {
-        tokens<kGated, kNorm, 1, T, V>(a, scratch, base + t, at_t0, sums[at_t0]);
-        t += 1;
+        both_passes<kGated, kNorm, kTogether, true, T, V>(a, scratch, sample, t, sums);
       }
     }
+    for (; t < last; ++t) both_passes<kGated, kNorm, 1, false, T, V>(a, scratch, sample, t, sums);
   });
   if (a.stream) stream_fence();
 }
@@ -146,6 +166,13 @@ const char* gated_backward(const void* args, int64_t begin, int64_t end) {
            : backward_chunks<true, kNorm, bf16, bf16>(a, begin, end);
   }
   return kIsaName;
+}
+
+// sum += value; what its rounding loses is added to `lost` (Knuth's TwoSum).
+QIRL_HD void add_exactly(F& sum, F& lost, F value) {
+  const F next = sum + value, part = next - sum;
+  lost += (sum - (next - part)) + (value - part);
+  sum = next;
 }
 
 }  // namespace
@@ -174,8 +201,11 @@ const char* norm_finish(const void* args, int64_t begin, int64_t end) {
                   gate_at = sample * a.gate.stride;
     for_vectors(left < kNormColumns ? left : kNormColumns, [&](int64_t k, int n) {
       const int64_t i = start + k;
-      F sum = load_n(a.partial + at + i, n);
-      for (int64_t c = 1; c < a.chunks; ++c) sum += load_n(a.partial + at + c * a.width + i, n);
+      F sum = load_n(a.partial + at + i, n), lost = {};
+      for (int64_t c = 1; c < a.chunks; ++c) {
+        add_exactly(sum, lost, load_n(a.partial + at + c * a.width + i, n));
+      }
+      sum += select(lost == lost, lost, F{});  // NaN: the sum is not finite
       if (a.gate.p) {
         const F gate = a.gate.dtype == kFloat32 ? load_n((const float*)a.gate.p + gate_at + i, n)
                                                 : load_n((const bf16*)a.gate.p + gate_at + i, n);

@@ -132,13 +132,13 @@ def _backward_fake(
 _gate_residual = OP.register(
     "(Tensor residual, Tensor u, Tensor gate, Tensor? t0, Tensor? gate_t0, bool tanh) -> Tensor",
     _fake,
-    (0, 1),
+    (0, 1, 2, 4),
 )
 _gate_residual_backward = OP_BACKWARD.register(
     "(Tensor grad, Tensor u, Tensor gate, Tensor? t0, Tensor? gate_t0, bool tanh, bool want_du,"
     " bool want_dgate) -> (Tensor, Tensor, Tensor)",
     _backward_fake,
-    (0, 1),
+    (0, 1, 2, 4),
 )
 
 

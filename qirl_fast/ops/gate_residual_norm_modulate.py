@@ -178,7 +178,7 @@ _forward = OP.register(
     " Tensor? gate_t0, Tensor? scale_t0, Tensor? shift_t0, bool tanh, bool rms, float eps)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
-    (0, 1),
+    (0, 1, 2, 3, 4, 6, 7, 8),
 )
 _backward = OP_BACKWARD.register(
     "(Tensor grad_y, Tensor? grad_out, Tensor out, Tensor u, Tensor mean, Tensor rstd, Tensor gate,"
@@ -186,7 +186,7 @@ _backward = OP_BACKWARD.register(
     " bool want_du, bool want_gate, bool want_mod, bool has_shift)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_fake,
-    (0, 1, 2, 3),
+    (0, 1, 2, 3, 6, 7, 9, 10),
 )
 
 

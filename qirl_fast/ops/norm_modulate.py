@@ -15,7 +15,8 @@ Gradients: to x and to the rows, each in its own dtype. With xhat = n(x), g = dy
     dx = rstd (g - mean(g) - xhat mean(g xhat))      without mean(g) for "rms"
     dscale = sum_S dy xhat,  dshift = sum_S dy       over the tokens that take the row
 Saved: x, and mean and rstd in float32. Sums over tokens: chunks of 64 tokens of one sample in
-float32, then the chunks in order, so they do not depend on threads or batch.
+float32, then the chunks in order (compensated on the CPU), so they do not depend on threads or
+batch.
 Source: diffusers, transformer_qwenimage.py and transformer_qwenimage21.py (_modulate). They round
 after the norm, after 1 + scale and after the product; here there is one rounding.
 """
@@ -176,12 +177,13 @@ _norm_modulate = OP.register(
     "(Tensor x, Tensor scale, Tensor? shift, Tensor? t0, Tensor? scale_t0, Tensor? shift_t0,"
     " bool rms, float eps) -> (Tensor, Tensor, Tensor)",
     _fake,
+    (0, 1, 2, 4, 5),
 )
 _norm_modulate_backward = OP_BACKWARD.register(
     "(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor scale, Tensor? t0, Tensor? scale_t0,"
     " bool rms, bool want_mod, bool has_shift) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_fake,
-    (0, 1),
+    (0, 1, 4, 6),
 )
 
 
