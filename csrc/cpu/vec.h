@@ -242,6 +242,45 @@ QIRL_HD void interleave4(F n[4]) {
 #endif
 }
 
+// Lanes 2 j and 2 j + 1 change places.
+QIRL_HD F swap_pairs(F value) {
+#if QIRL_ISA_LEVEL == 2
+  return (F)_mm512_permute_ps((__m512)value, 0xb1);
+#elif QIRL_ISA_LEVEL == 1
+  return (F)_mm256_permute_ps((__m256)value, 0xb1);
+#elif defined(__SSE4_1__)
+  return (F)_mm_shuffle_ps((__m128)value, (__m128)value, 0xb1);
+#else
+  F swapped;
+  for (int i = 0; i < kLanes; ++i) swapped[i] = value[i ^ 1];
+  return swapped;
+#endif
+}
+
+// Each even lane and its copy in the lane behind it.
+QIRL_HD F even_lanes(F value) {
+#if QIRL_ISA_LEVEL == 2
+  return (F)_mm512_moveldup_ps((__m512)value);
+#elif QIRL_ISA_LEVEL == 1
+  return (F)_mm256_moveldup_ps((__m256)value);
+#elif defined(__SSE4_1__)
+  return (F)_mm_shuffle_ps((__m128)value, (__m128)value, 0xa0);
+#else
+  for (int i = 0; i < kLanes; i += 2) value[i + 1] = value[i];
+  return value;
+#endif
+}
+
+// Each odd lane and its copy in the lane before it.
+QIRL_HD F odd_lanes(F value) { return even_lanes(swap_pairs(value)); }
+
+// -1 in even lanes, 1 in odd ones.
+QIRL_HD F alternating_signs() {
+  F signs;
+  for (int i = 0; i < kLanes; ++i) signs[i] = i % 2 == 0 ? -1.0f : 1.0f;
+  return signs;
+}
+
 // The operations as csrc/math/ wants them.
 struct Ops {
   using F = QIRL_ISA::F;

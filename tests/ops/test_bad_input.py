@@ -57,6 +57,10 @@ CALLS: dict[str, Callable[[], Call]] = {
         "clip_low": 0.1,
         "clip_high": 0.1,
     },
+    "qk_norm_rope": lambda: (
+        {name: _rows(B, S, 2, D) for name in ("q", "k", "v")}
+        | {"q_weight": _rows(D), "k_weight": _rows(D), "rope": torch.ones(S, D // 2) + 0j}
+    ),
     "gelu": lambda: {"x": _rows(B, D)},
     "swiglu": lambda: {"gate": _rows(B, D), "up": _rows(B, D)},
     "fp8_quantize": lambda: {"x": _rows(B, D)},
@@ -82,6 +86,7 @@ WORKS = {
     ("guide", "scale", "a number"),
     ("gelu", "x", "another device"),  # "meta" computes shapes alone
     ("fp8_quantize", "x", "another device"),
+    ("qk_norm_rope", "rope", "complex"),
     ("gelu", "x", "one row more"),
     ("gelu", "x", "one dimension more"),
     ("fp8_quantize", "x", "one row more"),
@@ -104,6 +109,7 @@ VALUES: list[tuple[str, str, Any]] = [
     *(("group_advantage", "rewards", bad) for bad in (math.nan, math.inf)),
     *(("group_advantage", "weights", bad) for bad in (math.nan, math.inf)),
     *(("group_advantage", "group", bad) for bad in (-1, 7)),
+    *(("qk_norm_rope", "eps", bad) for bad in (-1.0, math.nan)),
     ("fp8_quantize", "granularity", "column"),
     ("fp8_quantize", "dtype", torch.int8),
     ("fp8_linear", "granularity", "block"),
@@ -115,6 +121,7 @@ CONSTANTS = [
     ("guide", "scale"),
     *(("policy_loss", name) for name in ("logp_old", "advantage")),
     *(("group_advantage", name) for name in ("rewards", "weights")),
+    ("qk_norm_rope", "rope"),
     ("fp8_quantize", "x"),
     *(("fp8_linear", name) for name in ("weight_scale", "bias")),
 ]

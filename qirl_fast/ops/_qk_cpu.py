@@ -1,0 +1,189 @@
+"""Launchers of csrc/cpu/qk_norm_rope.inl.cpp: the `cpu` backend of qk_norm_rope.
+
+Also what the launchers of csrc/cuda/ share with them: how heads, weights and rotations cross.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qirl_fast import _cpu
+from qirl_fast.ops._checks import DTYPE_CODE
+
+Heads = tuple[int, int, int, int]
+Stream = tuple[Heads, Heads, Heads, tuple[int, int], tuple[int, int], tuple[int, int, int], int]
+NO_HEADS = (0, 0, 0, 0)
+
+
+def dense_heads(x: Tensor) -> Tensor:
+    """x itself when its last dimension is contiguous, else a contiguous copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def dense_rope(rope: Tensor | None) -> Tensor | None:
+    """rope with contiguous pairs; a lazily conjugated one becomes real memory."""
+    return None if rope is None else dense_heads(rope.resolve_conj())
+
+
+def heads_of(x: Tensor | None) -> Heads:
+    """Address and strides of B, S, H."""
+    return NO_HEADS if x is None else (x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
+
+
+def weight_of(weight: Tensor | None) -> tuple[int, int]:
+    """Address and dtype code."""
+    if weight is None:
+        return 0, 0
+    if weight.dtype not in DTYPE_CODE:
+        raise ValueError(
+            f"qk_norm_rope: weights must be float32 or bfloat16 for a compiled backend; got "
+            f"{weight.dtype}. Cast, or use_backend('reference')."
+        )
+    return weight.data_ptr(), DTYPE_CODE[weight.dtype]
+
+
+def rope_of(rope: Tensor | None) -> tuple[int, int, int]:
+    """Address and strides of B (0 when shared) and S, in floats."""
+    if rope is None:
+        return 0, 0, 0
+    return rope.data_ptr(), 2 * rope.stride(0) if rope.ndim == 3 else 0, 2 * rope.stride(-2)
+
+
+def stream_of(
+    q: Tensor | None,
+    k: Tensor | None,
+    v: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    rope: Tensor | None,
+) -> Stream:
+    """One stream as the bindings take it; all tensors dense already."""
+    length = 0 if q is None else q.shape[1]
+    return (
+        *(heads_of(q), heads_of(k), heads_of(v)),
+        *(weight_of(q_weight), weight_of(k_weight)),
+        *(rope_of(rope), length),
+    )
+
+
+def dense_stream(
+    q: Tensor | None,
+    k: Tensor | None,
+    v: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    rope: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """The same six, copied where a last dimension is not contiguous."""
+    heads = (None if t is None else dense_heads(t) for t in (q, k, v))
+    weights = (None if t is None else t.contiguous() for t in (q_weight, k_weight))
+    return *heads, *weights, dense_rope(rope)
+
+
+def joint_buffers(
+    q: Tensor, k: Tensor, text_q: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Q, K, V to write to; no V without text."""
+    length = q.shape[1] + (0 if text_q is None else text_q.shape[1])
+
+    def buffer(t: Tensor) -> Tensor:
+        return t.new_empty((t.shape[0], length, *t.shape[2:]))
+
+    return buffer(q), buffer(k), None if text_q is None else buffer(k)
+
+
+def qk_norm_rope_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    rope: Tensor | None,
+    text_q: Tensor | None,
+    text_k: Tensor | None,
+    text_v: Tensor | None,
+    text_q_weight: Tensor | None,
+    text_k_weight: Tensor | None,
+    text_rope: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """C++ kernel, csrc/cpu/qk_norm_rope.inl.cpp."""
+    image = dense_stream(q, k, v, q_weight, k_weight, rope)
+    text = dense_stream(text_q, text_k, text_v, text_q_weight, text_k_weight, text_rope)
+    Q, K, V = joint_buffers(q, k, text_q)
+    _cpu.qk_norm_rope(
+        stream_of(*text),
+        stream_of(*image),
+        (Q.data_ptr(), K.data_ptr(), 0 if V is None else V.data_ptr()),
+        (q.shape[0], q.shape[2], k.shape[2], q.shape[3]),
+        eps,
+        DTYPE_CODE[q.dtype],
+        torch.get_num_threads(),
+    )
+    return Q, K, q.new_empty(0) if V is None else V
+
+
+def gradient_buffers(
+    q: Tensor, k: Tensor, text_q: Tensor | None, text_k: Tensor | None
+) -> tuple[Tensor, ...]:
+    """dq, dk, text_dq, text_dk to write to, contiguous; empty where there is no text."""
+    none = q.new_empty(0)
+    return tuple(none if t is None else t.new_empty(t.shape) for t in (q, k, text_q, text_k))
+
+
+def weight_gradients(
+    none: Tensor, dw: Tensor | None, *weights: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Rows of dw, float32 in the order of `weights`, each in its weight's dtype.
+
+    Unwanted ones are empty; absent ones are new tensors like `none`, empty too.
+    """
+    return tuple(
+        none.new_empty(0)
+        if weight is None
+        else (weight.new_empty(0) if dw is None else dw[i].to(weight.dtype, copy=True))
+        for i, weight in enumerate(weights)
+    )
+
+
+def qk_norm_rope_backward_cpu(
+    dQ: Tensor,
+    dK: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    rope: Tensor | None,
+    text_q: Tensor | None,
+    text_k: Tensor | None,
+    text_q_weight: Tensor | None,
+    text_k_weight: Tensor | None,
+    text_rope: Tensor | None,
+    eps: float,
+    want_weights: bool,
+) -> tuple[Tensor, ...]:
+    """C++ kernel, csrc/cpu/qk_norm_rope.inl.cpp."""
+    image = dense_stream(q, k, None, q_weight, k_weight, rope)
+    text = dense_stream(text_q, text_k, None, text_q_weight, text_k_weight, text_rope)
+    dQ, dK = dense_heads(dQ), dense_heads(dK)
+    dq, dk, text_dq, text_dk = gradient_buffers(q, k, text_q, text_k)
+    dw = q.new_empty((4, q.shape[3]), dtype=torch.float32) if want_weights else None
+    has_text = text_q is not None
+    _cpu.qk_norm_rope_backward(
+        stream_of(*text),
+        stream_of(*image),
+        heads_of(dQ),
+        heads_of(dK),
+        tuple(t.data_ptr() for t in (text_dq, text_dk, dq, dk))
+        if has_text
+        else (0, 0, dq.data_ptr(), dk.data_ptr()),
+        0 if dw is None else dw.data_ptr(),
+        (q.shape[0], q.shape[2], k.shape[2], q.shape[3]),
+        eps,
+        DTYPE_CODE[q.dtype],
+        torch.get_num_threads(),
+    )
+    rows = (text_q_weight, text_k_weight, q_weight, k_weight)
+    text_dqw, text_dkw, dqw, dkw = weight_gradients(dq, dw, *rows)
+    return dq, dk, dqw, dkw, text_dq, text_dk, text_dqw, text_dkw
