@@ -134,8 +134,9 @@ QIRL_DEVICE bool outside(const AdvantageArgs& a, int64_t row) {
   return a.group_N[row] < 0 || a.group_N[row] >= a.m;
 }
 
+// The 1 keeps the compiler from spilling to fit more CTAs, of which there are few.
 template <class T>
-__global__ void __launch_bounds__(kThreads) groups_kernel(AdvantageArgs a) {
+__global__ void __launch_bounds__(kThreads, 1) groups_kernel(AdvantageArgs a) {
   const int64_t g = blockIdx.x;
   int64_t begin, count;
   list_members(a, g, begin, count);
@@ -195,7 +196,7 @@ QIRL_DEVICE void batch_moments(const AdvantageArgs& a, Counts counts, Value valu
 
 // One CTA.
 template <class T>
-__global__ void __launch_bounds__(kThreads) batch_kernel(AdvantageArgs a) {
+__global__ void __launch_bounds__(kThreads, 1) batch_kernel(AdvantageArgs a) {
   __shared__ double batch[2];
   bool bad = false;
   for (int64_t i = threadIdx.x; i < a.n; i += kThreads) bad |= outside(a, i);
