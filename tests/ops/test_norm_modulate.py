@@ -83,6 +83,13 @@ def test_value_and_gradients_match_float64(shape, dtype, norm, split, isa, poiso
         assert got[name].dtype == dtype
         if shape == (1, 1, 1) and name in ("x", "scale") and (name, norm) != ("scale", "rms"):
             assert float(got[name].abs().max()) < 1e-5  # n of one element is constant
+        elif name not in ("x", "y") and dtype == torch.float32:
+            # Sums over tokens in another order than PyTorch's, whose luck at few tokens is no
+            # bound: each addition rounds by half a unit, and in a scale's term dy * xhat so do the
+            # mean, the difference and rstd.
+            errors = [(t[name].double() - exact[name]).abs().max() for t in (got, same)]
+            unit = torch.finfo(dtype).eps * exact[name].abs().max()
+            assert errors[0] <= torch.maximum(2 * errors[1], 2 * unit)
         else:
             no_worse(got[name], same[name], exact[name])
 
