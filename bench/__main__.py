@@ -42,7 +42,7 @@ def main() -> None:
         say=lambda text: print(text, flush=True),
     )
     if options.base:
-        base.compare(result, base.measure(options.base, _for_base(options)))
+        base.compare(result, base.measure(options.base, options.device, _for_base(options)))
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
         options.out.with_suffix(".md").write_text(report.markdown(result))
@@ -54,7 +54,7 @@ def _for_base(options: argparse.Namespace) -> list[str]:
     names = ["--op", *options.op] if options.op else []
     limits = ["--rounds", str(options.rounds), "--seconds", str(options.seconds)]
     names += ["--dtype", *options.dtype]
-    return [*names, "--device", options.device, *limits, "--no-compile", "--no-sweep"]
+    return [*names, *limits, "--no-compile", "--no-sweep"]
 
 
 if __name__ == "__main__":

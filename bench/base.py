@@ -27,15 +27,25 @@ def use_site() -> None:
         sys.path.insert(0, site)
 
 
-def measure(commit: str, arguments: Sequence[str]) -> dict[str, Any]:
+def measure(commit: str, device: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Result of `python -m bench ops` with these arguments on the package of that commit."""
     with tempfile.TemporaryDirectory() as folder:
         tree, site, out = (Path(folder) / name for name in ("tree", "site", "base.json"))
         git = ["git", "-C", str(ROOT), "worktree"]
         subprocess.run([*git, "add", "--detach", str(tree), commit], check=True)
         try:
-            _install(tree, site)
-            command = [sys.executable, "-m", "bench", "ops", *arguments, "--out", str(out)]
+            _install(tree, site, cuda=device == "cuda")
+            command = [
+                sys.executable,
+                "-m",
+                "bench",
+                "ops",
+                "--device",
+                device,
+                *arguments,
+                "--out",
+                str(out),
+            ]
             environment = {**os.environ, SITE: str(site)}
             subprocess.run(command, cwd=ROOT, env=environment, check=True)
         finally:
@@ -43,7 +53,7 @@ def measure(commit: str, arguments: Sequence[str]) -> dict[str, Any]:
         return json.loads(out.read_text())
 
 
-def _install(tree: Path, site: Path) -> None:
+def _install(tree: Path, site: Path, cuda: bool) -> None:
     pip = [sys.executable, "-m", "pip"]
     if subprocess.run([*pip, "--version"], capture_output=True).returncode != 0:
         found = shutil.which("pip")
@@ -51,6 +61,8 @@ def _install(tree: Path, site: Path) -> None:
             raise RuntimeError("bench: --base builds that commit with pip, and there is none.")
         pip = [found, "--python", sys.executable]
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--target", str(site)]
+    # nvcc takes minutes for code that a CPU benchmark does not run.
+    options += [f"--config-settings=cmake.define.QIRL_CUDA={'ON' if cuda else 'OFF'}"]
     subprocess.run([*pip, "install", *options, str(tree)], check=True)
 
 
