@@ -56,7 +56,7 @@ def _box_muller(p, q):
 
 
 @triton.jit
-def _noise(seed, offset, first, BLOCK: tl.constexpr):
+def row_noise(seed, offset, first, BLOCK: tl.constexpr):
     """Noise of elements [first, first + BLOCK) of the row with this seed."""
     group = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
     zero = group * 0
@@ -104,7 +104,7 @@ def flow_kernel(
     if REPLAY:
         x_next = tl.load(x_next_ptr + at, mask=inside, other=0.0)
     else:
-        noise = _noise(tl.load(seed_ptr + row), offset.to(tl.int64), first, BLOCK)
+        noise = row_noise(tl.load(seed_ptr + row), offset.to(tl.int64), first, BLOCK)
         x_next = (mean + tl.load(s_ptr + row) * noise).to(x.dtype)
         tl.store(x_next_ptr + at, x_next, mask=inside)
     r = tl.where(inside, x_next.to(tl.float32) - mean, 0.0)
@@ -148,13 +148,13 @@ def backward_kernel(
 
 
 # ---- launchers ----------------------------------------------------------------------------------
-def _grid(x: Tensor) -> tuple[int, int]:
+def grid_of(x: Tensor) -> tuple[int, int]:
     """Elements a row, blocks a row."""
     size = x.numel() // x.shape[0]
     return size, triton.cdiv(size, BLOCK)
 
 
-def _log_prob(sums: Tensor, size: int, w: Tensor, b: Tensor) -> Tensor:
+def log_prob(sums: Tensor, size: int, w: Tensor, b: Tensor) -> Tensor:
     mean_square = sums.double().sum(dim=1) / size
     return (0.0 - w.double() * mean_square - b.double()).float()
 
@@ -164,7 +164,7 @@ def flow_step(x, v, a, c, s, w, b, seed, offset, delta):
     x, v = x.contiguous(), v.contiguous()
     delta = None if delta is None else delta.contiguous()
     a, c, s, seed = (t.contiguous() for t in (a, c, s, seed))
-    size, blocks = _grid(x)
+    size, blocks = grid_of(x)
     x_next = x.new_empty(x.shape)
     sums = a.new_empty((x.shape[0], blocks))
     flow_kernel[(x.shape[0] * blocks,)](
@@ -186,7 +186,7 @@ def flow_step(x, v, a, c, s, w, b, seed, offset, delta):
         num_warps=WARPS,
         enable_fp_fusion=False,
     )
-    return x_next, _log_prob(sums, size, w, b)
+    return x_next, log_prob(sums, size, w, b)
 
 
 def flow_logp(x, x_next, v, a, c, w, b, delta):
@@ -194,7 +194,7 @@ def flow_logp(x, x_next, v, a, c, w, b, delta):
     x, x_next, v = x.contiguous(), x_next.contiguous(), v.contiguous()
     delta = None if delta is None else delta.contiguous()
     a, c = a.contiguous(), c.contiguous()
-    size, blocks = _grid(x)
+    size, blocks = grid_of(x)
     sums = a.new_empty((x.shape[0], blocks))
     flow_kernel[(x.shape[0] * blocks,)](
         x,
@@ -215,7 +215,7 @@ def flow_logp(x, x_next, v, a, c, w, b, delta):
         num_warps=WARPS,
         enable_fp_fusion=False,
     )
-    return _log_prob(sums, size, w, b)
+    return log_prob(sums, size, w, b)
 
 
 def flow_logp_backward(grad, x, x_next, v, a, c, w, delta, want_dx, want_dv):
@@ -223,7 +223,7 @@ def flow_logp_backward(grad, x, x_next, v, a, c, w, delta, want_dx, want_dv):
     x, x_next, v = x.contiguous(), x_next.contiguous(), v.contiguous()
     delta = None if delta is None else delta.contiguous()
     a, c = a.contiguous(), c.contiguous()
-    size, blocks = _grid(x)
+    size, blocks = grid_of(x)
     slope = ((2.0 / size) * grad.double() * w.double()).float()
     dx = x.new_empty(x.shape if want_dx else 0)
     dv = v.new_empty(v.shape if want_dv else 0)

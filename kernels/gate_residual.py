@@ -30,6 +30,14 @@ def factor_of(gate, TANH: tl.constexpr):
 
 
 @triton.jit
+def tanh_slope(gate):
+    """1 - tanh(gate)^2, which cancels far from 0; there 4 e / (1 + e)^2, e = exp(-2 |gate|)."""
+    f = factor_of(gate, True)
+    e = tl.exp(-2.0 * tl.abs(gate))
+    return tl.where(tl.abs(gate) < 0.55, 1.0 - f * f, 4.0 * e / ((1.0 + e) * (1.0 + e)))
+
+
+@triton.jit
 def forward_kernel(
     residual_ptr,
     u_ptr,
@@ -96,7 +104,8 @@ def backward_kernel(
     i = (task % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = i < width
     gate_row = row_pointer(gate_ptr, gate_stride, gate_t0_ptr, gate_t0_stride, b, group, HAS_T0)
-    f = factor_of(tl.load(gate_row + i, mask=inside, other=0.0).to(tl.float32), TANH)
+    gate = tl.load(gate_row + i, mask=inside, other=0.0).to(tl.float32)
+    f = factor_of(gate, TANH)
     dgate = tl.zeros([BLOCK], tl.float32)
     for k in range(TOKENS):  # the interpreter takes constant bounds only
         s = first + k
@@ -115,7 +124,7 @@ def backward_kernel(
                 dgate += dout * u
     if WANT_GATE:
         if TANH:
-            dgate = dgate * (1.0 - f * f)
+            dgate = dgate * tanh_slope(gate)
         samples = tl.num_programs(0) // (chunks * blocks)
         at = ((group * samples).to(tl.int64) * chunks + chunk) * width
         tl.store((partial_ptr + at) + i, dgate, mask=inside)

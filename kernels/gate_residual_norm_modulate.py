@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from qirl_fast.kernels.budget import Case
-from qirl_fast.kernels.gate_residual import factor_of, gate_residual_backward
+from qirl_fast.kernels.gate_residual import factor_of, gate_residual_backward, tanh_slope
 from qirl_fast.kernels.norm_modulate import (
     CHUNK,
     column_sums,
@@ -173,8 +173,8 @@ def backward_kernel(
     at = (group * 3 * all_chunks + chunk) * width
     if WANT_GATE:
         if TANH:
-            f = factor_of(tl.load(gate_row + i, mask=inside, other=0.0).to(tl.float32), TANH)
-            dgate = dgate * (1.0 - f * f)
+            gate = tl.load(gate_row + i, mask=inside, other=0.0).to(tl.float32)
+            dgate = dgate * tanh_slope(gate)
         tl.store((partial_ptr + at) + i, dgate, mask=inside)
     if WANT_MOD:
         at += all_chunks * width

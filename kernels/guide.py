@@ -26,7 +26,7 @@ def _span(size, blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _tile(size, width, blocks, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
+def tile(size, width, blocks, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
     """Row, index of each token's first element and element offsets, for TOKENS tokens of a row."""
     task = tl.program_id(0).to(tl.int64)
     row, first = task // blocks, (task % blocks) * TOKENS
@@ -40,7 +40,7 @@ def _divide_or_zero(a, b):
 
 
 @triton.jit
-def _factor(sum_c2, sum_g2):
+def factor_of(sum_c2, sum_g2):
     root = tl.div_rn(tl.sqrt_rn(sum_c2), tl.sqrt_rn(sum_g2))
     return tl.where(sum_g2 > 0.0, root, 0.0)
 
@@ -86,7 +86,7 @@ def rescale_kernel(
     LOOP: tl.constexpr,
 ):
     """LOOP: tokens are wider than WIDTH and read twice; else they stay in registers."""
-    row, start, i, is_token = _tile(size, width, blocks, TOKENS, WIDTH)
+    row, start, i, is_token = tile(size, width, blocks, TOKENS, WIDTH)
     w = tl.load(scale_ptr + row)
     c_row, u_row, y_row = c_ptr + row * c_stride, u_ptr + row * u_stride, y_ptr + row * size
     if LOOP:
@@ -101,7 +101,7 @@ def rescale_kernel(
             c2 += c * c
             g2 += g * g
             done += WIDTH
-        factor = _factor(tl.sum(c2, axis=1), tl.sum(g2, axis=1))[:, None]
+        factor = factor_of(tl.sum(c2, axis=1), tl.sum(g2, axis=1))[:, None]
         done = width * 0
         while done < width:
             inside = is_token & (done + i < width)
@@ -116,7 +116,7 @@ def rescale_kernel(
         u = tl.load(u_row + start + i, mask=inside, other=0.0).to(tl.float32)
         c = stored.to(tl.float32)
         g = u + w * (c - u)
-        factor = _factor(tl.sum(c * c, axis=1), tl.sum(g * g, axis=1))[:, None]
+        factor = factor_of(tl.sum(c * c, axis=1), tl.sum(g * g, axis=1))[:, None]
         tl.store(y_row + start + i, (g * factor).to(stored.dtype), mask=inside)
 
 
@@ -138,7 +138,7 @@ def rescale_backward_kernel(
     WIDTH: tl.constexpr,
 ):
     """dg = f dy - k g;  dc = w dg + m c;  du = dg - w dg. Wide tokens are read twice."""
-    row, start, i, is_token = _tile(size, width, blocks, TOKENS, WIDTH)
+    row, start, i, is_token = tile(size, width, blocks, TOKENS, WIDTH)
     w = tl.load(scale_ptr + row)
     c_row, u_row, dy_row = c_ptr + row * c_stride, u_ptr + row * u_stride, dy_ptr + row * dy_stride
     c2 = tl.zeros([TOKENS, WIDTH], tl.float32)
@@ -156,7 +156,7 @@ def rescale_backward_kernel(
         gdy += g * dy
         done += WIDTH
     sum_c2, sum_g2, dot = tl.sum(c2, axis=1), tl.sum(g2, axis=1), tl.sum(gdy, axis=1)
-    f = _factor(sum_c2, sum_g2)
+    f = factor_of(sum_c2, sum_g2)
     k, m = _divide_or_zero(f * dot, sum_g2)[:, None], _divide_or_zero(f * dot, sum_c2)[:, None]
     f = f[:, None]
     done = width * 0
@@ -175,14 +175,14 @@ def rescale_backward_kernel(
 
 
 # ---- launchers ----------------------------------------------------------------------------------
-def _rows(x):
+def rows_of(x):
     """x with dense rows x[r] and the stride between them; copied where it must be."""
     flat = x.reshape(x.shape[0], -1)
     flat = flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
     return flat, flat.stride(0)
 
 
-def _tile_of(width):
+def tile_of(width):
     """Tokens a program takes, elements of each it holds at a time, and whether it loops."""
     columns = min(triton.next_power_of_2(width), LOOP_WIDTH)
     return BLOCK // columns, columns, width > columns
@@ -191,12 +191,12 @@ def _tile_of(width):
 def guide(v_cond, v_uncond, scale_B, rescale):
     """y in the shape and dtype of v_cond; arguments as the op's, already checked."""
     y = v_cond.new_empty(v_cond.shape)
-    (c, c_stride), (u, u_stride), scale_B = _rows(v_cond), _rows(v_uncond), scale_B.contiguous()
+    (c, c_stride), (u, u_stride), scale_B = rows_of(v_cond), rows_of(v_uncond), scale_B.contiguous()
     rows, size = c.shape
     options = {"num_warps": WARPS, "enable_fp_fusion": False}
     if rescale:
         width = v_cond.shape[-1]
-        tokens, columns, loop = _tile_of(width)
+        tokens, columns, loop = tile_of(width)
         blocks = triton.cdiv(size // width, tokens)
         arguments = (c, u, scale_B, y, c_stride, u_stride, size, width, blocks)
         shape = {"TOKENS": tokens, "WIDTH": columns, "LOOP": loop}
@@ -211,13 +211,13 @@ def guide(v_cond, v_uncond, scale_B, rescale):
 def guide_backward(grad, v_cond, v_uncond, scale_B, rescale):
     """(dc, du)."""
     dc, du = v_cond.new_empty(v_cond.shape), v_uncond.new_empty(v_uncond.shape)
-    (dy, dy_stride), scale_B = _rows(grad), scale_B.contiguous()
+    (dy, dy_stride), scale_B = rows_of(grad), scale_B.contiguous()
     rows, size = dy.shape
     options = {"num_warps": WARPS, "enable_fp_fusion": False}
     if rescale:
-        (c, c_stride), (u, u_stride) = _rows(v_cond), _rows(v_uncond)
+        (c, c_stride), (u, u_stride) = rows_of(v_cond), rows_of(v_uncond)
         width = v_cond.shape[-1]
-        tokens, columns, _ = _tile_of(width)
+        tokens, columns, _ = tile_of(width)
         blocks = triton.cdiv(size // width, tokens)
         arguments = (dy, c, u, scale_B, dc, du, dy_stride, c_stride, u_stride, size, width, blocks)
         shape = {"TOKENS": tokens, "WIDTH": columns}

@@ -93,6 +93,7 @@ class Trainer:
             cfg.train.clip_high,
             cfg.train.kl_weight,
             cfg.train.velocity_kl_weight,
+            cfg.train.step_weights,
         )
         self._judging = ThreadPoolExecutor(1, thread_name_prefix="judges")
 

@@ -80,7 +80,9 @@ def guide_step(shape: Shape, make: Make) -> Case:
     inputs = (x, v, u, *_coefficients(make, shape[0]), make.seeds(shape[0]))
 
     def ours(x, v, u, a, c, s, w, b, seed):
-        return ops.guide_step(x, v, u, a, c, s, w, b, 4.0, rescale=True, seed=seed, offset=0)
+        return ops.guide_step(
+            *(x, v, u, 4.0, a, c, s, w, b), seed=seed, offset=0, rescale=True, frozen=True
+        )
 
     def eager(x, v, u, a, c, s, w, b, seed):
         delta = (per_row(c, x) * (_eager_guide(v, u, 4.0, True) - v)).to(x.dtype)

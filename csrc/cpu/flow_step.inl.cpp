@@ -1,66 +1,18 @@
-// flow_step: draw the noise, take the step, round to storage, score what was stored.
+// flow_step: one step of the sampler from a given velocity.
 #include "cpu/flow_step.h"
 
-#include "cpu/flow_block.h"
-#include "cpu/vec.h"
-#include "math/philox.h"
+#include "cpu/flow_sample.h"
 
 namespace qirl {
 namespace QIRL_ISA {
-namespace {
-
-constexpr int kWays = QIRL_ISA_LEVEL == 2 ? 2 : 4;
-constexpr int kVectors = 4 * kWays;        // vectors whose noise is drawn together
-constexpr int kGroup = kVectors * kLanes;  // their elements
-
-// Noise of elements [first, first + kGroup) of a row, in order. 4 divides `first`.
-QIRL_HD void draw_noise(int64_t first, int64_t seed, int64_t offset, F noise[kVectors]) {
-  U group[kWays];
-  F drawn[kWays][4];
-  for (int w = 0; w < kWays; ++w) group[w] = (uint32_t)(first / 4 + w * kLanes) + lane_index();
-  normals4<Ops, kWays>(group, seed, offset, drawn);
-  for (int w = 0; w < kWays; ++w) {
-    interleave4(drawn[w]);
-    for (int q = 0; q < 4; ++q) noise[4 * w + q] = drawn[w][q];
-  }
-}
-
-template <class X, class V>
-QIRL_HD float step_block(const FlowArgs& args, const Block<X, V>& block) {
-  const F s = splat(args.s_B[block.row]);
-  X* out = (X*)args.x_next_out + block.out;
-  Sum16 sum;
-  auto step = [&](int64_t i, int n, F noise) {
-    const F mean = block.mean(i, n);
-    const F x_next = round_as(out, flow_sample(mean, noise, s));
-    store_n(out + i, x_next, n, args.stream);
-    F r = flow_residual(x_next, mean);
-    if (n < kLanes) r = first_lanes(n, r);
-    sum.add(i / kLanes, r * r);
-  };
-  for (int64_t first = 0; first < block.size; first += kGroup) {
-    F noise[kVectors];
-    draw_noise(block.first + first, args.seed_B[block.row], args.offset, noise);
-    for (int q = 0; q < kVectors; ++q) {
-      const int64_t i = first + q * kLanes, left = block.size - i;
-      if (left >= kLanes) {
-        step(i, kLanes, noise[q]);
-      } else {
-        if (left > 0) step(i, (int)left, noise[q]);
-        break;
-      }
-    }
-  }
-  return sum.total();
-}
-
-}  // namespace
 
 const char* flow_step(const void* arguments, int64_t begin, int64_t end) {
   const FlowArgs& args = *(const FlowArgs*)arguments;
   with_storage_types(args, [&](auto* x, auto* v) {
     for (int64_t task = begin; task < end; ++task) {
-      args.sums[task] = step_block(args, block_of(args, task, x, v));
+      const auto block = block_of(args, task, x, v);
+      args.sums[task] =
+          sample_block(args, block, [&](int64_t i, int n) { return block.mean(i, n); });
     }
   });
   if (args.stream) stream_fence();

@@ -2,14 +2,11 @@
 #include "cpu/guide.h"
 
 #include "cpu/dtype.h"
-#include "cpu/vec.h"
-#include "math/guide.h"
+#include "cpu/token_factor.h"
 
 namespace qirl {
 namespace QIRL_ISA {
 namespace {
-
-QIRL_HD float scalar_sqrt(float value) { return __builtin_sqrtf(value); }
 
 // A span of `size` elements of one row, handed to the loops below.
 template <class T>
@@ -43,16 +40,7 @@ QIRL_HD Span<T> span_of(const GuideArgs& a, int64_t row, int64_t start, int64_t 
 template <class T>
 QIRL_HD void forward_span(const Span<T>& s, bool rescale) {
   const F w = splat(s.scale);
-  float factor = 1.0f;
-  if (rescale) {
-    Sum16 c2, g2;
-    for_vectors(s.size, [&](int64_t i, int n) {
-      const F c = load_n(s.c + i, n), g = guide_combine(c, load_n(s.u + i, n), w);
-      c2.add(i / kLanes, c * c);
-      g2.add(i / kLanes, g * g);
-    });
-    factor = guide_factor(c2.total(), g2.total(), scalar_sqrt);
-  }
+  const float factor = rescale ? token_factor(s.c, s.u, s.size, w) : 1.0f;
   for_vectors(s.size, [&](int64_t i, int n) {
     F y = guide_combine(load_n(s.c + i, n), load_n(s.u + i, n), w);
     if (rescale) y *= factor;

@@ -132,7 +132,7 @@ void backward_chunks(const NormArgs& a, int64_t begin, int64_t end) {
   NormScratch scratch(a);
   for_chunks(a, begin, end, [&](int64_t sample, int64_t chunk, int64_t first, int64_t last) {
     scratch.prepare(a, sample);
-    const int64_t row = sample * norm_chunks(a.tokens) + chunk;
+    const int64_t row = sample * norm_chunks(a) + chunk;
     Sums sums;
     for (int set = 0; set < 2; ++set) {
       for (int name = 0; name < kNormRows; ++name) {
@@ -166,13 +166,6 @@ const char* gated_backward(const void* args, int64_t begin, int64_t end) {
            : backward_chunks<true, kNorm, bf16, bf16>(a, begin, end);
   }
   return kIsaName;
-}
-
-// sum += value; what its rounding loses is added to `lost` (Knuth's TwoSum).
-QIRL_HD void add_exactly(F& sum, F& lost, F value) {
-  const F next = sum + value, part = next - sum;
-  lost += (sum - (next - part)) + (value - part);
-  sum = next;
 }
 
 }  // namespace
@@ -209,7 +202,7 @@ const char* norm_finish(const void* args, int64_t begin, int64_t end) {
       if (a.gate.p) {
         const F gate = a.gate.dtype == kFloat32 ? load_n((const float*)a.gate.p + gate_at + i, n)
                                                 : load_n((const bf16*)a.gate.p + gate_at + i, n);
-        sum *= gate_tanh_slope(hyperbolic_tangent<Ops>(gate));
+        sum *= gate_tanh_slope<Ops>(gate);
       }
       store_n(a.out + sample * a.width + i, sum, n, false);
     });

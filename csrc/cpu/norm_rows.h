@@ -109,10 +109,10 @@ QIRL_HD bool token_at_t0(const NormArgs& a, int64_t sample, int64_t token) {
 // body(sample, chunk, first token, token behind the last) for each task.
 template <class Body>
 QIRL_HD void for_chunks(const NormArgs& a, int64_t begin, int64_t end, Body body) {
-  const int64_t per_sample = norm_chunks(a.tokens);
+  const int64_t per_sample = norm_chunks(a);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t sample = task / per_sample, chunk = task % per_sample;
-    const int64_t first = chunk * kNormChunk, last = first + kNormChunk;
+    const int64_t first = chunk * a.chunk, last = first + a.chunk;
     body(sample, chunk, first, last < a.tokens ? last : a.tokens);
   }
 }

@@ -1,36 +1,10 @@
 // flow_step, flow_logp and its gradient on the GPU, from the formulas of csrc/math/.
-//
-// A CTA of 128 threads takes one block of 1024 elements of one row; a thread takes 8 neighbouring
-// elements, that is two Philox counters and accesses of 128 bits where the row is aligned. Squares
-// are added in the order of the CPU kernels (16 virtual lanes, a fixed tree, blocks in float64) and
-// nothing is contracted (-fmad=false): the definition leaves no freedom, so both backends give the
-// same bits.
 #include "cuda/flow_step.h"
 
-#include "cuda/launch.cuh"
-#include "cuda/reduce.cuh"
-#include "cuda/vec.cuh"
-#include "math/flow_step.h"
-#include "math/philox.h"
+#include "cuda/flow_block.cuh"
 
 namespace qirl::cuda {
 namespace {
-
-constexpr int kBlock = 1024, kThreads = 128, kPerThread = kBlock / kThreads, kSumLanes = 16;
-
-struct ScalarOps {
-  using F = float;
-  using I = int32_t;
-  using U = uint32_t;
-  static __device__ __forceinline__ void multiply_wide(U a, uint32_t m, U& high, U& low) {
-    high = __umulhi(a, m);
-    low = a * m;
-  }
-  static __device__ __forceinline__ F to_float(I value) { return __int2float_rn(value); }
-  static __device__ __forceinline__ F square_root(F value) { return __fsqrt_rn(value); }
-  static __device__ __forceinline__ U bits(F value) { return __float_as_uint(value); }
-  static __device__ __forceinline__ F from_bits(U value) { return __uint_as_float(value); }
-};
 
 // mean[k] of element start + k of a row; `left` elements of the row begin at start.
 template <class X, class V>
@@ -52,54 +26,19 @@ __device__ __forceinline__ void means_at(const FlowArgs& args, int64_t row, int6
   for (int k = 0; k < kPerThread; ++k) mean[k] = flow_mean(x[k], v[k], delta[k], a, c);
 }
 
-// args.sums[task] from the squares of one block, which shared memory holds.
-__device__ __forceinline__ void add_squares(const FlowArgs& args, int64_t task,
-                                            const float* squares) {
-  __syncthreads();
-  if (threadIdx.x >= 32) return;
-  const int lane = threadIdx.x % kSumLanes;  // the second half of the warp does the same
-  float sum = 0.0f;
-  for (int i = lane; i < kBlock; i += kSumLanes) sum += squares[i];
-  sum = warp_sum<kSumLanes>(sum);
-  if (threadIdx.x == 0) args.sums[task] = sum;
-}
-
 template <class X, class V, bool kReplay>
 __global__ void __launch_bounds__(kThreads) score_kernel(FlowArgs args, unsigned per_row) {
-  __shared__ __align__(16) float squares[kBlock];
   const int64_t row = blockIdx.x / per_row;
   const int64_t start = (int64_t)(blockIdx.x % per_row) * kBlock + threadIdx.x * kPerThread;
   const int64_t left = args.row_size - start;
-  float mean[kPerThread], x_next[kPerThread], square[kPerThread];
+  float mean[kPerThread], x_next[kPerThread];
   means_at<X, V>(args, row, start, left, mean);
   if constexpr (kReplay) {
     load_vec_n((const X*)args.x_next_in + row * args.x_next_stride + start, left, x_next);
   } else {
-    const uint32_t group[2] = {(uint32_t)(start / 4), (uint32_t)(start / 4) + 1};
-    float noise[2][4];
-    normals4<ScalarOps, 2>(group, args.seed_B[row], args.offset, noise);
-    const float s = args.s_B[row];
-#pragma unroll
-    for (int k = 0; k < kPerThread; ++k) {
-      x_next[k] = round_as<X>(flow_sample(mean[k], noise[k / 4][k % 4], s));
-    }
-    store_vec_n((X*)args.x_next_out + row * args.row_size + start, left, x_next);
+    draw<X>(args, row, start, left, mean, x_next);
   }
-#pragma unroll
-  for (int k = 0; k < kPerThread; ++k) {
-    const float r = k < left ? flow_residual(x_next[k], mean[k]) : 0.0f;
-    square[k] = r * r;
-  }
-  store_vec(squares + threadIdx.x * kPerThread, square);
-  add_squares(args, blockIdx.x, squares);
-}
-
-__global__ void finish_kernel(FlowArgs args, unsigned per_row) {
-  const int64_t row = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-  if (row >= args.rows) return;
-  double sum = 0.0;
-  for (unsigned block = 0; block < per_row; ++block) sum += args.sums[row * per_row + block];
-  args.logp_B[row] = flow_log_prob(sum, args.row_size, args.w_B[row], args.b_B[row]);
+  add_squares(args, blockIdx.x, left, x_next, mean);
 }
 
 template <class X, class V>
@@ -127,9 +66,6 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(FlowArgs args, unsig
   }
 }
 
-// Blocks a row; the grid is rows times as many, which launch() checks, so that 32 bits hold it.
-int64_t blocks_per_row(const FlowArgs& args) { return (args.row_size + kBlock - 1) / kBlock; }
-
 template <bool kReplay>
 int score(const FlowArgs& args, void* stream) {
   const int64_t per_row = blocks_per_row(args);
@@ -139,9 +75,7 @@ int score(const FlowArgs& args, void* stream) {
     return launch(score_kernel<X, V, kReplay>, args.rows * per_row, kThreads, stream, args,
                   (unsigned)per_row);
   });
-  if (error != 0) return error;
-  const int64_t grid = (args.rows + kThreads - 1) / kThreads;
-  return launch(finish_kernel, grid, kThreads, stream, args, (unsigned)per_row);
+  return error != 0 ? error : finish_log_prob(args, stream);
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 // rstd = 1 / sqrt(v + eps), v the mean of (x - mean)^2.
 #pragma once
 
-#include "math/portable.h"
+#include "math/elementary.h"
 
 namespace qirl {
 
@@ -37,10 +37,22 @@ QIRL_HD T gate_add(T residual, T f, T u) {
   return residual + f * u;
 }
 
-// d gate from d f, through tanh: f' = 1 - f^2.
+// tanh'(gate) = 1 - tanh(gate)^2, which cancels far from 0; there 4 e / (1 + e)^2 with
+// e = exp(-2 |gate|).
+template <class V>
+QIRL_HD typename V::F gate_tanh_slope(typename V::F gate) {
+  using F = typename V::F;
+  const F f = hyperbolic_tangent<V>(gate), e = exponential_decay<V>(gate + gate), sum = e + 1.0f;
+  const F near = constant<V>(1.0f) - f * f, far = (e * 4.0f) / (sum * sum);
+  return choose(magnitude<V>(gate) < 0.55f, near, far);
+}
+
+// sum += value; what its rounding loses is added to `lost` (Knuth's TwoSum).
 template <class T>
-QIRL_HD T gate_tanh_slope(T f) {
-  return 1.0f - f * f;
+QIRL_HD void add_exactly(T& sum, T& lost, T value) {
+  const T next = sum + value, part = next - sum;
+  lost += (sum - (next - part)) + (value - part);
+  sum = next;
 }
 
 }  // namespace qirl

@@ -5,24 +5,26 @@
           + kl_weight          mean (mu - mu_ref)^2 / (2 s^2)
           + velocity_kl_weight mean (v - v_ref)^2
 
-over all rows and recorded steps. mu - mu_ref = c (v - v_ref), so the Gaussian KL is the true one
-(flow_grpo divides by g^2 and leaves dt out). The reference is the policy with its adapter off.
+over all rows and recorded steps, the first term weighted by step (see `step_weights`).
+mu - mu_ref = c (v - v_ref), so the Gaussian KL is the true one (flow_grpo divides by g^2 and
+leaves dt out). The reference is the policy with its adapter off.
 
 Differs from flow_grpo: the guided branch stays out of the objective (see rollout/guidance.py), the
 stochastic steps are drawn anew at each update (theirs are seeded alike at every call), dropped
 groups keep their rows with advantage 0 so that replay runs at the shape of rollout.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from qirl_fast import ops
+from qirl_fast.rollout.dynamics import StepCoefficients
 from qirl_fast.rollout.replay import replay
 from qirl_fast.rollout.sample import Sampling, Trajectory
 
@@ -35,6 +37,7 @@ class Objective:
     clip_high: float
     kl_weight: float = 0.0
     velocity_kl_weight: float = 0.0
+    step_weights: Literal["equal", "noise"] = "equal"
 
     @property
     def needs_reference(self) -> bool:
@@ -99,6 +102,19 @@ def references(
         return [[step.velocity for step in replay(model, t, how)] for t in trajectories]
 
 
+def step_weights(steps: Sequence[StepCoefficients], objective: Objective) -> list[float]:
+    """Weight of each recorded step's surrogate; their mean is 1.
+
+    "noise": d logp / d v = 2 w c s eps, so late steps, of little noise, outweigh the early ones,
+    which settle what is drawn where. A weight of 1 / (2 w s |c|) makes all alike; TempFlow-GRPO
+    (arXiv 2508.04324) and GRPO-Guard (arXiv 2510.22319) weigh by noise level to the same end.
+    """
+    if objective.step_weights == "equal":
+        return [1.0] * len(steps)
+    lacking = [1 / (2 * step.w * step.s * abs(step.c)) for step in steps]
+    return [value * len(steps) / sum(lacking) for value in lacking]
+
+
 def loss(
     model: Any,
     trajectory: Trajectory,
@@ -115,6 +131,7 @@ def loss(
     """
     if objective.needs_reference != (reference is not None):
         raise ValueError(f"{objective} and a reference of {reference}: take it from `references`")
+    weights = step_weights(trajectory.coefficients, objective)
     for i, step in enumerate(replay(model, trajectory, how)):
         policy = ops.policy_loss(
             step.logp,
@@ -123,7 +140,7 @@ def loss(
             clip_low=objective.clip_low,
             clip_high=objective.clip_high,
         )
-        total = policy.loss
+        total = policy.loss * weights[i]
         metrics = {"clip_fraction": policy.clip_fraction, "approx_kl": policy.approx_kl}
         if reference is not None:
             velocity_kl = (step.velocity.float() - reference[i].float()).square().mean()

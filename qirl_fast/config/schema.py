@@ -181,6 +181,11 @@ class TrainConfig(Section):
     velocity_kl_weight: NonNegative = Field(
         default=0.0, description="weight of the mean squared velocity difference to the reference"
     )
+    step_weights: Literal["equal", "noise"] = Field(
+        default="equal",
+        description="recorded steps in the loss: equal; noise: weighted so that the log-prob of "
+        "each pulls on the velocity alike",
+    )
     ema: EmaConfig | None = Field(default=None, description="null: off")
 
 

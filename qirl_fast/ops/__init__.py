@@ -13,6 +13,7 @@ from qirl_fast.ops.gate_residual_norm_modulate import gate_residual_norm_modulat
 from qirl_fast.ops.gelu import gelu
 from qirl_fast.ops.group_advantage import GroupAdvantage, group_advantage
 from qirl_fast.ops.guide import guide
+from qirl_fast.ops.guide_step import guide_step
 from qirl_fast.ops.lora_linear import lora_linear
 from qirl_fast.ops.nft_loss import NftLoss, nft_loss
 from qirl_fast.ops.norm_modulate import norm_modulate
@@ -40,6 +41,7 @@ __all__ = [
     "gelu",
     "group_advantage",
     "guide",
+    "guide_step",
     "lora_linear",
     "nft_loss",
     "norm_modulate",

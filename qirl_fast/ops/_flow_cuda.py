@@ -1,4 +1,4 @@
-"""Launchers of csrc/cuda/flow_step.cu: the `cuda` backend of flow_step and flow_logp.
+"""Launchers of csrc/cuda/flow_step.cu and guide_step.cu.
 
 Sums have the order of the CPU kernels.
 """
@@ -51,6 +51,46 @@ def flow_step_cuda(
             stream_of(x),
         )
     return x_next, logp
+
+
+def guide_step_cuda(
+    x: Tensor,
+    v_cond: Tensor,
+    v_uncond: Tensor,
+    scale_B: Tensor,
+    rescale: bool,
+    a: Tensor,
+    c: Tensor,
+    s: Tensor,
+    w: Tensor,
+    b: Tensor,
+    seed: Tensor,
+    offset: int,
+    frozen: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """CUDA kernel, csrc/cuda/guide_step.cu."""
+    x, v_cond, v_uncond = map(dense_rows, (x, v_cond, v_uncond))
+    scale_B, a, c, s, w, b, seed = (t.contiguous() for t in (scale_B, a, c, s, w, b, seed))
+    x_next, logp, sums = x.new_empty(x.shape), a.new_empty(a.shape), _scratch(x)
+    delta = x.new_empty(x.shape if frozen else 0)
+    with device_of(x):
+        cuda_module().guide_step(
+            *map(rows_of, (x, v_cond, v_uncond)),
+            scale_B.data_ptr(),
+            rescale,
+            x.shape[-1],
+            tuple(t.data_ptr() for t in (a, c, w, b)),
+            s.data_ptr(),
+            seed.data_ptr(),
+            offset,
+            sums.data_ptr(),
+            x_next.data_ptr(),
+            logp.data_ptr(),
+            delta.data_ptr() if frozen else 0,
+            *row_sizes(x),
+            stream_of(x),
+        )
+    return x_next, logp, delta
 
 
 def flow_logp_cuda(

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qirl_fast.ops._checks import LARGE_DTYPES, REFERENCE_DTYPES, require_like
+from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._norm_checks import (
     as_tokens,
     gradient_for,
@@ -29,7 +30,12 @@ from qirl_fast.ops._norm_checks import (
     require_tokens,
     tokens_at_t0,
 )
-from qirl_fast.ops._norm_cpu import gate_residual_backward_cpu, gate_residual_cpu
+from qirl_fast.ops._norm_compiled import (
+    gate_residual_backward_cpu,
+    gate_residual_backward_cuda,
+    gate_residual_cpu,
+    gate_residual_cuda,
+)
 from qirl_fast.ops._norm_reference import rows_of_tokens, sums_over_tokens, widened
 from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
@@ -88,6 +94,7 @@ OP = Op(
             LARGE_DTYPES,
             missing_triton,
         ),
+        "cuda": Backend(gate_residual_cuda, ("cuda",), LARGE_DTYPES, missing_cuda),
     },
     _DEFAULT,
 )
@@ -102,6 +109,7 @@ OP_BACKWARD = Op(
             LARGE_DTYPES,
             missing_triton,
         ),
+        "cuda": Backend(gate_residual_backward_cuda, ("cuda",), LARGE_DTYPES, missing_cuda),
     },
     _DEFAULT,
 )

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qirl_fast.ops._checks import LARGE_DTYPES, REFERENCE_DTYPES, require_like
+from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._norm_checks import (
     as_tokens,
     gradient_for,
@@ -31,9 +32,11 @@ from qirl_fast.ops._norm_checks import (
     require_tokens,
     tokens_at_t0,
 )
-from qirl_fast.ops._norm_cpu import (
+from qirl_fast.ops._norm_compiled import (
     gate_residual_norm_modulate_backward_cpu,
+    gate_residual_norm_modulate_backward_cuda,
     gate_residual_norm_modulate_cpu,
+    gate_residual_norm_modulate_cuda,
 )
 from qirl_fast.ops._norm_reference import (
     norm_gradient,
@@ -124,6 +127,7 @@ OP = Op(
             LARGE_DTYPES,
             missing_triton,
         ),
+        "cuda": Backend(gate_residual_norm_modulate_cuda, ("cuda",), LARGE_DTYPES, missing_cuda),
     },
     _DEFAULT,
 )
@@ -139,6 +143,9 @@ OP_BACKWARD = Op(
             ("cuda",),
             LARGE_DTYPES,
             missing_triton,
+        ),
+        "cuda": Backend(
+            gate_residual_norm_modulate_backward_cuda, ("cuda",), LARGE_DTYPES, missing_cuda
         ),
     },
     _DEFAULT,

@@ -185,6 +185,21 @@ class _Guide(torch.autograd.Function):
         return dc, du, None, None, None
 
 
+def guidance_rows(op: str, scale: float | Tensor, v_cond: Tensor, rescale: bool) -> Tensor:
+    """The guidance strength as float32 [B], checked."""
+    if rescale and v_cond.ndim < 2:
+        raise ValueError(f"{op}: rescale needs shape [B, ..., D]; got {tuple(v_cond.shape)}.")
+    if isinstance(scale, Tensor):
+        require_per_row(op, "scale", scale, v_cond, torch.float32)
+        require_no_grad(op, "the guidance strength has no gradient", scale=scale)
+        return scale
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise ValueError(f"{op}: scale must be a number or a tensor [B]; got {scale!r}.")
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"{op}: scale must be finite; got {scale}.")
+    return v_cond.new_full((v_cond.shape[0],), scale, dtype=torch.float32)
+
+
 # ---- public -------------------------------------------------------------------------------------
 def guide(
     v_cond: Tensor, v_uncond: Tensor, scale: float | Tensor, *, rescale: bool = False
@@ -198,18 +213,7 @@ def guide(
     """
     require_rows("guide", "v_cond", v_cond)
     require_like("guide", "v_uncond", v_uncond, "v_cond", v_cond, dtype=True)
-    if rescale and v_cond.ndim < 2:
-        raise ValueError(f"guide: rescale needs shape [B, ..., D]; got {tuple(v_cond.shape)}.")
-    if isinstance(scale, Tensor):
-        require_per_row("guide", "scale", scale, v_cond, torch.float32)
-        require_no_grad("guide", "the guidance strength has no gradient", scale=scale)
-        scale_B = scale
-    else:
-        if isinstance(scale, bool) or not isinstance(scale, int | float):
-            raise ValueError(f"guide: scale must be a number or a tensor [B]; got {scale!r}.")
-        if not -math.inf < scale < math.inf:
-            raise ValueError(f"guide: scale must be finite; got {scale}.")
-        scale_B = v_cond.new_full((v_cond.shape[0],), scale, dtype=torch.float32)
+    scale_B = guidance_rows("guide", scale, v_cond, rescale)
     backend = forced_backend()
     if torch.is_grad_enabled() and (v_cond.requires_grad or v_uncond.requires_grad):
         return _Guide.apply(v_cond, v_uncond, scale_B, rescale, backend)

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qirl_fast.ops._checks import LARGE_DTYPES, REFERENCE_DTYPES
+from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._norm_checks import (
     as_tokens,
     gradient_for,
@@ -38,7 +39,12 @@ from qirl_fast.ops._norm_checks import (
     require_tokens,
     tokens_at_t0,
 )
-from qirl_fast.ops._norm_cpu import norm_modulate_backward_cpu, norm_modulate_cpu
+from qirl_fast.ops._norm_compiled import (
+    norm_modulate_backward_cpu,
+    norm_modulate_backward_cuda,
+    norm_modulate_cpu,
+    norm_modulate_cuda,
+)
 from qirl_fast.ops._norm_reference import (
     norm_gradient,
     normalized,
@@ -115,6 +121,7 @@ OP = Op(
             LARGE_DTYPES,
             missing_triton,
         ),
+        "cuda": Backend(norm_modulate_cuda, ("cuda",), LARGE_DTYPES, missing_cuda),
     },
     _DEFAULT,
 )
@@ -129,6 +136,7 @@ OP_BACKWARD = Op(
             LARGE_DTYPES,
             missing_triton,
         ),
+        "cuda": Backend(norm_modulate_backward_cuda, ("cuda",), LARGE_DTYPES, missing_cuda),
     },
     _DEFAULT,
 )

@@ -209,15 +209,18 @@ def _sample_chunk(
     for i, step in enumerate(steps):
         sigma = torch.full((len(rows),), float(sigmas[i]), device=x.device)
         v_cond = model.velocity(x, sigma, prefix)
-        v = v_cond
-        if null_prefix is not None:
-            v = guidance.combine(v_cond, model.velocity(x, sigma, null_prefix))
         a, c, s, w, b = coefficient_tensors(step, len(rows), x.device)
         delta = None
-        if i in recorded and guidance.on and guidance.ratio_mode == "frozen_offset":
-            delta = (step.c * (v.float() - v_cond.float())).to(x.dtype)
-            v = v_cond
-        x_next, logp = ops.flow_step(x, v, a, c, s, w, b, seed=seeds, offset=i, delta=delta)
+        if null_prefix is None:
+            x_next, logp = ops.flow_step(x, v_cond, a, c, s, w, b, seed=seeds, offset=i)
+        else:
+            x_next, logp, delta = ops.guide_step(
+                *(x, v_cond, model.velocity(x, sigma, null_prefix), guidance.scale, a, c, s, w, b),
+                seed=seeds,
+                offset=i,
+                rescale=guidance.rescale,
+                frozen=i in recorded and guidance.ratio_mode == "frozen_offset",
+            )
         if i in recorded:
             if guidance.on and guidance.ratio_mode == "conditional":
                 logp = ops.flow_logp(x, x_next, v_cond, a, c, w, b)

@@ -60,6 +60,11 @@ CALLS: dict[str, Callable[[], Call]] = {
     "flow_step": lambda: _flow() | {"s": _per_row(), "seed": torch.arange(B), "offset": 0},
     "flow_logp": lambda: _flow() | {"x_next": _rows(B, D)},
     "guide": lambda: {"v_cond": _rows(B, D), "v_uncond": _rows(B, D), "scale": _per_row()},
+    "guide_step": lambda: (
+        {"x": _rows(B, D), "v_cond": _rows(B, D), "v_uncond": _rows(B, D), "scale": _per_row()}
+        | {name: _per_row() for name in "acswb"}
+        | {"seed": torch.arange(B), "offset": 0}
+    ),
     "group_advantage": lambda: {
         "rewards": _rows(4, 2),
         "group": torch.tensor([0, 0, 1, 1]),
@@ -121,6 +126,7 @@ FAULTS: dict[str, Callable[[Tensor], Any]] = {
 # Replacements that make another legal call.
 WORKS = {
     ("guide", "scale", "a number"),
+    ("guide_step", "scale", "a number"),
     ("gelu", "x", "another device"),  # "meta" computes shapes alone
     ("fp8_quantize", "x", "another device"),
     ("qk_norm_rope", "rope", "complex"),
@@ -143,6 +149,9 @@ VALUES: list[tuple[str, str, Any]] = [
     *(("flow_logp", name, bad) for name in "acwb" for bad in (math.nan, math.inf)),
     *(("flow_step", "offset", bad) for bad in (-1, 2**63)),
     *(("guide", "scale", bad) for bad in (math.nan, math.inf, "4")),
+    *(("guide_step", "scale", bad) for bad in (math.nan, math.inf, "4")),
+    *(("guide_step", name, bad) for name in "acswb" for bad in (math.nan, math.inf)),
+    *(("guide_step", "offset", bad) for bad in (-1, 2**63)),
     *(("policy_loss", "clip_low", bad) for bad in (0.0, -1.0, 1.5, math.nan)),
     *(("policy_loss", "clip_high", bad) for bad in (0.0, -1.0, math.nan)),
     *(("velocity_loss", "weight", bad) for bad in (math.nan, math.inf)),
@@ -175,6 +184,7 @@ VALUES: list[tuple[str, str, Any]] = [
 CONSTANTS = [
     *(("flow_logp", name) for name in ("x_next", "delta", "a", "c", "w", "b")),
     ("guide", "scale"),
+    ("guide_step", "scale"),
     *(("policy_loss", name) for name in ("logp_old", "advantage")),
     *(("velocity_loss", name) for name in ("target", "weight")),
     *(("nft_loss", name) for name in ("v_old", "v_ref", "x_t", "x0", "sigma", "advantage")),

@@ -14,6 +14,7 @@ import torch
 
 from qirl_fast import ops
 from qirl_fast.kernels import guide as kernels
+from qirl_fast.kernels import guide_step as step_kernels
 
 
 def inputs(shape, dtype=torch.float32):
@@ -65,3 +66,41 @@ def test_a_row_alone_is_that_row_of_the_batch(shape):
     one = [t[2:3] for t in (c, u, scale, dy)]
     alone = kernels.guide(*one[:3], True), *kernels.guide_backward(one[3], *one[:3], True)
     assert all(torch.equal(a, b[2:3]) for a, b in zip(alone, batch, strict=True))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_guide_step(shape, rescale, frozen):
+    """Plain: the bits of the C++ kernel. Rescaled: a factor's sums have another order."""
+    v_cond, v_uncond, scale, x = inputs(shape)
+    g = torch.Generator().manual_seed(5)
+    a, c, s = (torch.rand(shape[0], generator=g) + 0.2 for _ in range(3))
+    rows = (a, -c, s, 1 / (2 * s * s), s.log())
+    seed = torch.arange(shape[0]) * 977 - 3
+    got = step_kernels.guide_step(
+        *(x, v_cond, v_uncond, scale, rescale, *rows, seed, 2**33, frozen)
+    )
+    wanted = ops.guide_step(
+        *(x, v_cond, v_uncond, scale, *rows),
+        seed=seed,
+        offset=2**33,
+        rescale=rescale,
+        frozen=frozen,
+    )
+    for ours, theirs in zip(got, wanted if frozen else wanted[:2], strict=False):
+        if not rescale and ours is not got[1]:
+            assert torch.equal(ours, theirs)
+        torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=4e-6)
+    assert frozen or got[2].numel() == 0
+
+
+def test_guide_step_in_bfloat16_is_within_one_unit():
+    v_cond, v_uncond, scale, x = inputs((2, 65, 64), torch.bfloat16)
+    one = torch.ones(2)
+    rows = (one, -0.2 * one, 0.3 * one, one, one)
+    got = step_kernels.guide_step(
+        *(x, v_cond, v_uncond, scale, False, *rows, torch.arange(2), 1, False)
+    )
+    wanted = ops.guide_step(x, v_cond, v_uncond, scale, *rows, seed=torch.arange(2), offset=1)
+    torch.testing.assert_close(got[0], wanted[0], rtol=2**-6, atol=2**-7)

@@ -1,38 +1,12 @@
-#include "cuda/flow_step.h"
-
-#include "bindings/cuda/ops.h"
+#include "bindings/cuda/flow.h"
 
 namespace qirl::cuda {
 namespace {
 
-using Coefficients = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;  // a, c, w, b
-
-FlowArgs inputs(const Rows& x, const Rows& v, const Rows& delta, const Coefficients& coefficients,
-                int64_t rows, int64_t row_size) {
-  const auto [a, c, w, b] = coefficients;
-  FlowArgs args{};
-  args.x = address_of(x);
-  args.v = address_of(v);
-  args.delta = address_of(delta);
-  args.x_stride = stride_of(x);
-  args.v_stride = stride_of(v);
-  args.delta_stride = stride_of(delta);
-  args.x_dtype = dtype_of(x);
-  args.v_dtype = dtype_of(v);
-  args.delta_dtype = dtype_of(delta);
-  args.a_B = as_pointer<float>(a);
-  args.c_B = as_pointer<float>(c);
-  args.w_B = as_pointer<float>(w);
-  args.b_B = as_pointer<float>(b);
-  args.rows = rows;
-  args.row_size = row_size;
-  return args;
-}
-
 void step(const Rows& x, const Rows& v, const Rows& delta, const Coefficients& coefficients,
           uintptr_t s_B, uintptr_t seed_B, int64_t offset, uintptr_t sums, uintptr_t x_next,
           uintptr_t logp_B, int64_t rows, int64_t row_size, uintptr_t stream) {
-  FlowArgs args = inputs(x, v, delta, coefficients, rows, row_size);
+  FlowArgs args = flow_inputs(x, v, delta, coefficients, rows, row_size);
   args.s_B = as_pointer<float>(s_B);
   args.seed_B = as_pointer<int64_t>(seed_B);
   args.offset = offset;
@@ -45,7 +19,7 @@ void step(const Rows& x, const Rows& v, const Rows& delta, const Coefficients& c
 void logp(const Rows& x, const Rows& x_next, const Rows& v, const Rows& delta,
           const Coefficients& coefficients, uintptr_t sums, uintptr_t logp_B, int64_t rows,
           int64_t row_size, uintptr_t stream) {
-  FlowArgs args = inputs(x, v, delta, coefficients, rows, row_size);
+  FlowArgs args = flow_inputs(x, v, delta, coefficients, rows, row_size);
   args.x_next_in = address_of(x_next);
   args.x_next_stride = stride_of(x_next);
   args.sums = as_pointer<float>(sums);
@@ -57,7 +31,7 @@ void logp(const Rows& x, const Rows& x_next, const Rows& v, const Rows& delta,
 void logp_backward(uintptr_t grad_B, const Rows& x, const Rows& x_next, const Rows& v,
                    const Rows& delta, const Coefficients& coefficients, uintptr_t dx, uintptr_t dv,
                    int64_t rows, int64_t row_size, uintptr_t stream) {
-  FlowArgs args = inputs(x, v, delta, coefficients, rows, row_size);
+  FlowArgs args = flow_inputs(x, v, delta, coefficients, rows, row_size);
   args.grad_B = as_pointer<float>(grad_B);
   args.x_next_in = address_of(x_next);
   args.x_next_stride = stride_of(x_next);

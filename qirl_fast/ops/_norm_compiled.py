@@ -1,14 +1,48 @@
-"""Launchers of csrc/cpu/norm_forward.inl.cpp and csrc/cpu/norm_backward.inl.cpp."""
+"""Launchers of csrc/cpu/norm_forward.inl.cpp, csrc/cpu/norm_backward.inl.cpp, csrc/cuda/norm.cu.
+
+The bindings of both modules take the same arguments, the last one apart: threads or the stream.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qirl_fast import _cpu
 from qirl_fast.ops._checks import DTYPE_CODE, rows_of
+from qirl_fast.ops._cuda import cuda_module, device_of, stream_of
 
-_CHUNK = 64  # kNormChunk of csrc/cpu/norm.h
+
+@dataclass(frozen=True)
+class _Kernels:
+    name: str
+    module: Callable[[], Any]
+    device: Callable[[Tensor], Any]  # the context of a launch
+    last: Callable[[Tensor], int]
+    chunk: int  # tokens of one sample that a task of the backward adds up
+    chunk_alone: int  # tokens of a task that makes no sums
+    widest: int | None  # elements of a row under a norm
+
+
+_CPU = _Kernels(
+    *("cpu", lambda: _cpu, lambda _: nullcontext(), lambda _: torch.get_num_threads()),
+    chunk=32,
+    chunk_alone=64,
+    widest=None,
+)
+_CUDA = _Kernels(
+    *("cuda", lambda: cuda_module(), lambda x: device_of(x), lambda x: stream_of(x)),
+    chunk=16,
+    chunk_alone=1,
+    widest=8192,  # kNormWidest of csrc/cuda/norm.h
+)
+
 Three = tuple[Tensor | None, Tensor | None, Tensor | None]  # gate, scale, shift
 _ABSENT: Three = (None, None, None)
 
@@ -30,7 +64,16 @@ def _t0_of(t0: Tensor | None) -> tuple[int, int, int]:
     return (0, 0, 0) if t0 is None else (t0.data_ptr(), t0.stride(0), t0.stride(1))
 
 
+def _require_width(on: _Kernels, norm: bool, width: int) -> None:
+    if norm and on.widest is not None and width > on.widest:
+        raise ValueError(
+            f"norm_modulate, gate_residual_norm_modulate: the {on.name} backend takes rows of at "
+            f"most {on.widest}; got {width}."
+        )
+
+
 def _forward(
+    on: _Kernels,
     x: Tensor,
     u: Tensor | None,
     rows: Three,
@@ -43,28 +86,31 @@ def _forward(
     eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, out, mean, rstd; those the op does not have are empty."""
+    _require_width(on, norm, x.shape[-1])
     x, u = x.contiguous(), None if u is None else u.contiguous()
     rows, rows_t0 = _ready(rows), _ready(rows_t0)
     y = x.new_empty(x.shape if norm else 0)
     out = x.new_empty(0 if u is None else x.shape)
     mean = x.new_empty(x.shape[:2] if norm and not rms else 0, dtype=torch.float32)
     rstd = x.new_empty(x.shape[:2] if norm else 0, dtype=torch.float32)
-    _cpu.norm_forward(
-        _large(x),
-        _large(u),
-        [rows_of(r) for r in rows],
-        [rows_of(r) for r in rows_t0],
-        _t0_of(t0),
-        *(t.data_ptr() if t.numel() else 0 for t in (y, out, mean, rstd)),
-        x.shape,
-        tanh,
-        eps,
-        torch.get_num_threads(),
-    )
+    with on.device(x):
+        on.module().norm_forward(
+            _large(x),
+            _large(u),
+            [rows_of(r) for r in rows],
+            [rows_of(r) for r in rows_t0],
+            _t0_of(t0),
+            *(t.data_ptr() if t.numel() else 0 for t in (y, out, mean, rstd)),
+            (*x.shape, on.chunk_alone),
+            tanh,
+            eps,
+            on.last(x),
+        )
     return y, out, mean, rstd
 
 
 def _backward(
+    on: _Kernels,
     dy: Tensor | None,
     dout: Tensor | None,
     x: Tensor | None,
@@ -86,9 +132,11 @@ def _backward(
     x, u = (None if t is None else t.contiguous() for t in (x, u))
     rows, rows_t0 = _ready(rows), _ready(rows_t0)
     samples, tokens, width = given.shape
+    _require_width(on, dy is not None, width)
+    chunk = on.chunk if any(wanted) else on.chunk_alone
     dx = given.new_empty(0 if x is None else given.shape, dtype=dtype)
     du = dx.new_empty(0) if u is None else u.new_empty(u.shape if want_du else 0)
-    chunks = (samples, (tokens + _CHUNK - 1) // _CHUNK, width)
+    chunks = (samples, (tokens + chunk - 1) // chunk, width)
     wants = (wanted, tuple(w and t0 is not None for w in wanted))
 
     def arrays(shape: tuple[int, ...]) -> list[list[Tensor]]:
@@ -97,30 +145,32 @@ def _backward(
     def addresses(tensors: list[list[Tensor]]) -> list[list[int]]:
         return [[t.data_ptr() if t.numel() else 0 for t in ts] for ts in tensors]
 
-    partial, sums = arrays(chunks), arrays((samples, width))
+    parts, sums = arrays(chunks), arrays((samples, width))
     mean, rstd = (None, None) if stats is None else (t.contiguous() for t in stats)
-    _cpu.norm_backward(
-        [_large(dy), _large(dout)],
-        _large(x),
-        _large(u),
-        mean.data_ptr() if mean is not None and mean.numel() else 0,
-        0 if rstd is None else rstd.data_ptr(),
-        [rows_of(r) for r in rows],
-        [rows_of(r) for r in rows_t0],
-        _t0_of(t0),
-        dx.data_ptr() if x is not None else 0,
-        du.data_ptr() if want_du else 0,
-        addresses(partial),
-        addresses(sums),
-        given.shape,
-        tanh,
-        torch.get_num_threads(),
-    )
+    with on.device(given):
+        on.module().norm_backward(
+            [_large(dy), _large(dout)],
+            _large(x),
+            _large(u),
+            mean.data_ptr() if mean is not None and mean.numel() else 0,
+            0 if rstd is None else rstd.data_ptr(),
+            [rows_of(r) for r in rows],
+            [rows_of(r) for r in rows_t0],
+            _t0_of(t0),
+            dx.data_ptr() if x is not None else 0,
+            du.data_ptr() if want_du else 0,
+            addresses(parts),
+            addresses(sums),
+            (samples, tokens, width, chunk),
+            tanh,
+            on.last(given),
+        )
     return dx, du, sums[0], sums[1]
 
 
 # ---- norm_modulate ------------------------------------------------------------------------------
-def norm_modulate_cpu(
+def _norm_modulate(
+    on: _Kernels,
     x: Tensor,
     scale: Tensor,
     shift: Tensor | None,
@@ -130,13 +180,13 @@ def norm_modulate_cpu(
     rms: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """C++ kernel, csrc/cpu/norm_forward.inl.cpp."""
     rows, rows_t0 = (None, scale, shift), (None, scale_t0, shift_t0)
-    y, _, mean, rstd = _forward(x, None, rows, rows_t0, t0, norm=True, rms=rms, eps=eps)
+    y, _, mean, rstd = _forward(on, x, None, rows, rows_t0, t0, norm=True, rms=rms, eps=eps)
     return y, mean, rstd
 
 
-def norm_modulate_backward_cpu(
+def _norm_modulate_backward(
+    on: _Kernels,
     grad: Tensor,
     x: Tensor,
     mean: Tensor,
@@ -148,8 +198,8 @@ def norm_modulate_backward_cpu(
     want_mod: bool,
     has_shift: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """C++ kernel, csrc/cpu/norm_backward.inl.cpp."""
     dx, _, (_, dscale, dshift), (_, dscale_t0, dshift_t0) = _backward(
+        on,
         grad,
         None,
         x,
@@ -166,7 +216,8 @@ def norm_modulate_backward_cpu(
 
 
 # ---- gate_residual ------------------------------------------------------------------------------
-def gate_residual_cpu(
+def _gate_residual(
+    on: _Kernels,
     residual: Tensor,
     u: Tensor,
     gate: Tensor,
@@ -174,12 +225,12 @@ def gate_residual_cpu(
     gate_t0: Tensor | None,
     tanh: bool,
 ) -> Tensor:
-    """C++ kernel, csrc/cpu/norm_forward.inl.cpp."""
     rows, rows_t0 = (gate, None, None), (gate_t0, None, None)
-    return _forward(residual, u, rows, rows_t0, t0, norm=False, tanh=tanh)[1]
+    return _forward(on, residual, u, rows, rows_t0, t0, norm=False, tanh=tanh)[1]
 
 
-def gate_residual_backward_cpu(
+def _gate_residual_backward(
+    on: _Kernels,
     grad: Tensor,
     u: Tensor,
     gate: Tensor,
@@ -189,8 +240,8 @@ def gate_residual_backward_cpu(
     want_du: bool,
     want_dgate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """C++ kernel, csrc/cpu/norm_backward.inl.cpp."""
     _, du, (dgate, _, _), (dgate_t0, _, _) = _backward(
+        on,
         None,
         grad,
         None,
@@ -207,7 +258,8 @@ def gate_residual_backward_cpu(
 
 
 # ---- gate_residual_norm_modulate ----------------------------------------------------------------
-def gate_residual_norm_modulate_cpu(
+def _gate_residual_norm_modulate(
+    on: _Kernels,
     residual: Tensor,
     u: Tensor,
     gate: Tensor,
@@ -221,12 +273,12 @@ def gate_residual_norm_modulate_cpu(
     rms: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """C++ kernel, csrc/cpu/norm_forward.inl.cpp."""
     rows, rows_t0 = (gate, scale, shift), (gate_t0, scale_t0, shift_t0)
-    return _forward(residual, u, rows, rows_t0, t0, norm=True, tanh=tanh, rms=rms, eps=eps)
+    return _forward(on, residual, u, rows, rows_t0, t0, norm=True, tanh=tanh, rms=rms, eps=eps)
 
 
-def gate_residual_norm_modulate_backward_cpu(
+def _gate_residual_norm_modulate_backward(
+    on: _Kernels,
     grad_y: Tensor,
     grad_out: Tensor | None,
     out: Tensor,
@@ -245,8 +297,8 @@ def gate_residual_norm_modulate_backward_cpu(
     want_mod: bool,
     has_shift: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """C++ kernel, csrc/cpu/norm_backward.inl.cpp."""
     dresidual, du, (dgate, dscale, dshift), (dgate_t0, dscale_t0, dshift_t0) = _backward(
+        on,
         grad_y,
         grad_out,
         out,
@@ -260,3 +312,18 @@ def gate_residual_norm_modulate_backward_cpu(
         want_du=want_du,
     )
     return dresidual, du, dgate, dgate_t0, dscale, dshift, dscale_t0, dshift_t0
+
+
+# ---- the backends' functions --------------------------------------------------------------------
+norm_modulate_cpu = partial(_norm_modulate, _CPU)
+norm_modulate_cuda = partial(_norm_modulate, _CUDA)
+norm_modulate_backward_cpu = partial(_norm_modulate_backward, _CPU)
+norm_modulate_backward_cuda = partial(_norm_modulate_backward, _CUDA)
+gate_residual_cpu = partial(_gate_residual, _CPU)
+gate_residual_cuda = partial(_gate_residual, _CUDA)
+gate_residual_backward_cpu = partial(_gate_residual_backward, _CPU)
+gate_residual_backward_cuda = partial(_gate_residual_backward, _CUDA)
+gate_residual_norm_modulate_cpu = partial(_gate_residual_norm_modulate, _CPU)
+gate_residual_norm_modulate_cuda = partial(_gate_residual_norm_modulate, _CUDA)
+gate_residual_norm_modulate_backward_cpu = partial(_gate_residual_norm_modulate_backward, _CPU)
+gate_residual_norm_modulate_backward_cuda = partial(_gate_residual_norm_modulate_backward, _CUDA)
