@@ -73,6 +73,13 @@ def _mean(x, v, delta, a, c, HAS_DELTA: tl.constexpr):
     return mean + delta.to(tl.float32) if HAS_DELTA else mean
 
 
+@triton.jit
+def drawn(mean, s_ptr, seed_ptr, row, offset, first, dtype: tl.constexpr, BLOCK: tl.constexpr):
+    """x' of one block, rounded to storage."""
+    noise = row_noise(tl.load(seed_ptr + row), offset.to(tl.int64), first, BLOCK)
+    return (mean + tl.load(s_ptr + row) * noise).to(dtype)
+
+
 @triton.jit(do_not_specialize=["offset"])
 def flow_kernel(
     x_ptr,
@@ -104,8 +111,7 @@ def flow_kernel(
     if REPLAY:
         x_next = tl.load(x_next_ptr + at, mask=inside, other=0.0)
     else:
-        noise = row_noise(tl.load(seed_ptr + row), offset.to(tl.int64), first, BLOCK)
-        x_next = (mean + tl.load(s_ptr + row) * noise).to(x.dtype)
+        x_next = drawn(mean, s_ptr, seed_ptr, row, offset, first, x.dtype, BLOCK)
         tl.store(x_next_ptr + at, x_next, mask=inside)
     r = tl.where(inside, x_next.to(tl.float32) - mean, 0.0)
     tl.store(sums_ptr + task, tl.sum(r * r))

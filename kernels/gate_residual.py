@@ -104,8 +104,7 @@ def backward_kernel(
     i = (task % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = i < width
     gate_row = row_pointer(gate_ptr, gate_stride, gate_t0_ptr, gate_t0_stride, b, group, HAS_T0)
-    gate = tl.load(gate_row + i, mask=inside, other=0.0).to(tl.float32)
-    f = factor_of(gate, TANH)
+    f = factor_of(tl.load(gate_row + i, mask=inside, other=0.0).to(tl.float32), TANH)
     dgate = tl.zeros([BLOCK], tl.float32)
     for k in range(TOKENS):  # the interpreter takes constant bounds only
         s = first + k
@@ -123,7 +122,8 @@ def backward_kernel(
                 u = tl.load((u_ptr + row) + i, mask=inside, other=0.0).to(tl.float32)
                 dgate += dout * u
     if WANT_GATE:
-        if TANH:
+        if TANH:  # loaded again, from the first-level cache: fewer registers
+            gate = tl.load(gate_row + i, mask=inside, other=0.0).to(tl.float32)
             dgate = dgate * tanh_slope(gate)
         samples = tl.num_programs(0) // (chunks * blocks)
         at = ((group * samples).to(tl.int64) * chunks + chunk) * width

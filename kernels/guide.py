@@ -46,6 +46,25 @@ def factor_of(sum_c2, sum_g2):
 
 
 @triton.jit
+def factor_by_steps(
+    c_row, u_row, start, i, is_token, w, width, TOKENS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Factors of TOKENS tokens, read WIDTH elements at a time."""
+    c2 = tl.zeros([TOKENS, WIDTH], tl.float32)
+    g2 = tl.zeros([TOKENS, WIDTH], tl.float32)
+    done = width * 0
+    while done < width:
+        inside = is_token & (done + i < width)
+        c = tl.load(c_row + start + done + i, mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(u_row + start + done + i, mask=inside, other=0.0).to(tl.float32)
+        g = u + w * (c - u)
+        c2 += c * c
+        g2 += g * g
+        done += WIDTH
+    return factor_of(tl.sum(c2, axis=1), tl.sum(g2, axis=1))
+
+
+@triton.jit
 def plain_kernel(
     c_ptr, u_ptr, scale_ptr, y_ptr, c_stride, u_stride, size, blocks, BLOCK: tl.constexpr
 ):
@@ -90,18 +109,7 @@ def rescale_kernel(
     w = tl.load(scale_ptr + row)
     c_row, u_row, y_row = c_ptr + row * c_stride, u_ptr + row * u_stride, y_ptr + row * size
     if LOOP:
-        c2 = tl.zeros([TOKENS, WIDTH], tl.float32)
-        g2 = tl.zeros([TOKENS, WIDTH], tl.float32)
-        done = width * 0
-        while done < width:
-            inside = is_token & (done + i < width)
-            c = tl.load(c_row + start + done + i, mask=inside, other=0.0).to(tl.float32)
-            u = tl.load(u_row + start + done + i, mask=inside, other=0.0).to(tl.float32)
-            g = u + w * (c - u)
-            c2 += c * c
-            g2 += g * g
-            done += WIDTH
-        factor = factor_of(tl.sum(c2, axis=1), tl.sum(g2, axis=1))[:, None]
+        factor = factor_by_steps(c_row, u_row, start, i, is_token, w, width, TOKENS, WIDTH)[:, None]
         done = width * 0
         while done < width:
             inside = is_token & (done + i < width)

@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 
 from qirl_fast.kernels.budget import Case
-from qirl_fast.kernels.flow_step import BLOCK, WARPS, grid_of, log_prob, row_noise
+from qirl_fast.kernels.flow_step import BLOCK, WARPS, drawn, grid_of, log_prob
 from qirl_fast.kernels.guide import WARPS as FACTOR_WARPS
-from qirl_fast.kernels.guide import factor_of, rows_of, tile, tile_of
+from qirl_fast.kernels.guide import factor_by_steps, rows_of, tile, tile_of
 
 
 @triton.jit
@@ -30,18 +30,7 @@ def factor_kernel(
     row, start, i, is_token = tile(size, width, blocks, TOKENS, WIDTH)
     w = tl.load(scale_ptr + row)
     c_row, u_row = c_ptr + row * c_stride, u_ptr + row * u_stride
-    c2 = tl.zeros([TOKENS, WIDTH], tl.float32)
-    g2 = tl.zeros([TOKENS, WIDTH], tl.float32)
-    done = width * 0
-    while done < width:
-        inside = is_token & (done + i < width)
-        c = tl.load(c_row + start + done + i, mask=inside, other=0.0).to(tl.float32)
-        u = tl.load(u_row + start + done + i, mask=inside, other=0.0).to(tl.float32)
-        g = u + w * (c - u)
-        c2 += c * c
-        g2 += g * g
-        done += WIDTH
-    factor = factor_of(tl.sum(c2, axis=1), tl.sum(g2, axis=1))
+    factor = factor_by_steps(c_row, u_row, start, i, is_token, w, width, TOKENS, WIDTH)
     token = (tl.program_id(0).to(tl.int64) % blocks) * TOKENS + tl.arange(0, TOKENS)
     tokens = size // width
     tl.store(factor_ptr + row * tokens + token, factor, mask=token < tokens)
@@ -82,7 +71,10 @@ def step_kernel(
     v = stored.to(tl.float32)
     g = u + tl.load(scale_ptr + row) * (v - u)
     if RESCALE:
-        g = g * tl.load(factor_ptr + row * (size // width) + i // width, mask=inside, other=0.0)
+        token = first // width  # the first one of the block; the others are counted in 32 bits
+        ahead = ((first - token * width).to(tl.int32) + tl.arange(0, BLOCK)) // width.to(tl.int32)
+        factors = factor_ptr + row * (size // width) + token
+        g = g * tl.load(factors + ahead, mask=inside, other=0.0)
     g = g.to(stored.dtype).to(tl.float32)  # as guide stores it
     a, c = tl.load(a_ptr + row), tl.load(c_coefficient_ptr + row)
     if FROZEN:
@@ -91,8 +83,7 @@ def step_kernel(
         mean = (a * x.to(tl.float32) + c * v) + delta.to(tl.float32)
     else:
         mean = a * x.to(tl.float32) + c * g
-    noise = row_noise(tl.load(seed_ptr + row), offset.to(tl.int64), first, BLOCK)
-    x_next = (mean + tl.load(s_ptr + row) * noise).to(x.dtype)
+    x_next = drawn(mean, s_ptr, seed_ptr, row, offset, first, x.dtype, BLOCK)
     tl.store(x_next_ptr + at, x_next, mask=inside)
     r = tl.where(inside, x_next.to(tl.float32) - mean, 0.0)
     tl.store(sums_ptr + task, tl.sum(r * r))
@@ -142,7 +133,10 @@ def _step_case(dtype, rescale, frozen):
     kinds = {name: kinds[name] for name in step_kernel.arg_names if name in kinds}
     constexprs = {"RESCALE": rescale, "FROZEN": frozen, "BLOCK": BLOCK}
     aligned = (*large, "c_stride", "u_stride", "size")
-    return Case(step_kernel, kinds, constexprs, WARPS, registers=80, divisible=aligned)
+    gathered = BLOCK // (32 * WARPS) if rescale else 0  # one factor an element
+    return Case(
+        step_kernel, kinds, constexprs, WARPS, registers=80, divisible=aligned, narrow=gathered
+    )
 
 
 def _factor_case(dtype, width):

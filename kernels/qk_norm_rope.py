@@ -1,9 +1,7 @@
-"""qk_norm_rope and its gradients in Triton. Math, shapes, dtypes: qirl_fast/ops/qk_norm_rope.py.
+"""qk_norm_rope in Triton. Math, shapes, dtypes: qirl_fast/ops/qk_norm_rope.py.
 
 One launch takes q, k and v of both streams: a program takes one token's heads of one of them (up to
-TILE elements) and writes its place in the joint buffer. In the backward pass a program walks over
-CHUNK tokens of one sample where weight gradients are wanted; its float32 sums over tokens and heads
-go to `partials`, which a second kernel adds in float64 in the order of the rows.
+TILE elements) and writes its place in the joint buffer. Gradients: qk_norm_rope_backward.py.
 """
 
 import torch
@@ -13,12 +11,10 @@ import triton.language as tl
 from qirl_fast.kernels.budget import Case
 
 TILE = 4096  # elements of one program
-CHUNK = 8  # tokens whose weight gradients are added in one program
-ROWS, COLUMNS = 32, 32  # of one step of the second kernel
 
 
 @triton.jit
-def _rotated(x, rope_ptr, d, width, sign, HEADS: tl.constexpr, HALF: tl.constexpr):
+def rotated(x, rope_ptr, d, width, sign, HEADS: tl.constexpr, HALF: tl.constexpr):
     """Pairs of x [HEADS, 2 HALF] times (cos + i sign sin) of one token."""
     rope = tl.load(rope_ptr + d, mask=d < width, other=0.0)
     cos, sin = tl.split(tl.reshape(rope, [HALF, 2]))
@@ -29,7 +25,7 @@ def _rotated(x, rope_ptr, d, width, sign, HEADS: tl.constexpr, HALF: tl.constexp
 
 
 @triton.jit
-def _pick(text, is_k, t_q, t_k, q, k):
+def pick(text, is_k, t_q, t_k, q, k):
     """Of q or k, of the text or the image stream."""
     return tl.where(text, tl.where(is_k, t_k, t_q), tl.where(is_k, k, q))
 
@@ -91,10 +87,10 @@ def forward_kernel(
     b, place = token // joint, token % joint
     text, is_k = place < text_length, kind == 1
     s = tl.where(text, place, place - text_length)
-    x_ptr = _pick(text, is_k, tq_ptr, tk_ptr, q_ptr, k_ptr)
-    stride_b = _pick(text, is_k, tq_b, tk_b, q_b, k_b)
-    stride_s = _pick(text, is_k, tq_s, tk_s, q_s, k_s)
-    stride_h = _pick(text, is_k, tq_h, tk_h, q_h, k_h)
+    x_ptr = pick(text, is_k, tq_ptr, tk_ptr, q_ptr, k_ptr)
+    stride_b = pick(text, is_k, tq_b, tk_b, q_b, k_b)
+    stride_s = pick(text, is_k, tq_s, tk_s, q_s, k_s)
+    stride_h = pick(text, is_k, tq_h, tk_h, q_h, k_h)
     y_ptr = tl.where(is_k, K_ptr, Q_ptr)
     heads = tl.where(kind == 0, q_heads, k_heads)
     if KINDS == 3:
@@ -115,161 +111,23 @@ def forward_kernel(
         r = 1.0 / tl.sqrt_rn(tl.sum(y * y, axis=1) / width + eps)
         y = y * r[:, None]
         if HAS_WEIGHT:
-            w_ptr = _pick(text, is_k, tq_weight_ptr, tk_weight_ptr, q_weight_ptr, k_weight_ptr)
+            w_ptr = pick(text, is_k, tq_weight_ptr, tk_weight_ptr, q_weight_ptr, k_weight_ptr)
             w = tl.load(w_ptr + d, mask=d < width, other=0.0).to(tl.float32)
             y = y * w[None, :]
         if HAS_ROPE:
             turn_ptr = tl.where(text, t_rope_ptr, rope_ptr)
             turn_ptr += b * tl.where(text, t_rope_b, rope_b) + s * tl.where(text, t_rope_s, rope_s)
-            y = _rotated(y, turn_ptr, d, width, 1.0, HEADS, HALF)
+            y = rotated(y, turn_ptr, d, width, 1.0, HEADS, HALF)
     out = (token * heads + h) * width + d[None, :]
     tl.store(y_ptr + out, y.to(stored.dtype), mask=inside)
 
 
-@triton.jit
-def backward_kernel(
-    dQ_ptr,
-    dK_ptr,
-    tq_ptr,
-    tk_ptr,
-    q_ptr,
-    k_ptr,
-    tq_weight_ptr,
-    tk_weight_ptr,
-    q_weight_ptr,
-    k_weight_ptr,
-    t_rope_ptr,
-    rope_ptr,
-    dtq_ptr,
-    dtk_ptr,
-    dq_ptr,
-    dk_ptr,
-    partials_ptr,
-    dQ_b,
-    dQ_s,
-    dQ_h,
-    dK_b,
-    dK_s,
-    dK_h,
-    tq_b,
-    tq_s,
-    tq_h,
-    tk_b,
-    tk_s,
-    tk_h,
-    q_b,
-    q_s,
-    q_h,
-    k_b,
-    k_s,
-    k_h,
-    t_rope_b,
-    t_rope_s,
-    rope_b,
-    rope_s,
-    batch,
-    text_length,
-    image_length,
-    text_chunks,
-    chunks,
-    q_heads,
-    k_heads,
-    width,
-    eps,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_ROPE: tl.constexpr,
-    WANT_WEIGHTS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-):
-    """A piece is chunk `chunk` of a sample: of the text before text_chunks, then of the image.
-
-    partials: float32 [q and k, pieces * head tiles, 2 HALF], all pieces of the text first.
-    """
-    task = tl.program_id(0).to(tl.int64)
-    is_k, piece = task % 2 == 1, task // 2
-    b, chunk = piece // chunks, piece % chunks
-    text = chunk < text_chunks
-    before = tl.where(text, 0, text_chunks)  # chunks of a sample that are of the other stream
-    length = tl.where(text, text_length, image_length)
-    dy_ptr, dy_b = tl.where(is_k, dK_ptr, dQ_ptr), tl.where(is_k, dK_b, dQ_b)
-    dy_s, dy_h = tl.where(is_k, dK_s, dQ_s), tl.where(is_k, dK_h, dQ_h)
-    x_ptr = _pick(text, is_k, tq_ptr, tk_ptr, q_ptr, k_ptr)
-    x_b = _pick(text, is_k, tq_b, tk_b, q_b, k_b)
-    x_s = _pick(text, is_k, tq_s, tk_s, q_s, k_s)
-    x_h = _pick(text, is_k, tq_h, tk_h, q_h, k_h)
-    dx_ptr = _pick(text, is_k, dtq_ptr, dtk_ptr, dq_ptr, dk_ptr)
-    heads = tl.where(is_k, k_heads, q_heads)
-    turn_ptr = tl.where(text, t_rope_ptr, rope_ptr) + b * tl.where(text, t_rope_b, rope_b)
-    turn_s = tl.where(text, t_rope_s, rope_s)
-
-    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
-    d = tl.arange(0, 2 * HALF)
-    inside = (h < heads) & (d[None, :] < width)
-    if HAS_WEIGHT:
-        w_ptr = _pick(text, is_k, tq_weight_ptr, tk_weight_ptr, q_weight_ptr, k_weight_ptr)
-    total = tl.zeros([2 * HALF], tl.float32)
-    for i in range(CHUNK):
-        s = (chunk - before) * CHUNK + i
-        if s < length:
-            x_at = b * x_b + s * x_s + h * x_h + d[None, :]
-            dy_at = b * dy_b + (s + tl.where(text, 0, text_length)) * dy_s + h * dy_h + d[None, :]
-            stored = tl.load(x_ptr + x_at, mask=inside, other=0.0)
-            dn = tl.load(dy_ptr + dy_at, mask=inside, other=0.0).to(tl.float32)
-            x = stored.to(tl.float32)
-            if HAS_ROPE:
-                dn = _rotated(dn, turn_ptr + s * turn_s, d, width, -1.0, HEADS, HALF)
-            r = (1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / width + eps))[:, None]
-            n = x * r
-            if WANT_WEIGHTS:
-                total += tl.sum(dn * n, axis=0)
-            if HAS_WEIGHT:
-                # Loaded again for each token, from the first-level cache: fewer registers.
-                w = tl.load(w_ptr + d, mask=d < width, other=0.0).to(tl.float32)
-                dn = dn * w[None, :]
-            mean = tl.sum(dn * n, axis=1)[:, None] / width
-            dx = r * (dn - n * mean)
-            out = ((b * length + s) * heads + h) * width + d[None, :]
-            tl.store(dx_ptr + out, dx.to(stored.dtype), mask=inside)
-    if WANT_WEIGHTS:
-        own = tl.where(text, text_chunks, chunks - text_chunks)
-        row = batch * before + b * own + (chunk - before) + tl.where(is_k, batch * chunks, 0)
-        row = row * tl.num_programs(1) + tl.program_id(1)
-        tl.store(partials_ptr + row * 2 * HALF + tl.arange(0, 2 * HALF), total)
-
-
-@triton.jit
-def weights_kernel(
-    partials_ptr,
-    dw_ptr,
-    text_rows,
-    rows,
-    width,
-    padded,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """dw [text q, text k, q, k][width] from partials [q and k, rows, padded], added in float64."""
-    which = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros([ROWS, COLUMNS], tl.float64)
-    first = tl.where(which < 2, 0, text_rows)
-    end = tl.where(which < 2, text_rows, rows)
-    while first < end:
-        row = first + tl.arange(0, ROWS)[:, None]
-        at = partials_ptr + (which % 2 * rows + row) * padded + d[None, :]
-        total += tl.load(at, mask=row < end, other=0.0).to(tl.float64)
-        first += ROWS
-    tl.store(dw_ptr + which * width + d, tl.sum(total, axis=0).to(tl.float32), mask=d < width)
-
-
 # ---- launchers ----------------------------------------------------------------------------------
-def _dense(t):
+def dense(t):
     return t if t is None or t.stride(-1) == 1 else t.contiguous()
 
 
-def _weights(like, *weights):
+def weights_of(like, *weights):
     """(all of one dtype, whether there are any). An absent one beside others is ones."""
     given = [w for w in weights if w is not None]
     if not given:
@@ -279,7 +137,7 @@ def _weights(like, *weights):
     return [ones if w is None else w.to(dtype).contiguous() for w in weights], True
 
 
-def _ropes(like, *ropes):
+def ropes_of(like, *ropes):
     """(float32 [.., S, Dh] each, their strides of B and S, whether there are any).
 
     An absent one beside another turns by nothing.
@@ -290,13 +148,13 @@ def _ropes(like, *ropes):
     reals, strides = [], []
     for rope in ropes:
         turn = given[0].new_ones((1, given[0].shape[-1])) if rope is None else rope.resolve_conj()
-        real = _dense(torch.view_as_real(turn).flatten(-2))
+        real = dense(torch.view_as_real(turn).flatten(-2))
         reals.append(real)
         strides += [real.stride(0) if real.ndim == 3 else 0, 0 if rope is None else real.stride(-2)]
     return reals, strides, True
 
 
-def _tiles(q, k):
+def tiles_of(q, k):
     """HEADS, HALF, head tiles, warps: a program holds at most TILE elements."""
     width = triton.next_power_of_2(q.shape[3])
     heads = max(q.shape[2], k.shape[2])
@@ -304,28 +162,28 @@ def _tiles(q, k):
     return tile, width // 2, triton.cdiv(heads, tile), 8 if tile * width >= 2048 else 4
 
 
-def _strides(*tensors):
+def strides_of(*tensors):
     return [stride for t in tensors for stride in t.stride()[:3]]
 
 
 def qk_norm_rope(q, k, v, q_weight, k_weight, rope, tq, tk, tv, tq_weight, tk_weight, t_rope, eps):
     """(Q, K, V); arguments as the reference's. V is empty without a text stream."""
     joined = tq is not None
-    q, k, v = _dense(q), _dense(k), _dense(v) if joined else k
-    tq, tk, tv = (_dense(tq), _dense(tk), _dense(tv)) if joined else (q, k, v)
+    q, k, v = dense(q), dense(k), dense(v) if joined else k
+    tq, tk, tv = (dense(tq), dense(tk), dense(tv)) if joined else (q, k, v)
     if not joined:  # stand-ins that are never read
         tq_weight, tk_weight, t_rope = q_weight, k_weight, rope
-    weights, has_weight = _weights(q, tq_weight, tk_weight, q_weight, k_weight)
-    reals, rope_strides, has_rope = _ropes(q, t_rope, rope)
+    weights, has_weight = weights_of(q, tq_weight, tk_weight, q_weight, k_weight)
+    reals, rope_strides, has_rope = ropes_of(q, t_rope, rope)
     batch, length, heads, width = q.shape
     start = tq.shape[1] if joined else 0
     Q, K, V = (t.new_empty((batch, start + length, *t.shape[2:])) for t in (q, k, k))
     V = V if joined else q.new_empty(0)
-    tile, half, tiles, warps = _tiles(q, k)
+    tile, half, tiles, warps = tiles_of(q, k)
     kinds = 3 if joined else 2
     forward_kernel[(batch * (start + length) * kinds, tiles)](
         *(tq, tk, tv, q, k, v, *weights, *reals, Q, K, V if joined else Q),
-        *(*_strides(tq, tk, tv, q, k, v), *rope_strides),
+        *(*strides_of(tq, tk, tv, q, k, v), *rope_strides),
         *(start, start + length, heads, k.shape[2], width, eps),
         KINDS=kinds,
         HAS_WEIGHT=has_weight,
@@ -338,68 +196,8 @@ def qk_norm_rope(q, k, v, q_weight, k_weight, rope, tq, tk, tv, tq_weight, tk_we
     return Q, K, V
 
 
-def qk_norm_rope_backward(
-    dQ, dK, q, k, q_weight, k_weight, rope, tq, tk, tq_weight, tk_weight, t_rope, eps, want_weights
-):
-    """Gradients of q, k, q_weight, k_weight, then of the text stream's; see the reference."""
-    given = (q_weight, k_weight, tq_weight, tk_weight)
-    wanted = want_weights and any(w is not None for w in given)
-    joined = tq is not None
-    dQ, dK, q, k = map(_dense, (dQ, dK, q, k))
-    dq, dk = (t.new_empty(t.shape) for t in (q, k))
-    if joined:
-        tq, tk = _dense(tq), _dense(tk)
-        dtq, dtk = (t.new_empty(t.shape) for t in (tq, tk))
-    else:  # stand-ins that are neither read nor written
-        tq, tk, dtq, dtk, t_rope = q, k, dq, dk, rope
-        tq_weight, tk_weight = q_weight, k_weight
-    weights, has_weight = _weights(q, tq_weight, tk_weight, q_weight, k_weight)
-    reals, rope_strides, has_rope = _ropes(q, t_rope, rope)
-    tile, half, tiles, warps = _tiles(q, k)
-    batch, length, heads, width = q.shape
-    start = tq.shape[1] if joined else 0
-    chunk = CHUNK if wanted else 1
-    text_chunks, chunks = triton.cdiv(start, chunk), triton.cdiv(start, chunk)
-    chunks += triton.cdiv(length, chunk)
-    text_rows, rows = batch * text_chunks * tiles, batch * chunks * tiles
-    partials = dq.new_empty((2, rows, 2 * half) if wanted else 0, dtype=torch.float32)
-    backward_kernel[(batch * chunks * 2, tiles)](
-        *(dQ, dK, tq, tk, q, k, *weights, *reals, dtq, dtk, dq, dk, partials if wanted else dq),
-        *(*_strides(dQ, dK, tq, tk, q, k), *rope_strides),
-        *(batch, start, length, text_chunks, chunks, heads, k.shape[2], width, eps),
-        HAS_WEIGHT=has_weight,
-        HAS_ROPE=has_rope,
-        WANT_WEIGHTS=wanted,
-        CHUNK=chunk,
-        HEADS=tile,
-        HALF=half,
-        num_warps=warps,
-        enable_fp_fusion=False,
-    )
-    dw = None
-    if wanted:
-        dw = dq.new_empty((4, width), dtype=torch.float32)
-        columns = min(COLUMNS, 2 * half)
-        weights_kernel[(4, triton.cdiv(2 * half, columns))](
-            *(partials, dw, text_rows, rows, width, 2 * half),
-            ROWS=ROWS,
-            COLUMNS=columns,
-            num_warps=4,
-        )
-
-    def weight_grad(weight, row):
-        if weight is None:
-            return q.new_empty(0)
-        return weight.new_empty(0) if dw is None else dw[row].to(weight.dtype, copy=True)
-
-    dqw, dkw, dtqw, dtkw = (weight_grad(w, i) for w, i in zip(given, (2, 3, 0, 1), strict=True))
-    if not joined:
-        dtq, dtk = q.new_empty(0), q.new_empty(0)
-    return dq, dk, dqw, dkw, dtq, dtk, dtqw, dtkw
-
-
 # ---- budget -------------------------------------------------------------------------------------
-def _case(kernel, dtype, sizes, registers, narrow=0, **constexprs):
+def case(kernel, dtype, sizes, registers, narrow=0, **constexprs):
     """Heads of 128, weights of the heads' dtype; float32 ropes and partials."""
     names = kernel.arg_names[: kernel.arg_names.index("eps")]
     pointers = [n for n in names if n.endswith("_ptr")]
@@ -420,28 +218,4 @@ def _case(kernel, dtype, sizes, registers, narrow=0, **constexprs):
 
 
 _SIZES = ("text_length", "joint", "q_heads", "k_heads", "width")
-_GRAD_SIZES = ("batch", "text_length", "image_length", "text_chunks", "chunks")
-_GRAD_SIZES += ("q_heads", "k_heads", "width")
-BUDGET = [
-    *(_case(forward_kernel, t, _SIZES, 64, KINDS=3) for t in ("bf16", "fp32")),
-    *(
-        _case(
-            *(backward_kernel, t, _GRAD_SIZES, 128),
-            narrow=int(wanted),  # one row of partials
-            WANT_WEIGHTS=wanted,
-            CHUNK=CHUNK if wanted else 1,
-        )
-        for t in ("bf16", "fp32")
-        for wanted in (True, False)
-    ),
-    Case(
-        weights_kernel,
-        {"partials_ptr": "*fp32", "dw_ptr": "*fp32"}
-        | dict.fromkeys(("text_rows", "rows", "width", "padded"), "i32"),
-        {"ROWS": ROWS, "COLUMNS": COLUMNS},
-        4,
-        registers=64,
-        divisible=("partials_ptr", "dw_ptr", "width", "padded"),
-        width=32,
-    ),
-]
+BUDGET = [case(forward_kernel, t, _SIZES, 64, KINDS=3) for t in ("bf16", "fp32")]

@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(NormArgs a, unsigned 
 // split: blockIdx.y says whose tokens a block takes, those of rows[0] or those at t0; without it
 // a token takes whichever rows are its own, and no sums are wanted.
 template <bool kGated, bool kNorm, class T, class V, int kThreads>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     backward_kernel(NormArgs a, unsigned blocks, bool split) {
   const int64_t task = blockIdx.x / blocks, chunks = norm_chunks(a);
   const int64_t sample = task / chunks, first = (task - sample * chunks) * a.chunk;

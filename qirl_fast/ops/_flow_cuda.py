@@ -1,4 +1,4 @@
-"""Launchers of csrc/cuda/flow_step.cu and guide_step.cu.
+"""Launchers of csrc/cuda/flow_step.cu: the `cuda` backend of flow_step and flow_logp.
 
 Sums have the order of the CPU kernels.
 """
@@ -14,7 +14,7 @@ from qirl_fast.ops._cuda import cuda_module, device_of, stream_of
 _BLOCK = 1024  # elements whose squares are added together, kBlock of flow_step.cu
 
 
-def _scratch(x: Tensor) -> Tensor:
+def flow_scratch(x: Tensor) -> Tensor:
     rows, size = row_sizes(x)
     return x.new_empty(rows * ((size + _BLOCK - 1) // _BLOCK), dtype=torch.float32)
 
@@ -34,7 +34,7 @@ def flow_step_cuda(
     """CUDA kernel, csrc/cuda/flow_step.cu."""
     x, v, delta = dense_rows(x), dense_rows(v), None if delta is None else dense_rows(delta)
     a, c, s, w, b, seed = (t.contiguous() for t in (a, c, s, w, b, seed))
-    x_next, logp, sums = x.new_empty(x.shape), a.new_empty(a.shape), _scratch(x)
+    x_next, logp, sums = x.new_empty(x.shape), a.new_empty(a.shape), flow_scratch(x)
     with device_of(x):
         cuda_module().flow_step(
             rows_of(x),
@@ -53,46 +53,6 @@ def flow_step_cuda(
     return x_next, logp
 
 
-def guide_step_cuda(
-    x: Tensor,
-    v_cond: Tensor,
-    v_uncond: Tensor,
-    scale_B: Tensor,
-    rescale: bool,
-    a: Tensor,
-    c: Tensor,
-    s: Tensor,
-    w: Tensor,
-    b: Tensor,
-    seed: Tensor,
-    offset: int,
-    frozen: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """CUDA kernel, csrc/cuda/guide_step.cu."""
-    x, v_cond, v_uncond = map(dense_rows, (x, v_cond, v_uncond))
-    scale_B, a, c, s, w, b, seed = (t.contiguous() for t in (scale_B, a, c, s, w, b, seed))
-    x_next, logp, sums = x.new_empty(x.shape), a.new_empty(a.shape), _scratch(x)
-    delta = x.new_empty(x.shape if frozen else 0)
-    with device_of(x):
-        cuda_module().guide_step(
-            *map(rows_of, (x, v_cond, v_uncond)),
-            scale_B.data_ptr(),
-            rescale,
-            x.shape[-1],
-            tuple(t.data_ptr() for t in (a, c, w, b)),
-            s.data_ptr(),
-            seed.data_ptr(),
-            offset,
-            sums.data_ptr(),
-            x_next.data_ptr(),
-            logp.data_ptr(),
-            delta.data_ptr() if frozen else 0,
-            *row_sizes(x),
-            stream_of(x),
-        )
-    return x_next, logp, delta
-
-
 def flow_logp_cuda(
     x: Tensor,
     x_next: Tensor,
@@ -107,7 +67,7 @@ def flow_logp_cuda(
     x, x_next, v = dense_rows(x), dense_rows(x_next), dense_rows(v)
     delta = None if delta is None else dense_rows(delta)
     a, c, w, b = (t.contiguous() for t in (a, c, w, b))
-    logp, sums = a.new_empty(a.shape), _scratch(x)
+    logp, sums = a.new_empty(a.shape), flow_scratch(x)
     with device_of(x):
         cuda_module().flow_logp(
             rows_of(x),

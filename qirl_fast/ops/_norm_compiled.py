@@ -5,43 +5,26 @@ The bindings of both modules take the same arguments, the last one apart: thread
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from qirl_fast import _cpu
 from qirl_fast.ops._checks import DTYPE_CODE, rows_of
-from qirl_fast.ops._cuda import cuda_module, device_of, stream_of
+from qirl_fast.ops._compiled import CPU, CUDA, Compiled
 
 
 @dataclass(frozen=True)
 class _Kernels:
-    name: str
-    module: Callable[[], Any]
-    device: Callable[[Tensor], Any]  # the context of a launch
-    last: Callable[[Tensor], int]
+    on: Compiled
     chunk: int  # tokens of one sample that a task of the backward adds up
     chunk_alone: int  # tokens of a task that makes no sums
-    widest: int | None  # elements of a row under a norm
+    widest: int | None = None  # elements of a row under a norm
 
 
-_CPU = _Kernels(
-    *("cpu", lambda: _cpu, lambda _: nullcontext(), lambda _: torch.get_num_threads()),
-    chunk=32,
-    chunk_alone=64,
-    widest=None,
-)
-_CUDA = _Kernels(
-    *("cuda", lambda: cuda_module(), lambda x: device_of(x), lambda x: stream_of(x)),
-    chunk=16,
-    chunk_alone=1,
-    widest=8192,  # kNormWidest of csrc/cuda/norm.h
-)
+_CPU = _Kernels(CPU, chunk=32, chunk_alone=64)
+_CUDA = _Kernels(CUDA, chunk=16, chunk_alone=1, widest=8192)  # kNormWidest of csrc/cuda/norm.h
 
 Three = tuple[Tensor | None, Tensor | None, Tensor | None]  # gate, scale, shift
 _ABSENT: Three = (None, None, None)
@@ -64,16 +47,16 @@ def _t0_of(t0: Tensor | None) -> tuple[int, int, int]:
     return (0, 0, 0) if t0 is None else (t0.data_ptr(), t0.stride(0), t0.stride(1))
 
 
-def _require_width(on: _Kernels, norm: bool, width: int) -> None:
-    if norm and on.widest is not None and width > on.widest:
+def _require_width(kernels: _Kernels, norm: bool, width: int) -> None:
+    if norm and kernels.widest is not None and width > kernels.widest:
         raise ValueError(
-            f"norm_modulate, gate_residual_norm_modulate: the {on.name} backend takes rows of at "
-            f"most {on.widest}; got {width}."
+            f"norm_modulate, gate_residual_norm_modulate: the {kernels.on.name} backend takes rows "
+            f"of at most {kernels.widest}; got {width}."
         )
 
 
 def _forward(
-    on: _Kernels,
+    kernels: _Kernels,
     x: Tensor,
     u: Tensor | None,
     rows: Three,
@@ -86,13 +69,14 @@ def _forward(
     eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, out, mean, rstd; those the op does not have are empty."""
-    _require_width(on, norm, x.shape[-1])
+    _require_width(kernels, norm, x.shape[-1])
     x, u = x.contiguous(), None if u is None else u.contiguous()
     rows, rows_t0 = _ready(rows), _ready(rows_t0)
     y = x.new_empty(x.shape if norm else 0)
     out = x.new_empty(0 if u is None else x.shape)
     mean = x.new_empty(x.shape[:2] if norm and not rms else 0, dtype=torch.float32)
     rstd = x.new_empty(x.shape[:2] if norm else 0, dtype=torch.float32)
+    on = kernels.on
     with on.device(x):
         on.module().norm_forward(
             _large(x),
@@ -101,7 +85,7 @@ def _forward(
             [rows_of(r) for r in rows_t0],
             _t0_of(t0),
             *(t.data_ptr() if t.numel() else 0 for t in (y, out, mean, rstd)),
-            (*x.shape, on.chunk_alone),
+            (*x.shape, kernels.chunk_alone),
             tanh,
             eps,
             on.last(x),
@@ -110,7 +94,7 @@ def _forward(
 
 
 def _backward(
-    on: _Kernels,
+    kernels: _Kernels,
     dy: Tensor | None,
     dout: Tensor | None,
     x: Tensor | None,
@@ -132,8 +116,8 @@ def _backward(
     x, u = (None if t is None else t.contiguous() for t in (x, u))
     rows, rows_t0 = _ready(rows), _ready(rows_t0)
     samples, tokens, width = given.shape
-    _require_width(on, dy is not None, width)
-    chunk = on.chunk if any(wanted) else on.chunk_alone
+    _require_width(kernels, dy is not None, width)
+    chunk = kernels.chunk if any(wanted) else kernels.chunk_alone
     dx = given.new_empty(0 if x is None else given.shape, dtype=dtype)
     du = dx.new_empty(0) if u is None else u.new_empty(u.shape if want_du else 0)
     chunks = (samples, (tokens + chunk - 1) // chunk, width)
@@ -147,6 +131,7 @@ def _backward(
 
     parts, sums = arrays(chunks), arrays((samples, width))
     mean, rstd = (None, None) if stats is None else (t.contiguous() for t in stats)
+    on = kernels.on
     with on.device(given):
         on.module().norm_backward(
             [_large(dy), _large(dout)],
@@ -170,7 +155,7 @@ def _backward(
 
 # ---- norm_modulate ------------------------------------------------------------------------------
 def _norm_modulate(
-    on: _Kernels,
+    kernels: _Kernels,
     x: Tensor,
     scale: Tensor,
     shift: Tensor | None,
@@ -181,12 +166,12 @@ def _norm_modulate(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, rows_t0 = (None, scale, shift), (None, scale_t0, shift_t0)
-    y, _, mean, rstd = _forward(on, x, None, rows, rows_t0, t0, norm=True, rms=rms, eps=eps)
+    y, _, mean, rstd = _forward(kernels, x, None, rows, rows_t0, t0, norm=True, rms=rms, eps=eps)
     return y, mean, rstd
 
 
 def _norm_modulate_backward(
-    on: _Kernels,
+    kernels: _Kernels,
     grad: Tensor,
     x: Tensor,
     mean: Tensor,
@@ -199,7 +184,7 @@ def _norm_modulate_backward(
     has_shift: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dx, _, (_, dscale, dshift), (_, dscale_t0, dshift_t0) = _backward(
-        on,
+        kernels,
         grad,
         None,
         x,
@@ -217,7 +202,7 @@ def _norm_modulate_backward(
 
 # ---- gate_residual ------------------------------------------------------------------------------
 def _gate_residual(
-    on: _Kernels,
+    kernels: _Kernels,
     residual: Tensor,
     u: Tensor,
     gate: Tensor,
@@ -226,11 +211,11 @@ def _gate_residual(
     tanh: bool,
 ) -> Tensor:
     rows, rows_t0 = (gate, None, None), (gate_t0, None, None)
-    return _forward(on, residual, u, rows, rows_t0, t0, norm=False, tanh=tanh)[1]
+    return _forward(kernels, residual, u, rows, rows_t0, t0, norm=False, tanh=tanh)[1]
 
 
 def _gate_residual_backward(
-    on: _Kernels,
+    kernels: _Kernels,
     grad: Tensor,
     u: Tensor,
     gate: Tensor,
@@ -241,7 +226,7 @@ def _gate_residual_backward(
     want_dgate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _, du, (dgate, _, _), (dgate_t0, _, _) = _backward(
-        on,
+        kernels,
         None,
         grad,
         None,
@@ -259,7 +244,7 @@ def _gate_residual_backward(
 
 # ---- gate_residual_norm_modulate ----------------------------------------------------------------
 def _gate_residual_norm_modulate(
-    on: _Kernels,
+    kernels: _Kernels,
     residual: Tensor,
     u: Tensor,
     gate: Tensor,
@@ -274,11 +259,11 @@ def _gate_residual_norm_modulate(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, rows_t0 = (gate, scale, shift), (gate_t0, scale_t0, shift_t0)
-    return _forward(on, residual, u, rows, rows_t0, t0, norm=True, tanh=tanh, rms=rms, eps=eps)
+    return _forward(kernels, residual, u, rows, rows_t0, t0, norm=True, tanh=tanh, rms=rms, eps=eps)
 
 
 def _gate_residual_norm_modulate_backward(
-    on: _Kernels,
+    kernels: _Kernels,
     grad_y: Tensor,
     grad_out: Tensor | None,
     out: Tensor,
@@ -298,7 +283,7 @@ def _gate_residual_norm_modulate_backward(
     has_shift: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dresidual, du, (dgate, dscale, dshift), (dgate_t0, dscale_t0, dshift_t0) = _backward(
-        on,
+        kernels,
         grad_y,
         grad_out,
         out,

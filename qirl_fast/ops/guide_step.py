@@ -20,10 +20,12 @@ Sources: see guide and flow_step.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from qirl_fast import _cpu
 from qirl_fast.ops._checks import (
     LARGE_DTYPES,
     REFERENCE_DTYPES,
@@ -34,8 +36,9 @@ from qirl_fast.ops._checks import (
     row_sizes,
     rows_of,
 )
+from qirl_fast.ops._compiled import CPU, CUDA, Compiled
 from qirl_fast.ops._cuda import missing_cuda
-from qirl_fast.ops._flow_cuda import guide_step_cuda
+from qirl_fast.ops._flow_cuda import flow_scratch
 from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 from qirl_fast.ops.flow_step import flow_step_reference
@@ -69,43 +72,48 @@ def guide_step_reference(
     return *flow_step_reference(x, v_cond, a, c, s, w, b, seed, offset, delta), delta
 
 
-# ---- cpu ----------------------------------------------------------------------------------------
-def guide_step_cpu(
+# ---- cpu, cuda ----------------------------------------------------------------------------------
+def _guide_step_compiled(
+    on: Compiled,
     x: Tensor,
     v_cond: Tensor,
     v_uncond: Tensor,
     scale_B: Tensor,
     rescale: bool,
-    a: Tensor,
-    c: Tensor,
-    s: Tensor,
-    w: Tensor,
-    b: Tensor,
-    seed: Tensor,
-    offset: int,
-    frozen: bool,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """C++ kernel, csrc/cpu/guide_step.inl.cpp."""
+    """csrc/cpu/guide_step.inl.cpp and csrc/cuda/guide_step.cu; `rest`: as the reference's."""
+    *coefficients, seed, offset, frozen = rest
     x, v_cond, v_uncond = map(dense_rows, (x, v_cond, v_uncond))
-    coefficients = [t.contiguous() for t in (a, c, s, w, b)]
+    coefficients = [t.contiguous() for t in coefficients]
     scale_B, seed = scale_B.contiguous(), seed.contiguous()
-    x_next, logp = x.new_empty(x.shape), a.new_empty(a.shape)
-    delta = x.new_empty(x.shape if frozen else 0)
-    _cpu.guide_step(
-        *map(rows_of, (x, v_cond, v_uncond)),
-        scale_B.data_ptr(),
-        rescale,
-        x.shape[-1],
-        tuple(t.data_ptr() for t in coefficients),
-        seed.data_ptr(),
-        offset,
-        x_next.data_ptr(),
-        logp.data_ptr(),
-        delta.data_ptr() if frozen else 0,
-        *row_sizes(x),
-        torch.get_num_threads(),
+    logp = coefficients[0].new_empty(x.shape[0])
+    x_next, delta, sums = (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape if frozen else 0),
+        flow_scratch(x),
     )
+    with on.device(x):
+        on.module().guide_step(
+            *map(rows_of, (x, v_cond, v_uncond)),
+            scale_B.data_ptr(),
+            rescale,
+            x.shape[-1],
+            tuple(t.data_ptr() for t in coefficients),
+            seed.data_ptr(),
+            offset,
+            sums.data_ptr(),
+            x_next.data_ptr(),
+            logp.data_ptr(),
+            delta.data_ptr() if frozen else 0,
+            *row_sizes(x),
+            on.last(x),
+        )
     return x_next, logp, delta
+
+
+guide_step_cpu = partial(_guide_step_compiled, CPU)
+guide_step_cuda = partial(_guide_step_compiled, CUDA)
 
 
 # ---- registration -------------------------------------------------------------------------------
@@ -123,24 +131,9 @@ OP = Op(
 )
 
 
-def _fake(
-    x: Tensor,
-    v_cond: Tensor,
-    v_uncond: Tensor,
-    scale_B: Tensor,
-    rescale: bool,
-    a: Tensor,
-    c: Tensor,
-    s: Tensor,
-    w: Tensor,
-    b: Tensor,
-    seed: Tensor,
-    offset: int,
-    frozen: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    logp = x.new_empty(x.shape[:1], dtype=wide)
-    return x.new_empty(x.shape), logp, x.new_empty(x.shape if frozen else 0)
+def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    logp = x.new_empty(x.shape[:1], dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty(x.shape), logp, x.new_empty(x.shape if rest[-1] else 0)
 
 
 _guide_step = OP.register(

@@ -154,7 +154,7 @@ OP_BACKWARD = Op(
         "reference": Backend(qk_norm_rope_backward_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
         "cpu": Backend(qk_norm_rope_backward_cpu, ("cpu",), LARGE_DTYPES),
         "triton": Backend(
-            triton_launcher("qk_norm_rope", "qk_norm_rope_backward"),
+            triton_launcher("qk_norm_rope_backward", "qk_norm_rope_backward"),
             ("cuda",),
             LARGE_DTYPES,
             missing_triton,

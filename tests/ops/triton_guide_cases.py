@@ -95,7 +95,8 @@ def test_guide_step(shape, rescale, frozen):
     assert frozen or got[2].numel() == 0
 
 
-def test_guide_step_in_bfloat16_is_within_one_unit():
+def test_guide_step_in_bfloat16_is_off_by_the_interpreters_two_roundings():
+    """The guided velocity may be a unit off, which c = 0.2 scales, and x' another."""
     v_cond, v_uncond, scale, x = inputs((2, 65, 64), torch.bfloat16)
     one = torch.ones(2)
     rows = (one, -0.2 * one, 0.3 * one, one, one)
@@ -103,4 +104,5 @@ def test_guide_step_in_bfloat16_is_within_one_unit():
         *(x, v_cond, v_uncond, scale, False, *rows, torch.arange(2), 1, False)
     )
     wanted = ops.guide_step(x, v_cond, v_uncond, scale, *rows, seed=torch.arange(2), offset=1)
-    torch.testing.assert_close(got[0], wanted[0], rtol=2**-6, atol=2**-7)
+    largest = float(ops.guide(v_cond, v_uncond, scale).abs().max())
+    torch.testing.assert_close(got[0], wanted[0], rtol=2**-7, atol=0.2 * 2**-7 * largest)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from qirl_fast.kernels import qk_norm_rope as kernels
+from qirl_fast.kernels import qk_norm_rope_backward as backward_kernels
 from qirl_fast.ops.qk_norm_rope import qk_norm_rope_backward_reference, qk_norm_rope_reference
 
 EPS = 1e-6
@@ -78,7 +79,7 @@ def test_backward(case, want_weights):
     inputs = [s[i] for s in (image, text) for i in (0, 1, 3, 4, 5)]
     length = image[0].shape[1] + (0 if text[0] is None else text[0].shape[1])
     grads = [normal(t.shape[0], length, *t.shape[2:], seed=9) for t in image[:2]]
-    got = kernels.qk_norm_rope_backward(*grads, *inputs, EPS, want_weights)
+    got = backward_kernels.qk_norm_rope_backward(*grads, *inputs, EPS, want_weights)
     wanted = qk_norm_rope_backward_reference(
         *map(wide, grads), *map(wide, inputs), EPS, want_weights
     )

@@ -1,7 +1,5 @@
 #include "cpu/guide_step.h"
 
-#include <vector>
-
 #include "bindings/cpu/flow.h"
 #include "cpu/dtype.h"
 
@@ -13,8 +11,8 @@ void guide_step(
     const Rows& x, const Rows& v_cond, const Rows& v_uncond, uintptr_t scale_B, bool rescale,
     int64_t width,
     const std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>& coefficients,
-    uintptr_t seed_B, int64_t offset, uintptr_t x_next, uintptr_t logp_B, uintptr_t delta,
-    int64_t rows, int64_t row_size, int threads) {
+    uintptr_t seed_B, int64_t offset, uintptr_t sums, uintptr_t x_next, uintptr_t logp_B,
+    uintptr_t delta, int64_t rows, int64_t row_size, int threads) {
   const auto [a, c, s, w, b] = coefficients;
   GuideStepArgs g{};
   g.flow = flow_inputs("guide_step", x, v_cond, Rows{0, 0, 0}, a, c, w, rows, row_size);
@@ -34,12 +32,10 @@ void guide_step(
   const int64_t row_bytes = row_size * dtype_bytes(g.flow.x_dtype);
   g.flow.stream = worth_streaming(g.flow.x_next_out, row_bytes, rows) &&
                   (g.delta_out == nullptr || worth_streaming(g.delta_out, row_bytes, rows));
-  const int64_t tasks = flow_tasks(rows, row_size);
-  std::vector<float> sums(tasks);
-  g.flow.sums = sums.data();
+  g.flow.sums = as_pointer<float>(sums);
 
   py::gil_scoped_release released;
-  run_kernel(guide_step_kernels, &g, tasks, kFlowGrain, threads);
+  run_kernel(guide_step_kernels, &g, flow_tasks(rows, row_size), kFlowGrain, threads);
   finish_log_prob(g.flow, as_pointer<float>(b), as_pointer<float>(logp_B), rows);
 }
 

@@ -5,14 +5,16 @@
 namespace qirl::cuda {
 namespace {
 
-// delta 0: no frozen offset.
+// coefficients: addresses of a, c, s, w, b, each float32 [rows]; delta 0: no frozen offset.
 void step(const Rows& x, const Rows& v_cond, const Rows& v_uncond, uintptr_t scale_B, bool rescale,
-          int64_t width, const Coefficients& coefficients, uintptr_t s_B, uintptr_t seed_B,
-          int64_t offset, uintptr_t sums, uintptr_t x_next, uintptr_t logp_B, uintptr_t delta,
-          int64_t rows, int64_t row_size, uintptr_t stream) {
+          int64_t width,
+          const std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>& coefficients,
+          uintptr_t seed_B, int64_t offset, uintptr_t sums, uintptr_t x_next, uintptr_t logp_B,
+          uintptr_t delta, int64_t rows, int64_t row_size, uintptr_t stream) {
+  const auto [a, c, s, w, b] = coefficients;
   GuideStepArgs g{};
-  g.flow = flow_inputs(x, v_cond, Rows{0, 0, 0}, coefficients, rows, row_size);
-  g.flow.s_B = as_pointer<float>(s_B);
+  g.flow = flow_inputs(x, v_cond, Rows{0, 0, 0}, {a, c, w, b}, rows, row_size);
+  g.flow.s_B = as_pointer<float>(s);
   g.flow.seed_B = as_pointer<int64_t>(seed_B);
   g.flow.offset = offset;
   g.flow.sums = as_pointer<float>(sums);
