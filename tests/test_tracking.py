@@ -210,7 +210,7 @@ def test_without_a_terminal_one_plain_line_a_step(tmp_path: Path) -> None:
     lines = stream.getvalue().splitlines()
     assert lines[0] == "a line [of] text" and len(lines) == 3 and "\x1b" not in stream.getvalue()
     assert re.fullmatch(
-        r"step 2/4  [\d.]+ images/s  reward 0\.6667  loss -0\.0000  rollout 0\.00s reward 0\.00s  "
+        r"step 2/4  [\d.]+ images/s  reward 0\.6667  rollout 0\.00s reward 0\.00s  "
         r"about 0s left",
         lines[2],
     )
