@@ -46,7 +46,9 @@ def measure(commit: str, device: str, arguments: Sequence[str]) -> dict[str, Any
                 "--out",
                 str(out),
             ]
-            environment = {**os.environ, SITE: str(site)}
+            revision = ["git", "-C", str(tree), "rev-parse", "HEAD"]
+            head = subprocess.run(revision, check=True, capture_output=True, text=True).stdout
+            environment = {**os.environ, SITE: str(site), "QIRL_COMMIT": head.strip()}
             subprocess.run(command, cwd=ROOT, env=environment, check=True)
         finally:
             subprocess.run([*git, "remove", "--force", str(tree)], check=True)

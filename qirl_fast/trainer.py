@@ -1,10 +1,8 @@
 """What a run holds, and the steps the training loop is made of."""
 
-import logging
 import random
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +13,6 @@ from torch import Tensor
 
 from qirl_fast import ops
 from qirl_fast.algorithms import ALGORITHMS
-from qirl_fast.algorithms.grpo import Objective, StepLoss
 from qirl_fast.batch import Batch, StepFailed
 from qirl_fast.checkpoint import lora_state, rng_state, set_rng_state
 from qirl_fast.config import Config
@@ -23,16 +20,21 @@ from qirl_fast.data.embeddings import EmbeddingCache, fingerprint
 from qirl_fast.data.prompts import Prompt, load_prompts
 from qirl_fast.data.sampler import PromptSampler
 from qirl_fast.evaluation.heldout import Evaluation, evaluate
+from qirl_fast.learner import Learner
 from qirl_fast.models import load_model
-from qirl_fast.models.ema import Ema
 from qirl_fast.preflight import preflight
-from qirl_fast.rewards.composite import BadReward, score_all, weights_for
+from qirl_fast.rewards.composite import (
+    BadReward,
+    judge_states,
+    load_judge_states,
+    score_all,
+    weights_for,
+)
 from qirl_fast.rollout.guidance import Guidance
 from qirl_fast.rollout.sample import Sampling, Trajectory, sample_then
 from qirl_fast.rollout.workers import Workers, cpu_workers
 from qirl_fast.tiny import packaged
 
-logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -48,7 +50,7 @@ def seed_everything(seed: int) -> None:
 
 
 class Trainer:
-    """Model, prompts, judges, optimizer; every method is one verb of the loop in train.py."""
+    """Model, prompts, judges, learner; every method is one verb of the loop in train.py."""
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
@@ -73,28 +75,9 @@ class Trainer:
         key = f"{fingerprint(folder)}-{cfg.model.dtype}"
         self.cache = EmbeddingCache(Path(cfg.output) / "embeddings", key)
         self.null = self.embed([""])[0]
-        lora = cfg.model.lora
-        self.trainable = self.model.trainable(
-            cfg.model.adapter, lora.rank, lora.alpha, lora.targets, cfg.seed
-        )
-        self.optimizer = torch.optim.AdamW(
-            self.trainable.values(),
-            lr=cfg.train.lr,
-            betas=cfg.train.betas,
-            weight_decay=cfg.train.weight_decay,
-        )
-        ema = cfg.train.ema
-        self.ema = Ema(list(self.trainable.values()), ema.decay, ema.every) if ema else None
-        self.optimizer_steps = 0
         self.rollout_sampling = self._sampling(cfg.rollout.steps, cfg.rollout.guidance)
         self.evaluation_sampling = self._sampling(cfg.evaluation.steps, cfg.evaluation.guidance)
-        self.objective = Objective(
-            cfg.train.clip_low,
-            cfg.train.clip_high,
-            cfg.train.kl_weight,
-            cfg.train.velocity_kl_weight,
-            cfg.train.step_weights,
-        )
+        self.learner = Learner(cfg, self.model, self.algorithm, self.workers, self.rollout_sampling)
         self._judging = ThreadPoolExecutor(1, thread_name_prefix="judges")
 
     def _sampling(self, steps: int, scale: float) -> Sampling:
@@ -220,102 +203,21 @@ class Trainer:
         return metrics
 
     def update(self, batch: Batch, advantage: ops.GroupAdvantage) -> dict[str, float]:
-        """One optimizer step per minibatch of chunks; returns the metrics of the update.
-
-        `pre_update_*` are measured before the first optimizer step, where rollout and replay must
-        agree: the ratio is 1 there, bit for bit.
-        """
-        count = self.cfg.train.updates_per_rollout
-        size = len(batch.trajectories) // count
-        sums: dict[str, float] = {}
-        for k in range(count):
-            chunks = batch.trajectories[k * size : (k + 1) * size]
-            found = self._backward(chunks, advantage.advantage)
-            norm = self._optimizer_step()
-            if k == 0:
-                sums["pre_update_clip_fraction"] = found["clip_fraction"] * count
-                sums["pre_update_ratio_error"] = found["ratio_error"] * count
-                if found["ratio_error"] > 0:
-                    logger.error(
-                        "before the update a ratio is off 1 by %g: rollout and replay computed "
-                        "different velocities from the same weights",
-                        found["ratio_error"],
-                    )
-            for name, value in {**found, "grad_norm": norm}.items():
-                sums[name] = sums.get(name, 0.0) + value
-        rate = self.optimizer.param_groups[0]["lr"]
-        return {name: value / count for name, value in sums.items()} | {"lr": rate}
-
-    def _backward(self, chunks: list[Trajectory], advantage: Tensor) -> dict[str, float]:
-        """Leave the gradient of the loss over all chunks in `.grad`; returns its metrics.
-
-        Chunks are summed in order, whoever computed them first.
-        """
-        rows = sum(len(chunk.rows) for chunk in chunks)
-        parameters = list(self.trainable.values())
-        how, objective = self.rollout_sampling, self.objective
-        references = self.algorithm.references(self.model, chunks, how, objective)
-
-        def gradient(k: int) -> tuple[tuple[Tensor, ...], Tensor, list[StepLoss], float]:
-            chunk = chunks[k]
-            part = advantage[chunk.rows.start : chunk.rows.stop].to(self.model.device).float()
-            with torch.enable_grad():
-                steps = list(
-                    self.algorithm.loss(self.model, chunk, part, how, objective, references[k])
-                )
-                share = len(chunk.rows) / (rows * len(steps))
-                loss = torch.stack([step.loss for step in steps]).sum() * share
-            if not torch.isfinite(loss):
-                raise StepFailed(f"the loss of rows {chunk.rows} is {loss.item()}")
-            return torch.autograd.grad(loss, parameters), loss.detach(), steps, share
-
-        totals: dict[str, float] = {"loss": 0.0}
-        error = 0.0
-        for gradients, loss, steps, share in self.workers.map(gradient, range(len(chunks))):
-            for p, g in zip(parameters, gradients, strict=True):
-                p.grad = g if p.grad is None else p.grad.add_(g)
-            totals["loss"] += loss.item()
-            for step in steps:
-                error = max(error, (step.ratio - 1).abs().max().item())
-                for name, value in step.metrics.items():
-                    totals[name] = totals.get(name, 0.0) + value.item() * share
-        return {**totals, "ratio_error": error}
-
-    def _optimizer_step(self) -> float:
-        parameters = list(self.trainable.values())
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.cfg.train.max_grad_norm)
-        if not torch.isfinite(norm):
-            self.optimizer.zero_grad()
-            raise StepFailed(f"the gradient norm is {norm.item()}")
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.optimizer_steps += 1
-        if self.ema:
-            self.ema.update(self.optimizer_steps)
-        self.algorithm.after_step(self.model)
-        return norm.item()
-
-    def _learning_rate(self) -> float:
-        """The next optimizer step's: up over `warmup` steps, level, down over the last `decay`."""
-        train = self.cfg.train
-        left = train.steps * train.updates_per_rollout - self.optimizer_steps
-        up = (self.optimizer_steps + 1) / max(1, train.warmup)
-        return train.lr * min(1.0, up, left / max(1, train.decay))
+        """One optimizer step per minibatch of chunks; returns the metrics of the update."""
+        return self.learner.update(batch.trajectories, advantage.advantage)
 
     def evaluate(self, count: int | None = None) -> Evaluation:
         """Score the first `count` held-out prompts, with averaged weights where there are some."""
-        with self.ema.applied() if self.ema else nullcontext():
+        with self.learner.averaged():
             return self.evaluate_weights(count)
 
     def evaluate_weights(self, count: int | None = None) -> Evaluation:
         """Score held-out prompts under the weights as they are.
 
-        The generators are left as they were: a resumed run may not evaluate again.
+        Generators and judges are left as they were: a resumed run may not evaluate again.
         """
         prompts = self.heldout[:count]
-        generators = rng_state()
+        generators, judges = rng_state(), judge_states(self.judges)
         found = evaluate(
             self.model,
             self.embed([p.prompt for p in prompts]),
@@ -329,6 +231,7 @@ class Trainer:
             seed=self.cfg.evaluation.seed,
         )
         set_rng_state(generators)
+        load_judge_states(judges)
         return found
 
     def _scores_by_name(
@@ -346,29 +249,22 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Everything the next step depends on, as a tree for `checkpoint.pack`."""
         return {
-            "weights": {name: p.detach() for name, p in self.trainable.items()},
-            "optimizer": self.optimizer.state_dict(),
-            "optimizer_steps": self.optimizer_steps,
-            "ema": self.ema.average if self.ema else [],
+            "learner": self.learner.state(),
             "sampler": self.sampler.state_dict(),
+            "judges": judge_states(self.judges),
             "rng": rng_state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on exactly where `state` was taken."""
-        with torch.no_grad():
-            for name, p in self.trainable.items():
-                p.copy_(state["weights"][name])
-            if self.ema:
-                torch._foreach_copy_(self.ema.average, state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.optimizer_steps = state["optimizer_steps"]
+        self.learner.load_state(state["learner"])
         self.sampler.load_state_dict(state["sampler"])
+        load_judge_states(state["judges"])
         set_rng_state(state["rng"])
 
     def lora(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The adapter for export (averaged weights where there are some), None in full training."""
         if self.cfg.model.adapter != "lora":
             return None
-        with self.ema.applied() if self.ema else nullcontext():
+        with self.learner.averaged():
             return lora_state(self.model.transformer)

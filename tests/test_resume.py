@@ -2,7 +2,7 @@
 
 All that a step can depend on is switched on: averaged weights, a rising learning rate, several
 optimizer steps a rollout, stochastic steps drawn anew, a judge that draws from the global
-generators.
+generators and has a state of its own.
 """
 
 from __future__ import annotations
@@ -34,16 +34,28 @@ SETTINGS = (
     "run=r",
 )
 
-# Draws from both global generators, in training alone (groups of four; an evaluation has two
-# images): its scores repeat only where their states are part of a checkpoint.
+# Draws from both global generators and moves with the number of images it has seen: its scores
+# repeat only where both are part of a checkpoint and an evaluation leaves them as they were.
 NOISY = """
 import random
 import numpy
 
-def score(images, metadata):
-    count = len(metadata)
-    draws = numpy.random.random(count) + [random.random() for _ in range(count)]
-    return (draws / 2).astype(numpy.float32)
+class Noisy:
+    seen = 0
+
+    def __call__(self, images, metadata):
+        count = len(metadata)
+        self.seen += count
+        draws = numpy.random.random(count) + [random.random() for _ in range(count)]
+        return (draws / 2 + self.seen / 1000).astype(numpy.float32)
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+
+score = Noisy()
 """
 
 # Counts everything that reaches the disk for good and dies at the n-th: before a rename, after a

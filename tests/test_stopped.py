@@ -125,12 +125,12 @@ POISON = {
     """,
 }
 HOOK = """
-from qirl_fast.trainer import Trainer
-whole = Trainer.{method}
+from qirl_fast.learner import Learner
+whole = Learner.{method}
 def poisoned(self, *arguments):
 {poison}
     return whole(self, *arguments)
-Trainer.{method} = poisoned
+Learner.{method} = poisoned
 """
 
 

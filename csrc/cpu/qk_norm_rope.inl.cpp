@@ -24,14 +24,14 @@ struct Span {
 };
 
 QIRL_HD Span span_of(const QkArgs& a, int64_t task) {
-  const int64_t first = qk_tasks(a.stream[0]), per_sample = first + qk_tasks(a.stream[1]);
+  const int64_t first = qk_chunks(a.stream[0]), per_sample = qk_chunks(a);
   const int64_t within = task % per_sample;
   Span s;
   s.stream = &a.stream[within < first ? 0 : 1];
   s.sample = task / per_sample;
-  s.begin = (within < first ? within : within - first) * kQkTokens;
+  s.begin = (within < first ? within : within - first) * kQkChunk;
   const int64_t left = s.stream->length - s.begin;
-  s.end = s.begin + (left < kQkTokens ? left : kQkTokens);
+  s.end = s.begin + (left < kQkChunk ? left : kQkChunk);
   return s;
 }
 

@@ -173,8 +173,6 @@ int with_lanes(int64_t width, Launch launch_lanes) {
   return launch_lanes(Lanes<4>{});
 }
 
-int64_t chunks_of(const QkStream& s) { return (s.length + kQkChunk - 1) / kQkChunk; }
-
 }  // namespace
 
 int qk_norm_rope(const QkArgs& a, void* stream) {
@@ -190,8 +188,7 @@ int qk_norm_rope(const QkArgs& a, void* stream) {
 }
 
 int qk_norm_rope_backward(const QkArgs& a, void* stream) {
-  const int64_t text_chunks = chunks_of(a.stream[0]);
-  const int64_t chunks = text_chunks + chunks_of(a.stream[1]);
+  const int64_t text_chunks = qk_chunks(a.stream[0]), chunks = qk_chunks(a);
   const int error = with_storage_types({a.dtype}, [&](auto x) {
     return with_lanes(a.width, [&](auto lanes) {
       return launch(backward_kernel<typename decltype(x)::type, decltype(lanes)::value>,

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from qirl_fast.checkpoint.lora import Lora, write_lora
 
-FORMAT = 1
+FORMAT = 2
 LATEST = "latest"
 BESIDE = ".beside-"  # prefix of folders being written or deleted; never read
 

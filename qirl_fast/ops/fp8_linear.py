@@ -71,6 +71,7 @@ def _run(
     quantize = QUANTIZE.choose_for(backend, x_MK).run
     xq, xs = quantize(x_MK, "row" if by_row else "tensor", e5m2, False)
     gemm = _gemm_cuda if x.device.type == "cuda" else _tiled if by_row else _gemm
+    weight_scale = weight_scale.contiguous()  # torch._scaled_mm takes no other
     ws = weight_scale.t() if by_row else weight_scale
     with torch.autocast(x.device.type, enabled=False):  # it would reach into _scaled_mm on the CPU
         y = gemm(xq, xs, weight_q.t(), ws, bias, x.dtype)

@@ -213,14 +213,15 @@ class _GateResidualNormModulate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, grad_out: Tensor | None) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad
-        out = ctx.saved_tensors[0]
+        saved = ctx.saved_tensors  # once: activation checkpointing allows no second reading
+        out = saved[0]
         if grad_y is None and grad_out is None:
             return (None,) * len(needs)
         want_shift = needs[4] or needs[8]
         dresidual, du, *sums = _backward(
             out.new_zeros(out.shape) if grad_y is None else grad_y,
             grad_out,
-            *ctx.saved_tensors,
+            *saved,
             *ctx.options,
             needs[1],
             needs[2] or needs[6],

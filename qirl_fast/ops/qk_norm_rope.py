@@ -31,8 +31,12 @@ from torch.autograd.function import once_differentiable
 from qirl_fast.ops._checks import LARGE_DTYPES, REFERENCE_DTYPES
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._qk_checks import Stream, require_eps, require_joint, require_stream
-from qirl_fast.ops._qk_cpu import qk_norm_rope_backward_cpu, qk_norm_rope_cpu
-from qirl_fast.ops._qk_cuda import qk_norm_rope_backward_cuda, qk_norm_rope_cuda
+from qirl_fast.ops._qk_compiled import (
+    qk_norm_rope_backward_cpu,
+    qk_norm_rope_backward_cuda,
+    qk_norm_rope_cpu,
+    qk_norm_rope_cuda,
+)
 from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 

@@ -5,24 +5,39 @@ A reward is a score, failed, or missing; failed and missing are not zero. Scores
   once with the judge's name, with its traceback (the same exception again is not);
 - a judge may return a numpy masked array: masked rows are missing (there was nothing to judge);
 - a judge that returns NaN, infinity or another shape is broken: BadReward, which stops the step.
+A judge with `state_dict()` and `load_state_dict(state)` (an object that is callable) is saved with
+every checkpoint and restored on resuming.
 Invalid entries hold 0.0, so that no NaN reaches arithmetic; consumers must use the mask (as
 `qirl_fast.ops.group_advantage(valid=...)` does: it drops the group).
 
 Shapes: B images, K judges.
 """
 
+import copy
 import difflib
 import importlib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from qirl_fast.rewards import aesthetics, alignment
 
 Judge = Callable[[np.ndarray, list[dict[str, Any]]], np.ndarray]
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A judge whose scores depend on what it has seen, such as one that keeps a running mean.
+
+    Its state is a tree of dicts, lists, tuples, numbers, strings and tensors.
+    """
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
 
 JUDGES: dict[str, Judge] = {
     "alignment": alignment.score,
@@ -70,6 +85,24 @@ def resolve(name: str) -> Judge:
     if not callable(judge):
         raise ValueError(f"judge {name!r}: module {module_name!r} has no function {attribute!r}")
     return judge
+
+
+def judge_states(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """A copy of the state of each judge that has one, by name."""
+    judges: dict[str, Any] = {name: resolve(name) for name in names}
+    return {n: copy.deepcopy(j.state_dict()) for n, j in judges.items() if isinstance(j, Stateful)}
+
+
+def load_judge_states(states: Mapping[str, dict[str, Any]]) -> None:
+    """Give judges back what `judge_states` took; ValueError for one that takes none any more."""
+    for name, state in states.items():
+        judge = resolve(name)
+        if not isinstance(judge, Stateful):
+            raise ValueError(
+                f"judge {name!r} had a state when it was saved and has no load_state_dict now; "
+                "resume with the judge the run was begun with"
+            )
+        judge.load_state_dict(copy.deepcopy(state))
 
 
 def score_all(

@@ -8,7 +8,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from bench.cases import CASES, DIT_SHAPE, RL_SHAPE, Make
+from bench.check import results
 from qirl_fast import ops
 from qirl_fast.compat.flow_grpo import sde_step_with_logprob
 
@@ -133,3 +136,18 @@ def test_lora_linear_trains_a_peft_model_as_peft_does():
     theirs, ours = losses(swap=False), losses(swap=True)
     assert theirs[-1] < 0.95 * theirs[0]
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)  # float32 rounding, through 20 updates
+
+
+SMALL = {RL_SHAPE: (2, 16, 64), DIT_SHAPE: (1, 264, 128)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", list(CASES))
+def test_activation_checkpointing_changes_no_bit(name, dtype):
+    make_case, shape = CASES[name]
+    case = make_case(SMALL.get(shape, shape), Make(dtype, "cpu"))
+    plain = results(case, case.ours)
+    again = results(case, lambda *given: checkpoint(case.ours, *given, use_reentrant=False))
+    assert len(plain) == len(again)
+    for one, other in zip(plain, again, strict=True):
+        assert torch.equal(one.float(), other.float())

@@ -126,6 +126,16 @@ def test_non_contiguous_x():
 UTILS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scales_that_are_a_column_of_another_tensor(dtype):
+    x, given = inputs((8,), 32, dtype, "row")
+    scale = given["weight_scale"]
+    column = scale.repeat(1, 3)[:, 1:2]
+    assert not column.is_contiguous()
+    strided = ops.fp8_linear(x, **(given | {"weight_scale": column}))
+    assert torch.equal(strided, ops.fp8_linear(x, **given))
+
+
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_opcheck(granularity):
     x, options = inputs((3, 4, 32), 16, torch.bfloat16, granularity)

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from qirl_fast.rewards import alignment, composite
-from qirl_fast.rewards.composite import BadReward, resolve, score_all, weights_for
+from qirl_fast.rewards.composite import (
+    BadReward,
+    judge_states,
+    load_judge_states,
+    resolve,
+    score_all,
+    weights_for,
+)
 from qirl_fast.tiny import scenes
 
 IMAGES = np.zeros((3, 64, 64, 3), np.uint8)
@@ -109,6 +116,34 @@ def test_unknown_judges_are_named(judges, name, words, tmp_path, monkeypatch):
 
 def test_a_dotted_path_finds_a_real_function():
     assert resolve("qirl_fast.rewards.alignment:score") is composite.JUDGES["alignment"]
+
+
+def test_the_state_of_a_judge_is_copied_out_and_back(judges):
+    class Running:
+        def __init__(self):
+            self.means = [0.0]
+
+        def __call__(self, images, rows):
+            self.means.append(float(images.mean()))
+            return np.full(len(images), len(self.means) / 10)
+
+        def state_dict(self):
+            return {"means": self.means}
+
+        def load_state_dict(self, state):
+            self.means = state["means"]
+
+    judges.running = Running()
+    names = ["some_judges:half", "some_judges:running"]
+    held = judge_states(names)
+    assert held == {"some_judges:running": {"means": [0.0]}}
+    first, _ = score_all(names, IMAGES, ROWS)
+    for _ in range(2):
+        load_judge_states(held)
+        np.testing.assert_array_equal(score_all(names, IMAGES, ROWS)[0], first)
+    judges.running = judges.half
+    with pytest.raises(ValueError, match=r"'some_judges:running' had a state"):
+        load_judge_states(held)
 
 
 def test_weights_follow_the_category_and_sum_to_one():

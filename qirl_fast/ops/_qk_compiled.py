@@ -1,15 +1,17 @@
-"""Launchers of csrc/cpu/qk_norm_rope.inl.cpp: the `cpu` backend of qk_norm_rope.
+"""Launchers of csrc/cpu/qk_norm_rope.inl.cpp and csrc/cuda/qk_norm_rope.cu.
 
-Also what the launchers of csrc/cuda/ share with them: how heads, weights and rotations cross.
+The bindings of both modules take the same arguments, the last one apart: threads or the stream.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from qirl_fast import _cpu
 from qirl_fast.ops._checks import DTYPE_CODE
+from qirl_fast.ops._compiled import CPU, CUDA, Compiled
 
 Heads = tuple[int, int, int, int]
 Stream = tuple[Heads, Heads, Heads, tuple[int, int], tuple[int, int], tuple[int, int, int], int]
@@ -93,7 +95,8 @@ def joint_buffers(
     return buffer(q), buffer(k), None if text_q is None else buffer(k)
 
 
-def qk_norm_rope_cpu(
+def _qk_norm_rope(
+    on: Compiled,
     q: Tensor,
     k: Tensor,
     v: Tensor | None,
@@ -108,19 +111,19 @@ def qk_norm_rope_cpu(
     text_rope: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """C++ kernel, csrc/cpu/qk_norm_rope.inl.cpp."""
     image = dense_stream(q, k, v, q_weight, k_weight, rope)
     text = dense_stream(text_q, text_k, text_v, text_q_weight, text_k_weight, text_rope)
     Q, K, V = joint_buffers(q, k, text_q)
-    _cpu.qk_norm_rope(
-        stream_of(*text),
-        stream_of(*image),
-        (Q.data_ptr(), K.data_ptr(), 0 if V is None else V.data_ptr()),
-        (q.shape[0], q.shape[2], k.shape[2], q.shape[3]),
-        eps,
-        DTYPE_CODE[q.dtype],
-        torch.get_num_threads(),
-    )
+    with on.device(q):
+        on.module().qk_norm_rope(
+            stream_of(*text),
+            stream_of(*image),
+            (Q.data_ptr(), K.data_ptr(), 0 if V is None else V.data_ptr()),
+            (q.shape[0], q.shape[2], k.shape[2], q.shape[3]),
+            eps,
+            DTYPE_CODE[q.dtype],
+            on.last(q),
+        )
     return Q, K, q.new_empty(0) if V is None else V
 
 
@@ -147,7 +150,8 @@ def weight_gradients(
     )
 
 
-def qk_norm_rope_backward_cpu(
+def _qk_norm_rope_backward(
+    on: Compiled,
     dQ: Tensor,
     dK: Tensor,
     q: Tensor,
@@ -163,27 +167,35 @@ def qk_norm_rope_backward_cpu(
     eps: float,
     want_weights: bool,
 ) -> tuple[Tensor, ...]:
-    """C++ kernel, csrc/cpu/qk_norm_rope.inl.cpp."""
     image = dense_stream(q, k, None, q_weight, k_weight, rope)
     text = dense_stream(text_q, text_k, None, text_q_weight, text_k_weight, text_rope)
     dQ, dK = dense_heads(dQ), dense_heads(dK)
     dq, dk, text_dq, text_dk = gradient_buffers(q, k, text_q, text_k)
-    dw = q.new_empty((4, q.shape[3]), dtype=torch.float32) if want_weights else None
-    has_text = text_q is not None
-    _cpu.qk_norm_rope_backward(
-        stream_of(*text),
-        stream_of(*image),
-        heads_of(dQ),
-        heads_of(dK),
-        tuple(t.data_ptr() for t in (text_dq, text_dk, dq, dk))
-        if has_text
-        else (0, 0, dq.data_ptr(), dk.data_ptr()),
-        0 if dw is None else dw.data_ptr(),
-        (q.shape[0], q.shape[2], k.shape[2], q.shape[3]),
-        eps,
-        DTYPE_CODE[q.dtype],
-        torch.get_num_threads(),
-    )
+    partials = dw = None
+    if want_weights:
+        lengths = (q.shape[1], 0 if text_q is None else text_q.shape[1])
+        chunks = sum(-(-length // on.module().qk_chunk) for length in lengths)
+        partials = dQ.new_empty((q.shape[0], chunks, 2, q.shape[3]), dtype=torch.float32)
+        dw = dQ.new_empty((4, q.shape[3]), dtype=torch.float32)
+    with on.device(q):
+        on.module().qk_norm_rope_backward(
+            stream_of(*text),
+            stream_of(*image),
+            heads_of(dQ),
+            heads_of(dK),
+            tuple(t.data_ptr() if t.numel() else 0 for t in (text_dq, text_dk, dq, dk)),
+            *(0 if t is None else t.data_ptr() for t in (partials, dw)),
+            (q.shape[0], q.shape[2], k.shape[2], q.shape[3]),
+            eps,
+            DTYPE_CODE[q.dtype],
+            on.last(q),
+        )
     rows = (text_q_weight, text_k_weight, q_weight, k_weight)
     text_dqw, text_dkw, dqw, dkw = weight_gradients(dq, dw, *rows)
     return dq, dk, dqw, dkw, text_dq, text_dk, text_dqw, text_dkw
+
+
+qk_norm_rope_cpu = partial(_qk_norm_rope, CPU)
+qk_norm_rope_cuda = partial(_qk_norm_rope, CUDA)
+qk_norm_rope_backward_cpu = partial(_qk_norm_rope_backward, CPU)
+qk_norm_rope_backward_cuda = partial(_qk_norm_rope_backward, CUDA)

@@ -1,0 +1,165 @@
+"""The half of training that changes weights: gradients of recorded chunks, AdamW, the average."""
+
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qirl_fast.algorithms.grpo import Objective, StepLoss
+from qirl_fast.batch import StepFailed
+from qirl_fast.config import Config
+from qirl_fast.models.ema import Ema
+from qirl_fast.models.qwenimage21 import QwenImage21
+from qirl_fast.rollout.sample import Sampling, Trajectory
+from qirl_fast.rollout.workers import Workers
+
+logger = logging.getLogger(__name__)
+
+
+class Learner:
+    """Trainable weights, their optimizer and average; `update` is one rollout's training."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        model: QwenImage21,
+        algorithm: ModuleType,
+        workers: Workers,
+        sampling: Sampling,
+    ):
+        self.train, self.model, self.algorithm = cfg.train, model, algorithm
+        self.workers, self.sampling = workers, sampling
+        lora, train = cfg.model.lora, cfg.train
+        self.trainable = model.trainable(
+            cfg.model.adapter, lora.rank, lora.alpha, lora.targets, cfg.seed
+        )
+        self.optimizer = torch.optim.AdamW(
+            self.trainable.values(),
+            lr=train.lr,
+            betas=train.betas,
+            weight_decay=train.weight_decay,
+        )
+        ema = train.ema
+        self.ema = Ema(list(self.trainable.values()), ema.decay, ema.every) if ema else None
+        self.optimizer_steps = 0
+        self.objective = Objective(
+            train.clip_low,
+            train.clip_high,
+            train.kl_weight,
+            train.velocity_kl_weight,
+            train.step_weights,
+        )
+
+    def update(self, trajectories: Sequence[Trajectory], advantage: Tensor) -> dict[str, float]:
+        """One optimizer step per minibatch of chunks; returns the metrics of the update.
+
+        advantage: [rows of all chunks].
+
+        `pre_update_*` are measured before the first optimizer step, where rollout and replay must
+        agree: the ratio is 1 there, bit for bit.
+        """
+        count = self.train.updates_per_rollout
+        size = len(trajectories) // count
+        sums: dict[str, float] = {}
+        for k in range(count):
+            chunks = trajectories[k * size : (k + 1) * size]
+            found = self._backward(chunks, advantage)
+            norm = self._optimizer_step()
+            if k == 0:
+                sums["pre_update_clip_fraction"] = found["clip_fraction"] * count
+                sums["pre_update_ratio_error"] = found["ratio_error"] * count
+                if found["ratio_error"] > 0:
+                    logger.error(
+                        "before the update a ratio is off 1 by %g: rollout and replay computed "
+                        "different velocities from the same weights",
+                        found["ratio_error"],
+                    )
+            for name, value in {**found, "grad_norm": norm}.items():
+                sums[name] = sums.get(name, 0.0) + value
+        rate = self.optimizer.param_groups[0]["lr"]
+        return {name: value / count for name, value in sums.items()} | {"lr": rate}
+
+    def _backward(self, chunks: Sequence[Trajectory], advantage: Tensor) -> dict[str, float]:
+        """Leave the gradient of the loss over all chunks in `.grad`; returns its metrics.
+
+        Chunks are summed in order, whoever computed them first.
+        """
+        rows = sum(len(chunk.rows) for chunk in chunks)
+        parameters = list(self.trainable.values())
+        how, objective = self.sampling, self.objective
+        references = self.algorithm.references(self.model, chunks, how, objective)
+
+        def gradient(k: int) -> tuple[tuple[Tensor, ...], Tensor, list[StepLoss], float]:
+            chunk = chunks[k]
+            part = advantage[chunk.rows.start : chunk.rows.stop].to(self.model.device).float()
+            with torch.enable_grad():
+                steps = list(
+                    self.algorithm.loss(self.model, chunk, part, how, objective, references[k])
+                )
+                share = len(chunk.rows) / (rows * len(steps))
+                loss = torch.stack([step.loss for step in steps]).sum() * share
+            if not torch.isfinite(loss):
+                raise StepFailed(f"the loss of rows {chunk.rows} is {loss.item()}")
+            return torch.autograd.grad(loss, parameters), loss.detach(), steps, share
+
+        totals: dict[str, float] = {"loss": 0.0}
+        error = 0.0
+        for gradients, loss, steps, share in self.workers.map(gradient, range(len(chunks))):
+            for p, g in zip(parameters, gradients, strict=True):
+                p.grad = g if p.grad is None else p.grad.add_(g)
+            totals["loss"] += loss.item()
+            for step in steps:
+                error = max(error, (step.ratio - 1).abs().max().item())
+                for name, value in step.metrics.items():
+                    totals[name] = totals.get(name, 0.0) + value.item() * share
+        return {**totals, "ratio_error": error}
+
+    def _optimizer_step(self) -> float:
+        parameters = list(self.trainable.values())
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.train.max_grad_norm)
+        if not torch.isfinite(norm):
+            self.optimizer.zero_grad()
+            raise StepFailed(f"the gradient norm is {norm.item()}")
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.optimizer_steps += 1
+        if self.ema:
+            self.ema.update(self.optimizer_steps)
+        self.algorithm.after_step(self.model)
+        return norm.item()
+
+    def _learning_rate(self) -> float:
+        """The next optimizer step's: up over `warmup` steps, level, down over the last `decay`."""
+        train = self.train
+        left = train.steps * train.updates_per_rollout - self.optimizer_steps
+        up = (self.optimizer_steps + 1) / max(1, train.warmup)
+        return train.lr * min(1.0, up, left / max(1, train.decay))
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the weights are the averaged ones where there is an average."""
+        return self.ema.applied() if self.ema else nullcontext()
+
+    def state(self) -> dict[str, Any]:
+        """Everything the next update depends on, as a tree for `checkpoint.pack`."""
+        return {
+            "weights": {name: p.detach() for name, p in self.trainable.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "optimizer_steps": self.optimizer_steps,
+            "ema": self.ema.average if self.ema else [],
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on exactly where `state` was taken."""
+        with torch.no_grad():
+            for name, p in self.trainable.items():
+                p.copy_(state["weights"][name])
+            if self.ema:
+                torch._foreach_copy_(self.ema.average, state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer_steps = state["optimizer_steps"]

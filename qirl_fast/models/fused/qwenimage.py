@@ -1,0 +1,161 @@
+"""The fused block of Qwen-Image, with the arguments of diffusers' QwenImageTransformerBlock.
+
+Two streams, image and text, each
+    y = norm(x) (1 + scale1) + shift1;  x += gate1 attention
+    y = norm(x) (1 + scale2) + shift2;  x += gate2 net2(gelu(net0(y)))
+with one attention over both, whose q, k and v are normalised, rotated and written into the joint
+buffers, text first, in one pass. Under zero_cond_t (Edit, EditPlus of 2511) condition-image tokens
+take the modulation of t = 0.
+Source: diffusers `transformer_qwenimage.py`.
+Shapes: B samples, S image tokens, L text tokens, D channels, H heads of Dh.
+"""
+
+from typing import Any
+
+from diffusers.models.activations import GELU
+from diffusers.models.transformers.transformer_qwenimage import (
+    QwenDoubleStreamAttnProcessor2_0,
+    QwenImageTransformerBlock,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qirl_fast import ops
+from qirl_fast.models.fused.attention import attend
+from qirl_fast.models.lora import linear
+from qirl_fast.ops import Stream
+
+
+def problems(transformer: Any) -> list[str]:
+    """Why these blocks cannot be fused, one sentence each, three at most."""
+    found = []
+    for i, block in enumerate(transformer.transformer_blocks):
+        found += [f"block {i} {problem}" for problem in _problems(block)]
+    return found[:3] + (["..."] if len(found) > 3 else [])
+
+
+def _problems(block: Any) -> list[str]:
+    attn, found = block.attn, []
+    if type(attn.processor) is not QwenDoubleStreamAttnProcessor2_0:
+        found.append(
+            f"has the attention processor {type(attn.processor).__name__}, and the fused block "
+            f"replaces {QwenDoubleStreamAttnProcessor2_0.__name__} only"
+        )
+    if attn.inner_dim // attn.heads % 2:
+        found.append(f"has heads of {attn.inner_dim // attn.heads} channels: rotation needs pairs")
+    modules = [m for name, m in block.named_modules() if "lora_dropout" not in name]
+    dropout = max((m.p for m in modules if isinstance(m, nn.Dropout)), default=0.0)
+    if dropout:
+        found.append(f"has dropout {dropout}; the fused one has none")
+    norms = (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k)
+    if any(norm is None for norm in norms):
+        found.append("has no RMSNorm on its queries and keys")
+    for mlp in (block.img_mlp, block.txt_mlp):
+        if type(mlp.net[0]) is not GELU or mlp.net[0].approximate != "tanh":
+            found.append(f"has the activation {type(mlp.net[0]).__name__}; wanted gelu-approximate")
+    return found
+
+
+def block_forward(
+    self: QwenImageTransformerBlock,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    encoder_hidden_states_mask: Tensor | None,
+    temb: Tensor,
+    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+    modulate_index: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(text [B, L, D], image [B, S, D]); arguments as the stock block's.
+
+    temb: [B, D], or [2 B, D] with the rows of t = 0 last beside a modulate_index [B, S] of 0 and 1.
+    """
+    if joint_attention_kwargs:
+        raise ValueError(
+            f"the fused block takes no joint_attention_kwargs; got {sorted(joint_attention_kwargs)}"
+        )
+    image, text = hidden_states, encoder_hidden_states
+    samples = image.shape[0]
+    modulation = self.img_mod(temb)
+    t0 = modulation[samples:] if self.zero_cond_t else None
+    img1, img2 = _halves(modulation[:samples], t0, modulate_index)
+    txt1, txt2 = _halves(self.txt_mod(temb[:samples]), None, None)
+
+    y_image = ops.norm_modulate(image, **_norm(img1), eps=self.img_norm1.eps)
+    y_text = ops.norm_modulate(text, **_norm(txt1), eps=self.txt_norm1.eps)
+    u_image, u_text = _attention(
+        self.attn, y_image, y_text, image_rotary_emb, encoder_hidden_states_mask
+    )
+    y_image, image = ops.gate_residual_norm_modulate(
+        image, u_image, **(_gate(img1) | _norm(img2)), eps=self.img_norm2.eps
+    )
+    y_text, text = ops.gate_residual_norm_modulate(
+        text, u_text, **(_gate(txt1) | _norm(txt2)), eps=self.txt_norm2.eps
+    )
+    image = ops.gate_residual(image, _mlp(self.img_mlp, y_image), **_gate(img2))
+    text = ops.gate_residual(text, _mlp(self.txt_mlp, y_text), **_gate(txt2))
+    return text, image
+
+
+Rows = dict[str, Any]  # by the names of the ops' arguments
+
+
+def _halves(own: Tensor, t0: Tensor | None, index: Tensor | None) -> tuple[Rows, Rows]:
+    """Rows of the two norms and gates: shift, scale, gate [B, D], and those of t = 0.
+
+    own, t0: [B, 6 D] in the order of the checkpoint.
+    """
+    names = ("shift", "scale", "gate")
+    parts = own.chunk(6, dim=-1)
+    first = dict(zip(names, parts[:3], strict=True))
+    second = dict(zip(names, parts[3:], strict=True))
+    if t0 is not None and index is not None:
+        at_t0 = t0.chunk(6, dim=-1)
+        mask = index != 0
+        for rows, values in ((first, at_t0[:3]), (second, at_t0[3:])):
+            rows |= {f"{n}_t0": v for n, v in zip(names, values, strict=True)} | {"t0": mask}
+    return first, second
+
+
+def _norm(rows: Rows) -> Rows:
+    return {n: v for n, v in rows.items() if not n.startswith("gate")}
+
+
+def _gate(rows: Rows) -> Rows:
+    return {n: v for n, v in rows.items() if n.startswith("gate") or n == "t0"}
+
+
+def _attention(
+    attn: Any,
+    image: Tensor,
+    text: Tensor,
+    rope: tuple[Tensor, Tensor] | None,
+    text_valid: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """What the two streams add: [B, S, D] and [B, L, D]."""
+    head = attn.inner_dim // attn.heads
+    image_rope, text_rope = rope if rope is not None else (None, None)
+    q, k, v = (
+        linear(to, image).unflatten(-1, (-1, head)) for to in (attn.to_q, attn.to_k, attn.to_v)
+    )
+    text_q, text_k, text_v = (
+        linear(to, text).unflatten(-1, (-1, head))
+        for to in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    )
+    text_weights = (attn.norm_added_q.weight, attn.norm_added_k.weight)
+    stream = Stream(text_q, text_k, text_v, *text_weights, text_rope)
+    q, k, v = ops.qk_norm_rope(
+        *(q, k, v, attn.norm_q.weight, attn.norm_k.weight, image_rope),
+        text=stream,
+        eps=attn.norm_q.eps,
+    )
+    mask = None
+    if text_valid is not None:  # every image token may be looked at
+        mask = F.pad(text_valid.bool(), (0, image.shape[1]), value=True)[:, None, None, :]
+    heads = attend(attn, q, k, v, mask).flatten(2)
+    length = text.shape[1]
+    return linear(attn.to_out[0], heads[:, length:]), linear(attn.to_add_out, heads[:, :length])
+
+
+def _mlp(mlp: Any, y: Tensor) -> Tensor:
+    return linear(mlp.net[2], ops.gelu(linear(mlp.net[0].proj, y)))
