@@ -128,7 +128,7 @@ UTILS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dyn
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scales_that_are_a_column_of_another_tensor(dtype):
-    x, given = inputs((8,), 32, dtype, "row")
+    x, given = inputs((5, 48), 32, dtype, "row")
     scale = given["weight_scale"]
     column = scale.repeat(1, 3)[:, 1:2]
     assert not column.is_contiguous()
