@@ -61,7 +61,7 @@ VARIED = (
 def state(folder: Path) -> dict[str, Any]:
     """The training state in the newest checkpoint."""
     found = load_checkpoint(folder / "checkpoints" / "latest")
-    return unpack(found.tensors, found.state["tree"])
+    return unpack(found.tensors, found.state["tree"])["learner"]
 
 
 @pytest.fixture(scope="module")

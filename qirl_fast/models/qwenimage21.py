@@ -28,11 +28,13 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
+from qirl_fast import ops
+from qirl_fast.models.fused import patch
+from qirl_fast.models.fused.qwenimage21 import SharedPrefix
 from qirl_fast.models.loading import check_class, load_component, load_part
 from qirl_fast.models.processor import QwenVLProcessor
 
 PIXELS_PER_TOKEN = 16
-TOKENS_PER_SLOT = 4
 LORA_TARGETS = (
     "attn.to_q",
     "attn.to_k",
@@ -52,20 +54,17 @@ def _load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Rows whose prompts have the same token count, with their prefix keys and values."""
-
-    rows: Tensor  # int64 [b], positions in the batch
-    text: Tensor  # [b, L, C]
-    cache: QwenImage21KVCache  # per layer K, V [b, L, heads, head_dim]
-
-
-@dataclass(frozen=True)
 class Prefix:
-    """What `velocity` needs to know of the prompts: one group per text length."""
+    """What `velocity` needs to know of the prompts of B rows.
 
-    groups: tuple[_Group, ...]
-    grid: tuple[int, int]  # latent tokens down and across
+    The blocks run on the rows sorted by text length: `order` sorts, `inverse` undoes it; None where
+    there is one length.
+    """
+
+    layers: tuple[SharedPrefix, ...]
+    rope: Tensor  # complex64 [N, head_dim / 2] of the target's tokens, or [B, N, head_dim / 2]
+    order: Tensor | None
+    inverse: Tensor | None
     batch: int
 
 
@@ -85,8 +84,15 @@ class QwenImage21:
         self.dtype = pipeline.transformer.dtype
         self._frozen: list[Tensor] | None = None
         self._decoding = threading.Lock()
+        self._ropes: dict[tuple[int, tuple[int, int]], Tensor] = {}
+        patch(self.transformer)
         for module in (pipeline.text_encoder, pipeline.vae, pipeline.transformer):
             module.requires_grad_(False).eval()
+        for p in self.transformer.parameters():
+            # The bits of a GEMM on a CPU may depend on where its weights lie: a file that is mapped
+            # into memory puts them anywhere, a copy (the reference policy's, a resumed run's) not.
+            if p.data_ptr() % 64:
+                p.data = p.data.clone()
 
     @classmethod
     def load(cls, folder: str | Path, dtype: torch.dtype, device: str = "cpu") -> "QwenImage21":
@@ -150,23 +156,55 @@ class QwenImage21:
         """
         self.latent_shape(height, width)
         grid = (height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
-        groups = []
-        for length in sorted({embeddings[p].shape[0] for p in owner}):
-            prompts = sorted({p for p in owner if embeddings[p].shape[0] == length})
-            rows = [r for r, p in enumerate(owner) if embeddings[p].shape[0] == length]
+        lengths = sorted({len(embeddings[p]) for p in owner})
+        order: list[int] = []
+        runs: list[list[tuple[Tensor, Tensor]]] = []  # per length, per layer, keys and values
+        ropes = []
+        for length in lengths:
+            prompts = sorted({p for p in owner if len(embeddings[p]) == length})
+            rows = [r for r, p in enumerate(owner) if len(embeddings[p]) == length]
             source = torch.tensor([prompts.index(owner[r]) for r in rows], device=self.device)
             text = torch.stack([embeddings[p] for p in prompts]).to(self.device, self.dtype)
-            cache = QwenImage21KVCache(len(self.transformer.transformer_blocks))
-            dummy = text.new_zeros(
-                len(prompts), grid[0] * grid[1], self.transformer.config.in_channels
+            rope = self._rope(length, grid)
+            layers = self._text_forward(text, rope[:length])
+            runs.append([(k.index_select(0, source), v.index_select(0, source)) for k, v in layers])
+            ropes.append(rope[length:].expand(len(rows), -1, -1))
+            order += rows
+        shared = tuple(
+            SharedPrefix(tuple(k for k, _ in layer), tuple(v for _, v in layer))
+            for layer in zip(*runs, strict=True)
+        )
+        if len(lengths) == 1:
+            return Prefix(shared, ropes[0][0], None, None, len(owner))
+        indices = torch.tensor(order, device=self.device)
+        return Prefix(shared, torch.cat(ropes), indices, indices.argsort(), len(owner))
+
+    def _rope(self, length: int, grid: tuple[int, int]) -> Tensor:
+        """Rotations complex64 [L + N, head_dim / 2] of `length` text tokens and the target's."""
+        if (length, grid) not in self._ropes:
+            image = torch.arange(length + grid[0] * grid[1]) >= length
+            rope = self.transformer.pos_embed([(1, *grid)], image, device=self.device)
+            self._ropes[length, grid] = rope
+        return self._ropes[length, grid]
+
+    def _text_forward(self, text: Tensor, rope: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Each layer's keys and values [P, L, heads, head_dim] of text [P, L, C]."""
+        transformer, length = self.transformer, text.shape[1]
+        cache = QwenImage21KVCache(len(transformer.transformer_blocks))
+        x = transformer.txt_in(text)
+        temb = transformer.time_text_embed(x.new_zeros(1), x)
+        modulation = transformer.modulation(temb).expand(len(x), -1)
+        for block, layer in zip(transformer.transformer_blocks, cache.layer_caches, strict=True):
+            x = block(
+                x,
+                modulation,
+                rope,
+                layer_cache=layer,
+                kv_cache_mode="extract",
+                cache_write_slice=slice(0, length),
+                segments=[(0, length, True)],
             )
-            self._forward(dummy, text.new_zeros(len(prompts)), text, grid, cache, "extract")
-            for layer in cache.layer_caches:
-                layer.store(layer.k.index_select(0, source), layer.v.index_select(0, source))
-            groups.append(
-                _Group(torch.tensor(rows, device=self.device), text.index_select(0, source), cache)
-            )
-        return Prefix(tuple(groups), grid, len(owner))
+        return [layer.get() for layer in cache.layer_caches]
 
     def velocity(self, x: Tensor, sigma: Tensor, prefix: Prefix) -> Tensor:
         """Velocity v = eps - x0, [B, N, Z] in the model's dtype.
@@ -176,39 +214,19 @@ class QwenImage21:
         """
         if x.shape[0] != prefix.batch:
             raise ValueError(f"{x.shape[0]} latent rows but a prefix of {prefix.batch} rows")
+        transformer = self.transformer
         x, sigma = x.to(self.dtype), sigma.to(self.dtype)
-        if len(prefix.groups) == 1:
-            g = prefix.groups[0]
-            return self._forward(x, sigma, g.text, prefix.grid, g.cache, "cached")
-        parts = [
-            self._forward(x[g.rows], sigma[g.rows], g.text, prefix.grid, g.cache, "cached")
-            for g in prefix.groups
-        ]
-        order = torch.cat([g.rows for g in prefix.groups]).argsort()
-        return torch.cat(parts)[order]
-
-    def _forward(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        text: Tensor,
-        grid: tuple[int, int],
-        cache: QwenImage21KVCache,
-        mode: str,
-    ) -> Tensor:
-        slots = text.new_zeros(x.shape[0], text.shape[1] + x.shape[1] // TOKENS_PER_SLOT).bool()
-        slots[:, text.shape[1] :] = True
-        out: Tensor = self.transformer(
-            hidden_states=x,
-            encoder_hidden_states=text,
-            timestep=sigma,
-            img_shapes=[[(1, *grid)]] * x.shape[0],
-            img_mask=slots,
-            kv_cache=cache,
-            kv_cache_mode=mode,
-            return_dict=False,
-        )[0]
-        return out[:, -x.shape[1] :]
+        if prefix.order is not None:
+            x, sigma = x[prefix.order], sigma[prefix.order]
+        x = transformer.img_in(x)
+        temb = transformer.time_text_embed(sigma, x)
+        modulation = transformer.modulation(temb)
+        for block, layer in zip(transformer.transformer_blocks, prefix.layers, strict=True):
+            x = block(x, modulation, prefix.rope, layer_cache=layer)
+        norm = transformer.norm_out
+        scale = norm.linear(norm.silu(temb).to(x.dtype))
+        out: Tensor = transformer.proj_out(ops.norm_modulate(x, scale, eps=norm.norm.eps))
+        return out if prefix.inverse is None else out[prefix.inverse]
 
     @torch.no_grad()
     def decode(self, latents: Tensor, height: int, width: int, chunk: int = 64) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 Tolerances. Both sides run the same float32 weights; they differ in the order of sums (cached prefix
 against one joint pass, one row against a batch). A sum of n products is off by about sqrt(n) 6e-8
-relative: some 1e-6 of the largest value for n <= 300. Measured: 4e-7 forward, 8e-7 for gradients.
+relative: some 1e-6 of the largest value for n <= 300. Measured: 4e-7 forward.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import qirl_fast
 from qirl_fast.models import load_model
 from qirl_fast.models.qwenimage21 import QwenImage21
 from qirl_fast.rollout.guidance import Guidance
@@ -26,6 +27,9 @@ from qirl_fast.rollout.workers import Workers
 SIZE = 64
 TOKENS, CHANNELS = 16, 16
 CLOSE = 3e-6
+# Gradients: 1e-5. Norm weights sum over all tokens of all heads; from the stock model in float64 the
+# fused gradients are off by 6.0e-6 at most, the stock ones in float32 by 5.8e-6.
+CLOSE_GRADIENT = 1e-5
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -115,6 +119,7 @@ def test_gradients_are_those_of_the_stock_forward(make_model, prompts) -> None:
         model = make_model()
         parameters = model.trainable("full", 0, 0.0, None, 0)
         if stock:
+            qirl_fast.unpatch(model.transformer)
             rows = [
                 stock_velocity(model.transformer, x[r], sigma[r], text[p])
                 for r, p in enumerate(owner)
@@ -130,7 +135,7 @@ def test_gradients_are_those_of_the_stock_forward(make_model, prompts) -> None:
     for name, gradient in theirs.items():
         # Sums over rows and tokens cancel: the error is relative to the size of what is summed,
         # which the largest gradient of the model stands for where a parameter's own is small.
-        allowed = CLOSE * max(gradient.abs().max().item(), 0.05 * largest)
+        allowed = CLOSE_GRADIENT * max(gradient.abs().max().item(), 0.05 * largest)
         assert (ours[name] - gradient).abs().max().item() <= allowed, name
     text_only = [n for n in ours if n.startswith("txt_in")]
     assert text_only and all(ours[n].abs().max() > 0 for n in text_only)

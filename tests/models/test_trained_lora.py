@@ -61,7 +61,7 @@ def trained_model(run: Path, weights: Path) -> QwenImage21:
     lora = cfg.model.lora
     parameters = model.trainable("lora", lora.rank, lora.alpha, lora.targets, cfg.seed)
     found = load_checkpoint(run / "checkpoints" / "latest")
-    saved = unpack(found.tensors, found.state["tree"])["weights"]
+    saved = unpack(found.tensors, found.state["tree"])["learner"]["weights"]
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(saved[name])

@@ -75,7 +75,10 @@ def test_every_prompt_is_one_row_in_geneval_form() -> None:
     rows = scenes.all_rows()
     assert len({row["prompt"] for row in rows}) == len(rows)
     for row in rows:
-        assert set(row) == {"tag", "include", "prompt"}
+        assert set(row) - {"exclude"} == {"tag", "include", "prompt"}
+        assert ("exclude" in row) == (row["tag"] == "counting")
+        for entry, unwanted in zip(row["include"], row.get("exclude", ()), strict=False):
+            assert unwanted == entry | {"count": entry["count"] + 1}
         assert 1 <= len(row["include"]) <= 2
         for entry in row["include"]:
             assert set(entry) <= {"class", "count", "color", "position"}

@@ -8,6 +8,7 @@ Source: diffusers `transformer_qwenimage21.py`.
 Shapes: B samples, S tokens of this pass, D channels, H heads of Dh.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,28 @@ from torch import Tensor
 from qirl_fast import ops
 from qirl_fast.models.fused.attention import Segments, attend, attend_segments
 from qirl_fast.models.lora import linear
+
+
+@dataclass(frozen=True)
+class SharedPrefix:
+    """One layer's keys and values of what rows see before their own tokens.
+
+    k, v: a tensor [b, L, H, Dh] each for runs of rows whose prefixes are equally long, in the order
+    of the rows. Stands where diffusers passes a QwenImage21KVLayerCache.
+    """
+
+    k: tuple[Tensor, ...]
+    v: tuple[Tensor, ...]
+
+    def attend(self, attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B, S, H, Dh]: each row's tokens see its prefix and each other."""
+        runs = [len(run) for run in self.k]
+        parts = zip(q.split(runs), k.split(runs), v.split(runs), self.k, self.v, strict=True)
+        outputs = [
+            attend(attn, own_q, torch.cat([pre_k, own_k], dim=1), torch.cat([pre_v, own_v], dim=1))
+            for own_q, own_k, own_v, pre_k, pre_v in parts
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def problems(transformer: Any) -> list[str]:
@@ -48,7 +71,7 @@ def block_forward(
     rotary_emb: Tensor | None = None,
     attention_mask: Any | None = None,
     target_token_mask: Tensor | None = None,
-    layer_cache: QwenImage21KVLayerCache | None = None,
+    layer_cache: QwenImage21KVLayerCache | SharedPrefix | None = None,
     kv_cache_mode: str | None = None,
     cache_write_slice: slice | None = None,
     segments: Segments | None = None,
@@ -74,15 +97,15 @@ def block_forward(
         third = {"t0": t0, "gate_t0": gate2_t0}
     y = ops.norm_modulate(x, scale1, eps=self.img_norm1.eps, **first)
     q, k, v = project(self.attn, y, rotary_emb)
-    if layer_cache is not None and kv_cache_mode == "extract" and cache_write_slice is not None:
-        layer_cache.store(k[:, cache_write_slice].clone(), v[:, cache_write_slice].clone())
-    elif layer_cache is not None and kv_cache_mode == "cached":
-        cached_k, cached_v = layer_cache.get()
-        k, v = torch.cat([cached_k, k], dim=1), torch.cat([cached_v, v], dim=1)
-    if segments is None:
-        heads = attend(self.attn, q, k, v, attention_mask)
+    if isinstance(layer_cache, SharedPrefix):
+        heads = layer_cache.attend(self.attn, q, k, v)
     else:
-        heads = attend_segments(self.attn, q, k, v, segments, key_valid)
+        k, v = _through_cache(k, v, layer_cache, kv_cache_mode, cache_write_slice)
+        heads = (
+            attend(self.attn, q, k, v, attention_mask)
+            if segments is None
+            else attend_segments(self.attn, q, k, v, segments, key_valid)
+        )
     u = linear(self.attn.to_out[0], heads.flatten(2))
     y, x = ops.gate_residual_norm_modulate(
         x, u, gate1, scale2, eps=self.img_norm2.eps, tanh=True, **second
@@ -98,3 +121,21 @@ def project(attn: Any, y: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, 
     q, k, v = (linear(to, y).unflatten(-1, (-1, head)) for to in (attn.to_q, attn.to_k, attn.to_v))
     q_norm, k_norm = attn.norm_q, attn.norm_k
     return ops.qk_norm_rope(q, k, v, q_norm.weight, k_norm.weight, rope, eps=q_norm.eps)
+
+
+def _through_cache(
+    k: Tensor,
+    v: Tensor,
+    cache: QwenImage21KVLayerCache | None,
+    mode: str | None,
+    part: slice | None,
+) -> tuple[Tensor, Tensor]:
+    """Keys and values to look at: "extract" stores `part` of them, "cached" puts those before."""
+    if cache is not None and mode == "extract" and part is not None:
+        kept_k, kept_v = k[:, part], v[:, part]
+        whole = kept_k.shape == k.shape  # a part is copied, or it would hold on to all of it
+        cache.store(*((kept_k, kept_v) if whole else (kept_k.clone(), kept_v.clone())))
+    elif cache is not None and mode == "cached":
+        cached_k, cached_v = cache.get()
+        return torch.cat([cached_k, k], dim=1), torch.cat([cached_v, v], dim=1)
+    return k, v
