@@ -1,4 +1,4 @@
-"""`python -m bench ops`: ops against eager PyTorch, torch.compile and others, and a copy."""
+"""`ops`: ops against eager PyTorch, torch.compile and others, and a copy; `step`: a GRPO step."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from bench import base
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("what", choices=["ops"])
+    parser.add_argument("what", choices=["ops", "step"])
     parser.add_argument("--op", nargs="+", metavar="OP", help="only these ops")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], metavar="DTYPE")
@@ -21,9 +21,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="limit for one set of rounds")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-sweep", action="store_true", help="leave the size sweep out")
+    parser.add_argument("--scale", choices=["cpu", "half", "full"], default="cpu", help="of step")
+    parser.add_argument("--px", type=int, default=128, help="image size of step (default 128)")
     options = parser.parse_args()
     base.use_site()
+    if options.what == "step":
+        _step(options)
+    else:
+        _ops(options)
 
+
+def _ops(options: argparse.Namespace) -> None:
     from bench import ops, report
 
     result = ops.run(
@@ -47,6 +55,18 @@ def main() -> None:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
         options.out.with_suffix(".md").write_text(report.markdown(result))
         report.plot(result, options.out.with_suffix(".png"))
+
+
+def _step(options: argparse.Namespace) -> None:
+    from bench import step
+
+    chosen = step.Options(
+        scale=options.scale, px=options.px, device=options.device, out=options.out
+    )
+    result = step.run(chosen, say=lambda text: print(text, flush=True))
+    if options.out:
+        options.out.with_suffix(".md").write_text(step.markdown(result))
+        step.plot(result, options.out.with_suffix(".png"))
 
 
 def _for_base(options: argparse.Namespace) -> list[str]:

@@ -68,6 +68,11 @@ class Prefix:
     batch: int
 
 
+def spread(one: Tensor, rows: int) -> Tensor:
+    """[1, ...] seen as [rows, ...], without a copy."""
+    return one.expand(rows, *one.shape[1:])
+
+
 class QwenImage21:
     """The adapter: encode, latent_shape, velocity (with prefix), decode, trainable."""
 
@@ -167,7 +172,11 @@ class QwenImage21:
             text = torch.stack([embeddings[p] for p in prompts]).to(self.device, self.dtype)
             rope = self._rope(length, grid)
             layers = self._text_forward(text, rope[:length])
-            runs.append([(k.index_select(0, source), v.index_select(0, source)) for k, v in layers])
+            if len(prompts) == 1:  # such as the unconditional branch: held once, not per row
+                runs.append([(spread(k, len(rows)), spread(v, len(rows))) for k, v in layers])
+            else:
+                chosen = [(k.index_select(0, source), v.index_select(0, source)) for k, v in layers]
+                runs.append(chosen)
             ropes.append(rope[length:].expand(len(rows), -1, -1))
             order += rows
         shared = tuple(

@@ -27,8 +27,8 @@ from qirl_fast.rollout.workers import Workers
 SIZE = 64
 TOKENS, CHANNELS = 16, 16
 CLOSE = 3e-6
-# Gradients: 1e-5. Norm weights sum over all tokens of all heads; from the stock model in float64 the
-# fused gradients are off by 6.0e-6 at most, the stock ones in float32 by 5.8e-6.
+# Gradients: 1e-5. Norm weights sum over all tokens of all heads; from the stock model in float64
+# the fused gradients are off by 6.0e-6 at most, the stock ones in float32 by 5.8e-6.
 CLOSE_GRADIENT = 1e-5
 
 

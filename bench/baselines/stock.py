@@ -1,0 +1,128 @@
+"""The GRPO step the field runs on Qwen-Image-2.1, on stock diffusers modules and PEFT.
+
+One transformer call a denoising step on both guidance branches as one padded batch, in rollout and,
+with gradient, in training; the SDE step and its log-probability in eager PyTorch; one recorded step
+at a time; advantages and the clipped loss in eager PyTorch. Written after flow_grpo's
+`train_qwenimage.py` and `qwenimage_pipeline_with_logprob.py`.
+
+Shapes: B samples, N latent tokens, Z channels, L text tokens, C text channels.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Recorded:
+    """A stochastic step: states before and after it, its noise levels, log-prob [B]."""
+
+    x: Tensor
+    x_next: Tensor
+    sigma: float
+    sigma_next: float
+    logp: Tensor
+
+
+@dataclass
+class Loop:
+    """One prompt's group on a stock transformer with an adapter.
+
+    text, null: embeddings [L, C] of the prompt and [L0, C] of the empty one, L0 <= L.
+    guided_training: both branches are in the objective, as in rollout.
+    """
+
+    transformer: Any
+    text: Tensor
+    null: Tensor
+    grid: tuple[int, int]
+    group: int
+    sigmas: Sequence[float]
+    window: range
+    scale: float
+    eta: float
+    clip: float = 1e-3
+    guided_training: bool = True
+    recorded: list[Recorded] = field(default_factory=list)
+
+    def velocity(self, x: Tensor, sigma: float, guided: bool) -> Tensor:
+        """[B, N, Z]; both branches run as one batch whose shorter prompt is padded."""
+        texts = [self.text] * len(x) + [self.null] * (len(x) if guided else 0)
+        length = max(len(t) for t in texts)
+        padded = torch.stack(
+            [torch.cat([t, t.new_zeros(length - len(t), t.shape[1])]) for t in texts]
+        )
+        valid = torch.tensor([[i < len(t) for i in range(length)] for t in texts], device=x.device)
+        slots = torch.zeros(len(texts), length + x.shape[1] // 4, dtype=torch.bool, device=x.device)
+        slots[:, length:] = True
+        both = torch.cat([x, x]) if guided else x
+        out = self.transformer(
+            hidden_states=both,
+            encoder_hidden_states=padded,
+            encoder_hidden_states_mask=valid if guided else None,
+            timestep=torch.full((len(both),), sigma, device=x.device, dtype=x.dtype),
+            img_shapes=[[(1, *self.grid)]] * len(both),
+            img_mask=slots,
+            return_dict=False,
+        )[0][:, -x.shape[1] :]
+        if not guided:
+            return out
+        v_cond, v_uncond = out.chunk(2)
+        return v_uncond + self.scale * (v_cond - v_uncond)
+
+    def step(
+        self, x: Tensor, v: Tensor, sigma: float, sigma_next: float, x_next: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The state after a stochastic step (drawn, unless given) and its log-prob [B]."""
+        x, v, dt = x.float(), v.float(), sigma_next - sigma
+        below = self.sigmas[1] if sigma == 1 else sigma
+        std = math.sqrt(sigma / (1 - below)) * self.eta
+        mean = x * (1 + std**2 / (2 * sigma) * dt)
+        mean = mean + v * (1 + std**2 * (1 - sigma) / (2 * sigma)) * dt
+        spread = std * math.sqrt(-dt)
+        if x_next is None:
+            x_next = mean + spread * torch.randn_like(mean)
+        logp = -((x_next.detach().float() - mean) ** 2) / (2 * spread**2)
+        logp = logp - math.log(spread) - math.log(math.sqrt(2 * math.pi))
+        return x_next, logp.mean(dim=(1, 2))
+
+    @torch.no_grad()
+    def rollout(self) -> Tensor:
+        """Final latents [B, N, Z]; the steps of the window are recorded."""
+        tokens = self.grid[0] * self.grid[1]
+        channels = self.transformer.config.in_channels
+        device, dtype = self.text.device, self.transformer.dtype
+        x = torch.randn(self.group, tokens, channels, device=device, dtype=dtype)
+        self.recorded.clear()
+        for i, (sigma, below) in enumerate(zip(self.sigmas, self.sigmas[1:], strict=False)):
+            v = self.velocity(x, sigma, guided=True)
+            if i in self.window:
+                if not self.guided_training:
+                    # The ratio of the conditional branch alone: what drops guidance from training.
+                    v_train = self.velocity(x, sigma, guided=False)
+                x_next, logp = self.step(x, v, sigma, below)
+                x_next = x_next.to(dtype)
+                if not self.guided_training:
+                    logp = self.step(x, v_train, sigma, below, x_next)[1]
+                self.recorded.append(Recorded(x, x_next, sigma, below, logp))
+                x = x_next
+            else:
+                x = x + (below - sigma) * v
+        return x
+
+    def advantages(self, rewards: Tensor) -> Tensor:
+        """[B] of rewards [B] of one group."""
+        return (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+
+    def loss(self, step: Recorded, advantage: Tensor) -> Tensor:
+        """The clipped loss of one recorded step, with graph."""
+        v = self.velocity(step.x, step.sigma, guided=self.guided_training)
+        _, logp = self.step(step.x, v, step.sigma, step.sigma_next, step.x_next)
+        ratio = torch.exp(logp - step.logp)
+        clipped = torch.clamp(ratio, 1 - self.clip, 1 + self.clip)
+        worst = torch.maximum(-advantage * ratio, -advantage * clipped)
+        return worst.mean() / len(self.recorded)

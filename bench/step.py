@@ -1,0 +1,385 @@
+"""`python -m bench step`: one GRPO step by phase, from the loop the field runs to this package's.
+
+The weights are random, at the block shapes of the true model; at `--scale cpu` with fewer layers
+and heads, 61 million parameters. Rows, in order: `stock` is bench/baselines/stock.py; each `+` row
+adds one thing to the row above; `all` is this package's own rollout and replay, with guidance out
+of the objective; the row above it, with both branches in the objective, still computes what `stock`
+computes.
+"""
+
+import json
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import QwenImage21Transformer2DModel
+from torch import Tensor
+
+import qirl_fast
+from bench.baselines import stock
+from bench.machine import about
+from bench.timing import copy_gbps
+from qirl_fast import ops
+from qirl_fast.algorithms import grpo
+from qirl_fast.models.qwenimage21 import QwenImage21
+from qirl_fast.rewards import aesthetics
+from qirl_fast.rollout.dynamics import step_coefficients
+from qirl_fast.rollout.guidance import Guidance
+from qirl_fast.rollout.sample import Sampling, coefficient_tensors, sample
+from qirl_fast.rollout.schedule import make_sigmas
+from qirl_fast.tiny import packaged
+
+PHASES = ("rollout", "decode", "reward", "advantage", "replay_forward", "backward", "optimizer")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Depth and width of the transformer."""
+
+    layers: int
+    heads: int
+
+
+SCALES = {"cpu": Scale(8, 6), "half": Scale(16, 32), "full": Scale(32, 32)}
+HEAD_DIM = 128
+
+
+@dataclass
+class Options:
+    """What `python -m bench step` was asked for."""
+
+    scale: str = "cpu"
+    px: int = 128
+    device: str = "cpu"
+    steps: int = 10
+    window: int = 2
+    group: int = 8
+    text_tokens: int = 128
+    guidance: float = 4.0
+    eta: float = 0.7
+    rank: int = 32
+    repeats: int = 1
+    out: Path | None = None
+
+
+@dataclass
+class Clock:
+    """Seconds of each phase of one step."""
+
+    device: str
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = self._now()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
+
+    def _now(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+class FusedStep(stock.Loop):
+    """The stock loop with noise, log-probability and loss from `qirl_fast.ops`."""
+
+    def coefficients(self, sigma: float, sigma_next: float) -> list[Tensor]:
+        k = step_coefficients("flow_sde", sigma, sigma_next, eta=self.eta, sigma_max=self.sigmas[1])
+        return coefficient_tensors(k, self.group, self.text.device)
+
+    def step(
+        self, x: Tensor, v: Tensor, sigma: float, sigma_next: float, x_next: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        a, c, s, w, b = self.coefficients(sigma, sigma_next)
+        if x_next is None:
+            seeds = torch.randint(2**62, (self.group,), device=x.device)
+            return ops.flow_step(x, v, a, c, s, w, b, seed=seeds, offset=0)
+        return x_next, ops.flow_logp(x, x_next, v, a, c, w, b)
+
+    def loss(self, step: stock.Recorded, advantage: Tensor) -> Tensor:
+        v = self.velocity(step.x, step.sigma, guided=self.guided_training)
+        _, logp = self.step(step.x, v, step.sigma, step.sigma_next, step.x_next)
+        loss = ops.policy_loss(
+            logp, step.logp, advantage, clip_low=self.clip, clip_high=self.clip
+        ).loss
+        return loss / len(self.recorded)
+
+
+class Bench:
+    """The model, its adapter's weights and optimizer, and a step of every row."""
+
+    def __init__(self, options: Options):
+        self.options = o = options
+        torch.manual_seed(0)
+        dtype = torch.float32 if o.device == "cpu" else torch.bfloat16
+        tiny = QwenImage21.load(packaged("tiny"), torch.float32).pipeline
+        scale = SCALES[o.scale]
+        with torch.device(o.device):
+            tiny.transformer = QwenImage21Transformer2DModel(
+                in_channels=tiny.vae.config.z_dim,
+                out_channels=tiny.vae.config.z_dim,
+                num_layers=scale.layers,
+                num_attention_heads=scale.heads,
+                attention_head_dim=HEAD_DIM,
+                context_in_dim=tiny.transformer.config.context_in_dim,
+            ).to(dtype)
+        tiny.vae.to(o.device, dtype)
+        self.model = QwenImage21(tiny)
+        self.trainable = list(self.model.trainable("lora", o.rank, o.rank, None, 0).values())
+        with torch.no_grad():
+            for p in self.trainable:
+                p.normal_(std=0.02)
+        self.optimizer = torch.optim.AdamW(self.trainable, lr=0.0)
+        width = self.model.transformer.config.context_in_dim
+        self.text = torch.randn(o.text_tokens, width, device=o.device, dtype=dtype)
+        self.null = torch.randn(8, width, device=o.device, dtype=dtype)
+        tokens, _ = self.model.latent_shape(o.px, o.px)
+        self.grid = (o.px // 16, o.px // 16)
+        self.tokens = tokens
+        scheduler = dict(tiny.scheduler.config)
+        self.scheduler = scheduler
+        self.sigmas = [float(s) for s in make_sigmas(o.steps, tokens, scheduler)]
+
+    def rows(self) -> dict[str, tuple[bool, Callable[[Clock], None]]]:
+        """Name -> (whether the blocks are fused, the step)."""
+        return {
+            "stock": (False, lambda clock: self.loop_step(stock.Loop, clock)),
+            "+ fused step": (False, lambda clock: self.loop_step(FusedStep, clock)),
+            "+ fused blocks": (True, lambda clock: self.loop_step(FusedStep, clock)),
+            "+ shared prefix": (True, lambda clock: self.engine_step("full", clock)),
+            "all": (True, lambda clock: self.engine_step("frozen_offset", clock)),
+        }
+
+    def loop_step(self, kind: type[stock.Loop], clock: Clock) -> None:
+        o = self.options
+        loop = kind(
+            transformer=self.model.transformer,
+            text=self.text,
+            null=self.null,
+            grid=self.grid,
+            group=o.group,
+            sigmas=self.sigmas,
+            window=range(o.window),
+            scale=o.guidance,
+            eta=o.eta,
+        )
+        with clock.phase("rollout"):
+            latents = loop.rollout()
+        rewards = self.rewards(latents, clock)
+        with clock.phase("advantage"):
+            advantage = loop.advantages(rewards)
+        for step in loop.recorded:
+            with clock.phase("replay_forward"):
+                loss = loop.loss(step, advantage)
+            with clock.phase("backward"):
+                loss.backward()
+        self.optimize(clock)
+
+    def engine_step(self, ratio_mode: str, clock: Clock) -> None:
+        o = self.options
+        how = Sampling(
+            height=o.px,
+            width=o.px,
+            steps=o.steps,
+            guidance=Guidance(o.guidance, False, ratio_mode),
+            dynamics="flow_sde",
+            eta=o.eta,
+            max_rows=o.group,
+        )
+        with clock.phase("rollout"):
+            (chunk,) = sample(
+                self.model,
+                [self.text],
+                self.null,
+                how,
+                self.scheduler,
+                group_size=o.group,
+                seed=0,
+                update=1,
+                recorded=tuple(range(o.window)),
+            )
+        rewards = self.rewards(chunk.latents, clock)
+        with clock.phase("advantage"):
+            group = torch.zeros(o.group, dtype=torch.int64, device=rewards.device)
+            one = torch.ones(1, device=rewards.device)
+            advantage = ops.group_advantage(rewards[:, None], group, one).advantage
+        objective = grpo.Objective(1e-3, 1e-3)
+        with clock.phase("replay_forward"):
+            losses = [s.loss for s in grpo.loss(self.model, chunk, advantage, how, objective, None)]
+        with clock.phase("backward"):
+            torch.stack(losses).mean().backward()
+        self.optimize(clock)
+
+    def rewards(self, latents: Tensor, clock: Clock) -> Tensor:
+        with clock.phase("decode"):
+            images = self.model.decode(latents, self.options.px, self.options.px)
+        with clock.phase("reward"):
+            scores = aesthetics.score(images, [{}] * len(images))
+        return torch.as_tensor(scores, dtype=torch.float32, device=latents.device)
+
+    def optimize(self, clock: Clock) -> None:
+        with clock.phase("optimizer"):
+            torch.nn.utils.clip_grad_norm_(self.trainable, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def flops(self) -> float:
+        """Multiplications and additions that a step needs, with guidance in rollout alone.
+
+        Each branch's text once, image tokens at every step; backward costs a forward, the weights
+        being frozen.
+        """
+        o, config = self.options, self.model.transformer.config
+        width = config.num_attention_heads * HEAD_DIM
+        linear = 2 * config.num_layers * (4 + 3 * config.mlp_ratio) * width**2
+        texts = (o.text_tokens, len(self.null))
+        image = sum(
+            self.tokens * (linear + 4 * config.num_layers * width * (self.tokens + text))
+            for text in texts
+        )
+        trained = self.tokens * (linear + 4 * config.num_layers * width * (self.tokens + texts[0]))
+        return float(
+            sum(texts) * linear + o.steps * o.group * image + o.window * o.group * 2 * trained
+        )
+
+
+@contextmanager
+def peak_memory(device: str, found: list[int]) -> Iterator[None]:
+    """Appends the largest growth of memory inside: a GPU's tensors, on a CPU the process."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield
+        found.append(torch.cuda.max_memory_allocated() - before)
+        return
+    page, done, most = resource.getpagesize(), threading.Event(), [0]
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * page
+
+    start = resident()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            most[0] = max(most[0], resident() - start)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+        found.append(most[0])
+
+
+def gemm_flops(device: str) -> float:
+    """Operations a second of a large matrix product in the dtype that is benchmarked."""
+    size = 8192 if device == "cuda" else 2048
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        clock = Clock(device)
+        with clock.phase("gemm"):
+            a @ b
+        best = min(best, clock.seconds["gemm"])
+    return 2 * size**3 / best
+
+
+def run(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """The result; options.out is rewritten after each row."""
+    bench = Bench(options)
+    peak = gemm_flops(options.device)
+    model = bench.model.transformer
+    settings = {k: v for k, v in asdict(options).items() if k != "out"}
+    result = about(options.device) | {
+        "copy_gbps": copy_gbps(options.device),
+        "gemm_gflops": peak / 1e9,
+        "settings": settings | {"parameters": sum(p.numel() for p in model.parameters())},
+        "rows": [],
+    }
+    for name, (fused, step) in bench.rows().items():
+        (qirl_fast.patch if fused else qirl_fast.unpatch)(model)
+        memory: list[int] = []
+        clocks = []
+        for turn in range(options.repeats + (options.device == "cuda")):
+            clock = Clock(options.device)
+            with peak_memory(options.device, memory):
+                step(clock)
+            if turn > 0 or options.device == "cpu":
+                clocks.append(clock)
+        best = min(clocks, key=lambda clock: sum(clock.seconds.values()))
+        seconds = sum(best.seconds.values())
+        stock_rate = (
+            result["rows"][0]["images_per_s"] if result["rows"] else options.group / seconds
+        )
+        row = {
+            "name": name,
+            "images_per_s": options.group / seconds,
+            "speedup_vs_stock": options.group / seconds / stock_rate,
+            "phases_s": {phase: best.seconds.get(phase, 0.0) for phase in PHASES},
+            "mfu": bench.flops() / seconds / peak,
+            "peak_bytes": max(memory),
+        }
+        result["rows"].append(row)
+        say(line(row))
+        if options.out is not None:
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row for people."""
+    phases = ", ".join(f"{name} {s:.2f}" for name, s in row["phases_s"].items())
+    return (
+        f"{row['name']:16} {row['images_per_s']:7.3f} images/s  {row['speedup_vs_stock']:5.2f}x  "
+        f"mfu {row['mfu']:.2f}  peak {row['peak_bytes'] / 2**20:.0f} MiB  seconds: {phases}"
+    )
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table of a result."""
+    machine = ", ".join(f"{k} {v}" for k, v in result["machine"].items())
+    settings = ", ".join(f"{k} {v}" for k, v in result["settings"].items())
+    lines = [
+        f"Commit {result['commit'][:12]}, {result['date']}; {machine}. {settings}. GEMM "
+        f"{result['gemm_gflops']:.0f} GFLOP/s.",
+        "",
+        "| row | images/s | vs stock | MFU | peak MiB | " + " | ".join(PHASES) + " |",
+        "|---" * (5 + len(PHASES)) + "|",
+    ]
+    for row in result["rows"]:
+        cells = [row["name"], f"{row['images_per_s']:.3f}", f"{row['speedup_vs_stock']:.2f}x"]
+        cells += [f"{row['mfu']:.2f}", f"{row['peak_bytes'] / 2**20:.0f}"]
+        cells += [f"{s:.2f}" for s in row["phases_s"].values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Seconds of each row, stacked by phase."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 3.2), layout="constrained")
+    names = [f"{row['name']}  ({row['speedup_vs_stock']:.1f}x)" for row in result["rows"]]
+    left = [0.0] * len(names)
+    for phase in PHASES:
+        seconds = [row["phases_s"][phase] for row in result["rows"]]
+        axes.barh(names, seconds, left=left, label=phase)
+        left = [a + b for a, b in zip(left, seconds, strict=True)]
+    axes.invert_yaxis()
+    axes.set_xlabel(f"seconds a step of {result['settings']['group']} images")
+    axes.legend(ncols=4, fontsize="small", loc="lower right")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
