@@ -1,9 +1,9 @@
 """The GRPO step the field runs on Qwen-Image-2.1, on stock diffusers modules and PEFT.
 
-One transformer call a denoising step on both guidance branches as one padded batch, in rollout and,
-with gradient, in training; the SDE step and its log-probability in eager PyTorch; one recorded step
-at a time; advantages and the clipped loss in eager PyTorch. Written after flow_grpo's
-`train_qwenimage.py` and `qwenimage_pipeline_with_logprob.py`.
+Both guidance branches at every denoising step for the whole group, in rollout and, with gradient, in
+training; the SDE step and its log-probability in eager PyTorch; one recorded step at a time;
+advantages and the clipped loss in eager PyTorch. Written after flow_grpo's `train_qwenimage.py` and
+`qwenimage_pipeline_with_logprob.py`, and diffusers' QwenImage21Pipeline without its cache.
 
 Shapes: B samples, N latent tokens, Z channels, L text tokens, C text channels.
 """
@@ -50,29 +50,27 @@ class Loop:
     recorded: list[Recorded] = field(default_factory=list)
 
     def velocity(self, x: Tensor, sigma: float, guided: bool) -> Tensor:
-        """[B, N, Z]; both branches run as one batch whose shorter prompt is padded."""
-        texts = [self.text] * len(x) + [self.null] * (len(x) if guided else 0)
-        length = max(len(t) for t in texts)
-        padded = torch.stack(
-            [torch.cat([t, t.new_zeros(length - len(t), t.shape[1])]) for t in texts]
-        )
-        valid = torch.tensor([[i < len(t) for i in range(length)] for t in texts], device=x.device)
-        slots = torch.zeros(len(texts), length + x.shape[1] // 4, dtype=torch.bool, device=x.device)
-        slots[:, length:] = True
-        both = torch.cat([x, x]) if guided else x
-        out = self.transformer(
-            hidden_states=both,
-            encoder_hidden_states=padded,
-            encoder_hidden_states_mask=valid if guided else None,
-            timestep=torch.full((len(both),), sigma, device=x.device, dtype=x.dtype),
-            img_shapes=[[(1, *self.grid)]] * len(both),
+        """[B, N, Z]; the branches are two calls, as in diffusers' pipeline: their texts differ in
+        length, and padding would move the image's positions."""
+        v_cond = self.branch(x, sigma, self.text)
+        if not guided:
+            return v_cond
+        v_uncond = self.branch(x, sigma, self.null)
+        return v_uncond + self.scale * (v_cond - v_uncond)
+
+    def branch(self, x: Tensor, sigma: float, text: Tensor) -> Tensor:
+        """The joint sequence of text and image through every block."""
+        slots = torch.zeros(len(x), len(text) + x.shape[1] // 4, dtype=torch.bool, device=x.device)
+        slots[:, len(text) :] = True
+        out: Tensor = self.transformer(
+            hidden_states=x,
+            encoder_hidden_states=text.expand(len(x), -1, -1),
+            timestep=torch.full((len(x),), sigma, device=x.device, dtype=x.dtype),
+            img_shapes=[[(1, *self.grid)]] * len(x),
             img_mask=slots,
             return_dict=False,
-        )[0][:, -x.shape[1] :]
-        if not guided:
-            return out
-        v_cond, v_uncond = out.chunk(2)
-        return v_uncond + self.scale * (v_cond - v_uncond)
+        )[0]
+        return out[:, -x.shape[1] :]
 
     def step(
         self, x: Tensor, v: Tensor, sigma: float, sigma_next: float, x_next: Tensor | None = None

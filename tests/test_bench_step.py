@@ -1,0 +1,90 @@
+"""python -m bench step: its rows compute the same step, and the file says what it must."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import qirl_fast
+from bench import step
+from bench.baselines import stock
+from qirl_fast.rollout.guidance import Guidance
+
+ROWS = ["stock", "+ fused step", "+ fused blocks", "+ shared prefix", "all"]
+
+
+@pytest.fixture(scope="module")
+def small() -> step.Options:
+    return step.Options(px=64, steps=4, window=2, group=3, text_tokens=12)
+
+
+@pytest.fixture(autouse=True)
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers of one head; no gigabyte copy, no large product."""
+    monkeypatch.setattr(step, "SCALES", {"cpu": step.Scale(2, 1)})
+    monkeypatch.setattr(step, "copy_gbps", lambda device: 10.0)
+    monkeypatch.setattr(step, "gemm_flops", lambda device: 1e11)
+
+
+def test_a_result_has_every_row_and_can_be_read(small: step.Options, tmp_path) -> None:
+    small.out = tmp_path / "step.json"
+    result = step.run(small, say=lambda text: None)
+    assert json.loads(small.out.read_text()) == result
+    assert {"machine", "versions", "commit", "date", "copy_gbps", "rows"} <= set(result)
+    assert [row["name"] for row in result["rows"]] == ROWS
+    for row in result["rows"]:
+        assert set(row["phases_s"]) == set(step.PHASES)
+        assert all(seconds > 0 for seconds in row["phases_s"].values())
+        assert row["images_per_s"] == pytest.approx(3 / sum(row["phases_s"].values()))
+        assert row["peak_bytes"] >= 0 and 0 < row["mfu"] < 1
+    assert result["rows"][0]["speedup_vs_stock"] == 1
+    assert all(name in step.markdown(result) for name in ROWS)
+    step.plot(result, tmp_path / "step.png")
+    assert (tmp_path / "step.png").stat().st_size > 1000
+
+
+def loop(kind: type[stock.Loop], bench: step.Bench) -> stock.Loop:
+    return kind(
+        transformer=bench.model.transformer,
+        text=bench.text,
+        null=bench.null,
+        grid=bench.grid,
+        group=3,
+        sigmas=bench.sigmas,
+        window=range(2),
+        scale=4.0,
+        eta=0.7,
+    )
+
+
+def test_rows_compute_the_same_step(small: step.Options) -> None:
+    """Velocity with guidance, log-probability, loss and gradient; float32, some sums reordered."""
+    bench = step.Bench(small)
+    qirl_fast.unpatch(bench.model.transformer)
+    plain = loop(stock.Loop, bench)
+    plain.rollout()
+    advantage = torch.tensor([1.0, -0.5, 0.2])
+    found = []
+    for kind, fused in ((stock.Loop, False), (step.FusedStep, False), (step.FusedStep, True)):
+        (qirl_fast.patch if fused else qirl_fast.unpatch)(bench.model.transformer)
+        one = loop(kind, bench)
+        one.recorded = plain.recorded
+        loss = one.loss(plain.recorded[1], advantage)
+        found.append((loss, *torch.autograd.grad(loss, bench.trainable)))
+    for other in found[1:]:
+        for a, b in zip(other, found[0], strict=True):
+            assert (a - b).abs().max() <= 2e-5 * b.abs().max()
+
+    recorded = plain.recorded[1]
+    sigma = torch.full((3,), recorded.sigma)
+    with torch.no_grad():
+        v_cond, v_uncond = (
+            bench.model.velocity(recorded.x, sigma, bench.model.prefix([text], [0] * 3, 64, 64))
+            for text in (bench.text, bench.null)
+        )
+        ours = Guidance(4.0, False, "full").combine(v_cond, v_uncond)
+        qirl_fast.unpatch(bench.model.transformer)
+        theirs = plain.velocity(recorded.x, recorded.sigma, guided=True)
+    assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max()
