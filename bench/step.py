@@ -104,7 +104,7 @@ class FusedStep(stock.Loop):
         return x_next, ops.flow_logp(x, x_next, v, a, c, w, b)
 
     def loss(self, step: stock.Recorded, advantage: Tensor) -> Tensor:
-        v = self.velocity(step.x, step.sigma, guided=self.guided_training)
+        v = self.velocity(step.x, step.sigma)
         _, logp = self.step(step.x, v, step.sigma, step.sigma_next, step.x_next)
         loss = ops.policy_loss(
             logp, step.logp, advantage, clip_low=self.clip, clip_high=self.clip

@@ -1,7 +1,7 @@
 """The GRPO step the field runs on Qwen-Image-2.1, on stock diffusers modules and PEFT.
 
-Both guidance branches at every denoising step for the whole group, in rollout and, with gradient, in
-training; the SDE step and its log-probability in eager PyTorch; one recorded step at a time;
+Both guidance branches at every denoising step for the whole group, in rollout and, with gradient,
+in training; the SDE step and its log-probability in eager PyTorch; one recorded step at a time;
 advantages and the clipped loss in eager PyTorch. Written after flow_grpo's `train_qwenimage.py` and
 `qwenimage_pipeline_with_logprob.py`, and diffusers' QwenImage21Pipeline without its cache.
 
@@ -33,7 +33,6 @@ class Loop:
     """One prompt's group on a stock transformer with an adapter.
 
     text, null: embeddings [L, C] of the prompt and [L0, C] of the empty one, L0 <= L.
-    guided_training: both branches are in the objective, as in rollout.
     """
 
     transformer: Any
@@ -46,15 +45,12 @@ class Loop:
     scale: float
     eta: float
     clip: float = 1e-3
-    guided_training: bool = True
     recorded: list[Recorded] = field(default_factory=list)
 
-    def velocity(self, x: Tensor, sigma: float, guided: bool) -> Tensor:
+    def velocity(self, x: Tensor, sigma: float) -> Tensor:
         """[B, N, Z]; the branches are two calls, as in diffusers' pipeline: their texts differ in
         length, and padding would move the image's positions."""
         v_cond = self.branch(x, sigma, self.text)
-        if not guided:
-            return v_cond
         v_uncond = self.branch(x, sigma, self.null)
         return v_uncond + self.scale * (v_cond - v_uncond)
 
@@ -97,15 +93,10 @@ class Loop:
         x = torch.randn(self.group, tokens, channels, device=device, dtype=dtype)
         self.recorded.clear()
         for i, (sigma, below) in enumerate(zip(self.sigmas, self.sigmas[1:], strict=False)):
-            v = self.velocity(x, sigma, guided=True)
+            v = self.velocity(x, sigma)
             if i in self.window:
-                if not self.guided_training:
-                    # The ratio of the conditional branch alone: what drops guidance from training.
-                    v_train = self.velocity(x, sigma, guided=False)
                 x_next, logp = self.step(x, v, sigma, below)
                 x_next = x_next.to(dtype)
-                if not self.guided_training:
-                    logp = self.step(x, v_train, sigma, below, x_next)[1]
                 self.recorded.append(Recorded(x, x_next, sigma, below, logp))
                 x = x_next
             else:
@@ -118,7 +109,7 @@ class Loop:
 
     def loss(self, step: Recorded, advantage: Tensor) -> Tensor:
         """The clipped loss of one recorded step, with graph."""
-        v = self.velocity(step.x, step.sigma, guided=self.guided_training)
+        v = self.velocity(step.x, step.sigma)
         _, logp = self.step(step.x, v, step.sigma, step.sigma_next, step.x_next)
         ratio = torch.exp(logp - step.logp)
         clipped = torch.clamp(ratio, 1 - self.clip, 1 + self.clip)
