@@ -11,6 +11,7 @@ from qirl_fast.checkpoint import lora_state, save_checkpoint
 from qirl_fast.config import default_recipe, load_config
 from qirl_fast.config.wording import valid_keys
 from qirl_fast.models import load_model
+from qirl_fast.models.fused import is_patched
 from qirl_fast.tiny import packaged
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +31,13 @@ def snippet(word: str, language: str = "python") -> str:
     return found[0]
 
 
-WORDS = ("ops.flow_step(", "sde_step_with_logprob(", "# my_judges.py", "load_lora_weights(")
+WORDS = (
+    "ops.flow_step(",
+    "sde_step_with_logprob(",
+    "# my_judges.py",
+    "load_lora_weights(",
+    "qirl_fast.patch(",
+)
 
 
 def run(code: str) -> dict[str, object]:
@@ -55,6 +62,11 @@ def test_op_snippet_reaches_the_velocity():
 def test_flow_grpo_snippet():
     names = run(snippet(WORDS[1]))
     assert names["x_next"].shape == (2, 16, 8, 8) and names["logp"].shape == (2,)
+
+
+def test_patch_snippet():
+    names = run(snippet(WORDS[4]))
+    assert is_patched(names["transformer"])
 
 
 def test_recipe_and_judge_snippets_are_accepted(tmp_path, monkeypatch):
