@@ -23,52 +23,63 @@ struct Token {
 
 // The terms of kTokens tokens, added to the chunk's sum; with kMixed they take different rows.
 template <int kTokens, bool kMixed>
-QIRL_HD void add_terms(const Sums& sums, int name, const Token* tokens, const F* terms, int64_t i,
-                       int n) {
-  if (kMixed) {
-    for (int set = 0; set < 2; ++set) {
-      F sum = {};
-      for (int k = 0; k < kTokens; ++k) {
-        if (tokens[k].set == set) sum += terms[k];
+QIRL_HD void add_terms(const Sums& sums, int name, const Token* tokens, const Pair* terms,
+                       int64_t i, int n) {
+  const auto add = [&](float* to, int k, F sum) {
+    const int left = n - k * kLanes, used = left < 0 ? 0 : left < kLanes ? left : kLanes;
+    to += i + k * kLanes;
+    store_n(to, load_n(to, used) + sum, used, false);
+  };
+  for (int k = 0; k < 2; ++k) {
+    if (kMixed) {
+      for (int set = 0; set < 2; ++set) {
+        F sum = {};
+        for (int t = 0; t < kTokens; ++t) {
+          if (tokens[t].set == set) sum += part_of(terms[t], k);
+        }
+        add(sums.of[set][name], k, sum);
       }
-      float* to = sums.of[set][name] + i;
-      store_n(to, load_n(to, n) + sum, n, false);
+      continue;
     }
-    return;
+    const auto term = [&](int t) { return part_of(terms[kTokens == 4 ? t : 0], k); };
+    const F sum = kTokens == 4 ? (term(0) + term(1)) + (term(2) + term(3)) : term(0);
+    add(sums.of[tokens[0].set][name], k, sum);
   }
-  float* to = sums.of[tokens[0].set][name] + i;
-  const F sum = kTokens == 4 ? (terms[0] + terms[1]) + (terms[2] + terms[3]) : terms[0];
-  store_n(to, load_n(to, n) + sum, n, false);
 }
 
-template <int kTokens, bool kMixed, class T>
+template <int kTokens, bool kMixed, bool kSplit, class T>
 QIRL_HD void first_pass(const NormArgs& a, int64_t at, const Sums& sums, Token* tokens) {
   const T *x = element<const T>(a.x, at), *dy = element<const T>(a.dy, at);
   const bool want_scale = sums.of[0][kScale], want_shift = sums.of[0][kShift];
-  using Sum = SumWays<1>;
+  using Sum = SumWays<2, kSplit>;
   Sum g_sum[kTokens], gx_sum[kTokens];
-  for_parts<Sum::kParts>(a.width, [&](int64_t i, int n, int part) {
-    F d[kTokens], along[kTokens];
+  for_pairs<Sum::kPairs>(a.width, [&](int64_t i, int n, int pair) {
+    Pair d[kTokens], along[kTokens];
 #pragma GCC unroll 4
-    for (int k = 0; k < kTokens; ++k) {
-      d[k] = load_n(dy + k * a.width + i, n);
-      const F xhat = norm_hat(load_n(x + k * a.width + i, n), tokens[k].mean, tokens[k].rstd);
-      const F g = d[k] * load(tokens[kMixed ? k : 0].factor + i);
-      along[k] = d[k] * xhat;
-      g_sum[k].add(part, g);
-      gx_sum[k].add(part, g * xhat);
+    for (int t = 0; t < kTokens; ++t) {
+      d[t] = load_pair<kSplit>(dy + t * a.width + i, n);
+      const Pair value = load_pair<kSplit>(x + t * a.width + i, n);
+      const Pair by = scratch_pair(tokens[kMixed ? t : 0].factor + i);
+      Pair g, gx;
+      g = both([&](int k) { return part_of(d[t], k) * part_of(by, k); });
+      const Pair xhat =
+          both([&](int k) { return norm_hat(part_of(value, k), tokens[t].mean, tokens[t].rstd); });
+      along[t] = both([&](int k) { return part_of(d[t], k) * part_of(xhat, k); });
+      gx = both([&](int k) { return part_of(g, k) * part_of(xhat, k); });
+      g_sum[t].add(pair, g);
+      gx_sum[t].add(pair, gx);
     }
     if (want_scale) add_terms<kTokens, kMixed>(sums, kScale, tokens, along, i, n);
     if (want_shift) add_terms<kTokens, kMixed>(sums, kShift, tokens, d, i, n);
   });
   const float width = (float)a.width;
-  for (int k = 0; k < kTokens; ++k) {
-    tokens[k].mean_g = splat(a.mean ? g_sum[k].total() / width : 0.0f);
-    tokens[k].mean_gx = splat(gx_sum[k].total() / width);
+  for (int t = 0; t < kTokens; ++t) {
+    tokens[t].mean_g = splat(a.mean ? g_sum[t].total() / width : 0.0f);
+    tokens[t].mean_gx = splat(gx_sum[t].total() / width);
   }
 }
 
-template <bool kGated, bool kNorm, int kTokens, bool kMixed, class T, class V>
+template <bool kGated, bool kNorm, int kTokens, bool kMixed, bool kSplit, class T, class V>
 QIRL_HD void second_pass(const NormArgs& a, int64_t at, const Sums& sums, const Token* tokens) {
   const T *x = element<const T>(a.x, at), *dy = element<const T>(a.dy, at);
   const T* dout = element<const T>(a.dout, at);
@@ -76,32 +87,42 @@ QIRL_HD void second_pass(const NormArgs& a, int64_t at, const Sums& sums, const 
   T* dx = element<T>(a.y, at);
   V* du = element<V>(a.out, at);
   const bool want_gate = kGated && sums.of[0][kGate];
-  for_vectors(a.width, [&](int64_t i, int n) {
-    F terms[kTokens] = {};
+  for_pairs<1>(a.width, [&](int64_t i, int n, int) {
+    Pair terms[kTokens] = {};
 #pragma GCC unroll 4
-    for (int k = 0; k < kTokens; ++k) {
-      const Token &own = tokens[k], &rows = tokens[kMixed ? k : 0];
-      const int64_t j = k * a.width + i;
-      F d = {};
+    for (int t = 0; t < kTokens; ++t) {
+      const Token &own = tokens[t], &rows = tokens[kMixed ? t : 0];
+      const int64_t j = t * a.width + i;
+      Pair d = {};
       if (kNorm) {
-        const F xhat = norm_hat(load_n(x + j, n), own.mean, own.rstd);
-        const F g = load_n(dy + j, n) * load(rows.factor + i);
-        d = norm_dx(g, xhat, own.mean_g, own.mean_gx, own.rstd);
+        const Pair value = load_pair<kSplit>(x + j, n), given = load_pair<kSplit>(dy + j, n);
+        const Pair by = scratch_pair(rows.factor + i);
+        d = both([&](int k) {
+          const F xhat = norm_hat(part_of(value, k), own.mean, own.rstd);
+          const F g = part_of(given, k) * part_of(by, k);
+          return norm_dx(g, xhat, own.mean_g, own.mean_gx, own.rstd);
+        });
       }
       if (kGated && (!kNorm || dout)) {
-        const F direct = load_n(dout + j, n);
-        d = kNorm ? d + direct : direct;
+        const Pair direct = load_pair<kSplit>(dout + j, n);
+        d = kNorm ? Pair{d.a + direct.a, d.b + direct.b} : direct;
       }
-      if (kNorm) store_n(dx + j, round_as(dx, d), n, a.stream);
-      if (kGated && du) store_n(du + j, round_as(du, load(rows.f + i) * d), n, a.stream);
-      if (want_gate) terms[k] = d * load_n(u + j, n);
+      if (kNorm) store_pair<kSplit>(dx + j, round_pair<kSplit>(dx, d), n, a.stream);
+      if (kGated && du) {
+        const Pair by = scratch_pair(rows.f + i);
+        store_pair<kSplit>(du + j, round_pair<kSplit>(du, {by.a * d.a, by.b * d.b}), n, a.stream);
+      }
+      if (want_gate) {
+        const Pair branch = load_pair<kSplit>(u + j, n);
+        terms[t] = {d.a * branch.a, d.b * branch.b};
+      }
     }
     if (want_gate) add_terms<kTokens, kMixed>(sums, kGate, tokens, terms, i, n);
   });
 }
 
-template <bool kGated, bool kNorm, int kTokens, bool kMixed, class T, class V>
-QIRL_HD void both_passes(const NormArgs& a, const NormScratch& scratch, int64_t sample,
+template <bool kGated, bool kNorm, int kTokens, bool kMixed, bool kSplit, class T, class V>
+QIRL_HD void both_passes(const NormArgs& a, const NormScratch<kSplit>& scratch, int64_t sample,
                          int64_t first, const Sums& sums) {
   Token tokens[kTokens];
   const int64_t at = sample * a.tokens + first;
@@ -116,8 +137,8 @@ QIRL_HD void both_passes(const NormArgs& a, const NormScratch& scratch, int64_t 
       t.rstd = splat(a.rstd[at + k]);
     }
   }
-  if (kNorm) first_pass<kTokens, kMixed, T>(a, at * a.width, sums, tokens);
-  second_pass<kGated, kNorm, kTokens, kMixed, T, V>(a, at * a.width, sums, tokens);
+  if (kNorm) first_pass<kTokens, kMixed, kSplit, T>(a, at * a.width, sums, tokens);
+  second_pass<kGated, kNorm, kTokens, kMixed, kSplit, T, V>(a, at * a.width, sums, tokens);
 }
 
 QIRL_HD bool alike(const NormArgs& a, int64_t sample, int64_t first) {
@@ -127,62 +148,58 @@ QIRL_HD bool alike(const NormArgs& a, int64_t sample, int64_t first) {
   return true;
 }
 
-template <bool kGated, bool kNorm, class T, class V>
-void backward_chunks(const NormArgs& a, int64_t begin, int64_t end) {
-  NormScratch scratch(a);
-  for_chunks(a, begin, end, [&](int64_t sample, int64_t chunk, int64_t first, int64_t last) {
-    scratch.prepare(a, sample);
-    const int64_t row = sample * norm_chunks(a) + chunk;
-    Sums sums;
-    for (int set = 0; set < 2; ++set) {
-      for (int name = 0; name < kNormRows; ++name) {
-        float* sum = element<float>(a.partial[set][name], row * a.width);
-        if (sum) memset(sum, 0, sizeof(float) * a.width);
-        sums.of[set][name] = sum;
+template <bool kGated, bool kNorm>
+struct Backward {
+  template <class T, class V, bool kSplit>
+  void of(const NormArgs& a, int64_t begin, int64_t end) const {
+    NormScratch<kSplit> scratch(a);
+    for_chunks(a, begin, end, [&](int64_t sample, int64_t chunk, int64_t first, int64_t last) {
+      scratch.prepare(a, sample);
+      const int64_t row = sample * norm_chunks(a) + chunk;
+      Sums sums;
+      for (int set = 0; set < 2; ++set) {
+        for (int name = 0; name < kNormRows; ++name) {
+          float* sum = element<float>(a.partial[set][name], row * a.width);
+          if (sum) memset(sum, 0, sizeof(float) * a.width);
+          sums.of[set][name] = sum;
+        }
       }
-    }
-    int64_t t = first;
-    for (; t + kTogether <= last; t += kTogether) {
-      if (a.t0 == nullptr || alike(a, sample, t)) {
-        both_passes<kGated, kNorm, kTogether, false, T, V>(a, scratch, sample, t, sums);
-      } else {
-        both_passes<kGated, kNorm, kTogether, true, T, V>(a, scratch, sample, t, sums);
+      int64_t t = first;
+      for (; t + kTogether <= last; t += kTogether) {
+        if (a.t0 == nullptr || alike(a, sample, t)) {
+          both_passes<kGated, kNorm, kTogether, false, kSplit, T, V>(a, scratch, sample, t, sums);
+        } else {
+          both_passes<kGated, kNorm, kTogether, true, kSplit, T, V>(a, scratch, sample, t, sums);
+        }
       }
-    }
-    for (; t < last; ++t) both_passes<kGated, kNorm, 1, false, T, V>(a, scratch, sample, t, sums);
-  });
-  if (a.stream) stream_fence();
-}
-
-template <bool kNorm>
-const char* gated_backward(const void* args, int64_t begin, int64_t end) {
-  const NormArgs& a = *(const NormArgs*)args;
-  const bool wide_u = a.u_dtype == kFloat32;
-  if (a.x_dtype == kFloat32) {
-    wide_u ? backward_chunks<true, kNorm, float, float>(a, begin, end)
-           : backward_chunks<true, kNorm, float, bf16>(a, begin, end);
-  } else {
-    wide_u ? backward_chunks<true, kNorm, bf16, float>(a, begin, end)
-           : backward_chunks<true, kNorm, bf16, bf16>(a, begin, end);
+      for (; t < last; ++t) {
+        both_passes<kGated, kNorm, 1, false, kSplit, T, V>(a, scratch, sample, t, sums);
+      }
+      for (int set = 0; set < 2; ++set) {
+        for (int name = 0; name < kNormRows; ++name) {
+          in_row_order<kSplit>(sums.of[set][name], a.width);
+        }
+      }
+    });
+    if (a.stream) stream_fence();
   }
-  return kIsaName;
-}
+};
 
 }  // namespace
 
 const char* norm_modulate_backward(const void* args, int64_t begin, int64_t end) {
-  const NormArgs& a = *(const NormArgs*)args;
-  a.x_dtype == kFloat32 ? backward_chunks<false, true, float, float>(a, begin, end)
-                        : backward_chunks<false, true, bf16, bf16>(a, begin, end);
+  for_dtypes(*(const NormArgs*)args, Backward<false, true>(), begin, end);
   return kIsaName;
 }
 
 const char* gate_residual_backward(const void* args, int64_t begin, int64_t end) {
-  return gated_backward<false>(args, begin, end);
+  for_dtypes(*(const NormArgs*)args, Backward<true, false>(), begin, end);
+  return kIsaName;
 }
 
 const char* gate_residual_norm_modulate_backward(const void* args, int64_t begin, int64_t end) {
-  return gated_backward<true>(args, begin, end);
+  for_dtypes(*(const NormArgs*)args, Backward<true, true>(), begin, end);
+  return kIsaName;
 }
 
 const char* norm_finish(const void* args, int64_t begin, int64_t end) {

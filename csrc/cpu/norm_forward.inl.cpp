@@ -7,39 +7,43 @@ namespace {
 
 QIRL_HD float scalar_sqrt(float value) { return __builtin_sqrtf(value); }
 
-// The token's values in float32 go to scratch in the first pass, from where the second (squared
-// deviations, LayerNorm only) and the last read them.
-template <bool kGated, bool kNorm, class T, class V>
-QIRL_HD void forward_token(const NormArgs& a, const NormScratch& scratch, int64_t token,
+// The token is read again for the squared deviations (LayerNorm only) and for the result: x itself,
+// or the gated sum, which the first pass also writes to scratch.
+template <bool kGated, bool kNorm, bool kSplit, class T, class V>
+QIRL_HD void forward_token(const NormArgs& a, const NormScratch<kSplit>& scratch, int64_t token,
                            bool at_t0) {
   const int64_t at = token * a.width;
   const T* x = element<const T>(a.x, at);
   const V* u = element<const V>(a.u, at);
   const float* f = scratch.row(at_t0, kGate);
   T* out = element<T>(a.out, at);
-  float* kept = scratch.token();
+  T* kept = scratch.template token<T>();
+  const T* again = kGated ? kept : x;
   const bool rms = a.mean == nullptr;
-  using Sum = SumWays<4>;
+  using Sum = SumWays<4, kSplit>;
   Sum first, second;
-  for_parts<Sum::kParts>(a.width, [&](int64_t i, int n, int part) {
-    F v = load_n(x + i, n);
+  for_pairs<Sum::kPairs>(a.width, [&](int64_t i, int n, int pair) {
+    Pair v = load_pair<kSplit>(x + i, n);
     if (kGated) {
-      v = round_as(out, gate_add(v, load(f + i), load_n(u + i, n)));
-      store_n(out + i, v, n, a.stream);
+      const Pair add = load_pair<kSplit>(u + i, n), by = scratch_pair(f + i);
+      v = round_pair<kSplit>(out, both([&](int k) {
+                               return gate_add(part_of(v, k), part_of(by, k), part_of(add, k));
+                             }));
+      store_pair<kSplit>(out + i, v, n, a.stream);
+      if (kNorm) store_pair<kSplit>(kept + i, v, n, false);
+      v = read_back<kSplit>(v);
     }
-    if (kNorm) {
-      store(kept + i, v, false);
-      first.add(part, rms ? v * v : v);
-    }
+    if (kNorm) first.add(pair, rms ? Pair{v.a * v.a, v.b * v.b} : v);
   });
   if (!kNorm) return;
   const float mean = rms ? 0.0f : first.total() / (float)a.width;
   const F mean_v = splat(mean);
   if (!rms) {
-    for_parts<Sum::kParts>(a.width, [&](int64_t i, int n, int part) {
-      F centred = load(kept + i) - mean_v;
-      if (n < kLanes) centred = first_lanes(n, centred);
-      second.add(part, centred * centred);
+    for_pairs<Sum::kPairs>(a.width, [&](int64_t i, int n, int pair) {
+      const Pair v = load_pair<kSplit>(again + i, n);
+      Pair centred = {v.a - mean_v, v.b - mean_v};
+      if (n < kPairLanes) centred = first_of_pair(centred, n);
+      second.add(pair, {centred.a * centred.a, centred.b * centred.b});
     });
     a.mean[token] = mean;
   }
@@ -49,55 +53,48 @@ QIRL_HD void forward_token(const NormArgs& a, const NormScratch& scratch, int64_
   const F rstd_v = splat(rstd);
   const float *factor = scratch.row(at_t0, kScale), *shift = scratch.row(at_t0, kShift);
   T* y = element<T>(a.y, at);
-  for_vectors(a.width, [&](int64_t i, int n) {
-    const F xhat = norm_hat(load(kept + i), mean_v, rstd_v);
-    const F value = norm_modulated(xhat, load(factor + i), load(shift + i));
-    store_n(y + i, round_as(y, value), n, a.stream);
+  for_pairs<1>(a.width, [&](int64_t i, int n, int) {
+    const Pair v = load_pair<kSplit>(again + i, n);
+    const Pair by = scratch_pair(factor + i), add = scratch_pair(shift + i);
+    const Pair value = both([&](int k) {
+      const F xhat = norm_hat(part_of(v, k), mean_v, rstd_v);
+      return norm_modulated(xhat, part_of(by, k), part_of(add, k));
+    });
+    store_pair<kSplit>(y + i, round_pair<kSplit>(y, value), n, a.stream);
   });
 }
 
-template <bool kGated, bool kNorm, class T, class V>
-void forward_chunks(const NormArgs& a, int64_t begin, int64_t end) {
-  NormScratch scratch(a);
-  for_chunks(a, begin, end, [&](int64_t sample, int64_t, int64_t first, int64_t last) {
-    scratch.prepare(a, sample);
-    for (int64_t t = first; t < last; ++t) {
-      forward_token<kGated, kNorm, T, V>(a, scratch, sample * a.tokens + t,
-                                         token_at_t0(a, sample, t));
-    }
-  });
-  if (a.stream) stream_fence();
-}
-
-template <bool kNorm>
-const char* gated_forward(const void* args, int64_t begin, int64_t end) {
-  const NormArgs& a = *(const NormArgs*)args;
-  const bool wide_u = a.u_dtype == kFloat32;
-  if (a.x_dtype == kFloat32) {
-    wide_u ? forward_chunks<true, kNorm, float, float>(a, begin, end)
-           : forward_chunks<true, kNorm, float, bf16>(a, begin, end);
-  } else {
-    wide_u ? forward_chunks<true, kNorm, bf16, float>(a, begin, end)
-           : forward_chunks<true, kNorm, bf16, bf16>(a, begin, end);
+template <bool kGated, bool kNorm>
+struct Forward {
+  template <class T, class V, bool kSplit>
+  void of(const NormArgs& a, int64_t begin, int64_t end) const {
+    NormScratch<kSplit> scratch(a);
+    for_chunks(a, begin, end, [&](int64_t sample, int64_t, int64_t first, int64_t last) {
+      scratch.prepare(a, sample);
+      for (int64_t t = first; t < last; ++t) {
+        forward_token<kGated, kNorm, kSplit, T, V>(a, scratch, sample * a.tokens + t,
+                                                   token_at_t0(a, sample, t));
+      }
+    });
+    if (a.stream) stream_fence();
   }
-  return kIsaName;
-}
+};
 
 }  // namespace
 
 const char* norm_modulate(const void* args, int64_t begin, int64_t end) {
-  const NormArgs& a = *(const NormArgs*)args;
-  a.x_dtype == kFloat32 ? forward_chunks<false, true, float, float>(a, begin, end)
-                        : forward_chunks<false, true, bf16, bf16>(a, begin, end);
+  for_dtypes(*(const NormArgs*)args, Forward<false, true>(), begin, end);
   return kIsaName;
 }
 
 const char* gate_residual(const void* args, int64_t begin, int64_t end) {
-  return gated_forward<false>(args, begin, end);
+  for_dtypes(*(const NormArgs*)args, Forward<true, false>(), begin, end);
+  return kIsaName;
 }
 
 const char* gate_residual_norm_modulate(const void* args, int64_t begin, int64_t end) {
-  return gated_forward<true>(args, begin, end);
+  for_dtypes(*(const NormArgs*)args, Forward<true, true>(), begin, end);
+  return kIsaName;
 }
 
 }  // namespace QIRL_ISA

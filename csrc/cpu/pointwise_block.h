@@ -8,14 +8,6 @@
 namespace qirl {
 namespace QIRL_ISA {
 
-// As round_as(), for values computed from inputs of type T alone: a NaN then comes from a bfloat16
-// or is the processor's own, its low half is zero and rounding cannot carry it out of the NaNs.
-QIRL_HD F round_own(const float*, F value) { return value; }
-QIRL_HD F round_own(const bf16*, F value) {
-  const U bits = (U)value;
-  return (F)(bits + 0x7fffu + ((bits >> 16) & 1u));
-}
-
 template <int kIn, int kOut, class T, class Body>
 QIRL_HD void map_vectors(const T* const* in, T* const* out, int64_t from, int64_t size, bool stream,
                          Body body) {

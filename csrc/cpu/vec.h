@@ -74,6 +74,14 @@ QIRL_HD U bf16_bits(F value) {
 QIRL_HD F round_as(const float*, F value) { return value; }
 QIRL_HD F round_as(const bf16*, F value) { return (F)bf16_bits(value); }
 
+// As round_as(), for a NaN whose low half is zero: one that comes from a bfloat16 or is the
+// processor's own. Plain rounding cannot carry it out of the NaNs.
+QIRL_HD F round_own(const float*, F value) { return value; }
+QIRL_HD F round_own(const bf16*, F value) {
+  const U bits = (U)value;
+  return (F)(bits + 0x7fffu + ((bits >> 16) & 1u));
+}
+
 // Stores a value that round_as() has already made representable. `stream` bypasses the caches and
 // needs p aligned to the bytes stored.
 QIRL_HD void store(float* p, F value, bool stream) {
