@@ -72,26 +72,29 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("split", [False, True])
 def test_value_and_gradients_match_float64(shape, dtype, norm, split, isa, poisoned, no_worse):
     t0 = marked(shape) if split else None
-    given = chosen(inputs(shape, dtype, dtype), t0)
-    grad = gradient_like(given["x"])
-    got = value_and_gradients(ops.norm_modulate, given, grad, norm=norm, t0=t0)
-    assert _cpu.last_isa() == isa
-    same = value_and_gradients(formula, given, grad, norm=norm, t0=t0)
-    wide = {k: t.double() for k, t in given.items()}
-    exact = value_and_gradients(formula, wide, grad.double(), norm=norm, t0=t0)
-    for name in got:
-        assert got[name].dtype == dtype
-        if shape == (1, 1, 1) and name in ("x", "scale") and (name, norm) != ("scale", "rms"):
-            assert float(got[name].abs().max()) < 1e-5  # n of one element is constant
-        elif name not in ("x", "y") and dtype == torch.float32:
-            # Sums over tokens in another order than PyTorch's, whose luck at few tokens is no
-            # bound: each addition rounds by half a unit, and in a scale's term dy * xhat so do the
-            # mean, the difference and rstd.
-            errors = [(t[name].double() - exact[name]).abs().max() for t in (got, same)]
-            unit = torch.finfo(dtype).eps * exact[name].abs().max()
-            assert errors[0] <= torch.maximum(2 * errors[1], 2 * unit)
-        else:
-            no_worse(got[name], same[name], exact[name])
+    # Sums over a few tokens: PyTorch's luck in one draw is no bound, its mean over many is.
+    few = dtype == torch.float32 and 1 < shape[1] < 5
+    squares: dict[str, list[Tensor]] = {}
+    for draw in range(30 if few else 1):
+        given = chosen(inputs(shape, dtype, dtype, draw), t0)
+        grad = gradient_like(given["x"])
+        got = value_and_gradients(ops.norm_modulate, given, grad, norm=norm, t0=t0)
+        assert _cpu.last_isa() == isa
+        same = value_and_gradients(formula, given, grad, norm=norm, t0=t0)
+        wide = {k: t.double() for k, t in given.items()}
+        exact = value_and_gradients(formula, wide, grad.double(), norm=norm, t0=t0)
+        for name in got:
+            assert got[name].dtype == dtype
+            if shape == (1, 1, 1) and name in ("x", "scale") and (name, norm) != ("scale", "rms"):
+                assert float(got[name].abs().max()) < 1e-5  # n of one element is constant
+            elif few and name not in ("x", "y"):
+                errors = [(t[name].double() - exact[name]).square().mean() for t in (got, same)]
+                squares.setdefault(name, []).append(torch.stack(errors))
+            elif draw == 0:
+                no_worse(got[name], same[name], exact[name])
+    for name, errors in squares.items():
+        ours, theirs = torch.stack(errors).mean(0).sqrt().tolist()
+        assert ours <= 1.25 * theirs, name
 
 
 @pytest.mark.parametrize("rows", DTYPES)
