@@ -25,13 +25,14 @@ from qirl_fast.checkpoint import (
 )
 from qirl_fast.config import Config, ConfigError, config_hash, describe, load_config
 from qirl_fast.data.prompts import PromptError
+from qirl_fast.memory import describe_plan, plan
 from qirl_fast.report import before_evaluation, draw_samples, write_report
 from qirl_fast.tracking import Tracker, prepare_run_dir
 from qirl_fast.trainer import EvaluationFailed, Trainer
 
 USAGE = f"""{__doc__}
   key=value    any setting by its dotted name, e.g. seed=1 run=mine train.steps=200
-  --dry-run    print the resolved settings and the derived batch sizes, then stop
+  --dry-run    print the resolved settings, derived batch sizes, planned memory; then stop
 """
 
 
@@ -130,6 +131,7 @@ def main(argv: list[str] | None = None) -> int:
         cfg = load_config([arg for arg in args if arg != "--dry-run"])
         if "--dry-run" in args:
             print(describe(cfg))
+            print(describe_plan(plan(cfg)))
             return 0
         train(cfg)
     except (ConfigError, PromptError, CheckpointError, FileNotFoundError) as error:

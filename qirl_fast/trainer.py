@@ -15,7 +15,7 @@ from qirl_fast import ops
 from qirl_fast.algorithms import ALGORITHMS
 from qirl_fast.batch import Batch, StepFailed
 from qirl_fast.checkpoint import lora_state, rng_state, set_rng_state
-from qirl_fast.config import Config
+from qirl_fast.config import Config, derived
 from qirl_fast.data.embeddings import EmbeddingCache, fingerprint
 from qirl_fast.data.prompts import Prompt, load_prompts
 from qirl_fast.data.sampler import PromptSampler
@@ -84,10 +84,6 @@ class Trainer:
         r = self.cfg.rollout
         own = self.model.norm_rescaled_guidance
         rescale = own if r.rescale_guidance is None else r.rescale_guidance
-        samples = (
-            self.cfg.data.prompts_per_step * r.group_size // self.cfg.train.updates_per_rollout
-        )
-        rows = max(n for n in range(1, min(r.max_rows, samples) + 1) if samples % n == 0)
         return Sampling(
             height=r.height,
             width=r.width,
@@ -96,7 +92,7 @@ class Trainer:
             dynamics=r.dynamics,
             eta=r.eta,
             storage_dtype=r.storage_dtype,
-            max_rows=rows,
+            max_rows=derived(self.cfg).chunk_rows,
         )
 
     def embed(self, prompts: Sequence[str]) -> list[Tensor]:

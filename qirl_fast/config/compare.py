@@ -24,6 +24,7 @@ class Derived:
 
     samples: int  # images per update: prompts x group
     minibatch_samples: int  # samples per optimizer step
+    chunk_rows: int  # samples of one transformer call; they divide the minibatch
     recorded_steps: int  # stochastic steps stored and replayed per sample
     replays: int  # (sample, step) pairs replayed
     sampled_rows: int  # transformer rows of a rollout, guidance included
@@ -37,9 +38,12 @@ def derived(cfg: Config) -> Derived:
     samples = cfg.data.prompts_per_step * rollout.group_size
     recorded = rollout.window.size if rollout.window else 0
     recorded += rollout.sde_steps.count if rollout.sde_steps else 0
+    minibatch = samples // cfg.train.updates_per_rollout
+    most = min(rollout.max_rows, minibatch)
     return Derived(
         samples=samples,
-        minibatch_samples=samples // cfg.train.updates_per_rollout,
+        minibatch_samples=minibatch,
+        chunk_rows=max(n for n in range(1, most + 1) if minibatch % n == 0),
         recorded_steps=recorded,
         replays=samples * recorded,
         sampled_rows=samples * rollout.steps * (1 if rollout.guidance == 1 else 2),
@@ -59,7 +63,7 @@ def describe(cfg: Config) -> str:
         f"{size.minibatch_samples} samples each",
         f"recorded steps          {size.recorded_steps} of {rollout.steps} per sample",
         f"replays per update      {size.replays} (sample, step) pairs",
-        f"rollout rows per update {size.sampled_rows}, at most {rollout.max_rows} at a time",
+        f"rollout rows per update {size.sampled_rows}, {size.chunk_rows} at a time",
         f"whole run               {train.steps} updates, {size.total_samples} images",
         f"one evaluation          {size.evaluation_images} images",
         f"config hash             {config_hash(cfg)}",

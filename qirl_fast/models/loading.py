@@ -57,19 +57,23 @@ def check_class(folder: Path, file: str, key: str, wanted: str) -> None:
         raise ValueError(f"{file} names {key} {named!r}; wanted {wanted!r}")
 
 
+def described_model(component: Any, folder: Path) -> Any:
+    """The component that the config in the folder describes, on the meta device: no memory."""
+    with torch.device("meta"):
+        if hasattr(component, "load_config"):  # diffusers
+            check_class(folder, "config.json", "_class_name", component.__name__)
+            return component.from_config(component.load_config(folder, local_files_only=True))
+        check_class(folder, "config.json", "model_type", component.config_class.model_type)
+        return component(component.config_class.from_pretrained(folder))
+
+
 def _check_config(component: Any, folder: Path) -> None:
     """The config is this component's and describes about as many weights as the files hold.
 
     A config without sizes describes the library's default, often billions of weights: found out
     here, on the meta device, before memory is asked for them.
     """
-    with torch.device("meta"):
-        if hasattr(component, "load_config"):  # diffusers
-            check_class(folder, "config.json", "_class_name", component.__name__)
-            model = component.from_config(component.load_config(folder, local_files_only=True))
-        else:
-            check_class(folder, "config.json", "model_type", component.config_class.model_type)
-            model = component(component.config_class.from_pretrained(folder))
+    model = described_model(component, folder)
     described, held = sum(p.numel() for p in model.parameters()), 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as weights:

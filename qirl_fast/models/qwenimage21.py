@@ -93,11 +93,6 @@ class QwenImage21:
         patch(self.transformer)
         for module in (pipeline.text_encoder, pipeline.vae, pipeline.transformer):
             module.requires_grad_(False).eval()
-        for p in self.transformer.parameters():
-            # The bits of a GEMM on a CPU may depend on where its weights lie: a file that is mapped
-            # into memory puts them anywhere, a copy (the reference policy's, a resumed run's) not.
-            if p.data_ptr() % 64:
-                p.data = p.data.clone()
 
     @classmethod
     def load(cls, folder: str | Path, dtype: torch.dtype, device: str = "cpu") -> "QwenImage21":
@@ -126,6 +121,11 @@ class QwenImage21:
                 QwenImage21Transformer2DModel, folder / "transformer", torch_dtype=dtype
             ),
         )
+        for p in pipeline.transformer.parameters():
+            # The bits of a GEMM on a CPU may depend on where its weights lie: a file that is mapped
+            # into memory puts them anywhere, a copy (the reference policy's, a resumed run's) not.
+            if p.data_ptr() % 64:
+                p.data = p.data.clone()
         return cls(pipeline.to(device))
 
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
@@ -195,6 +195,10 @@ class QwenImage21:
             rope = self.transformer.pos_embed([(1, *grid)], image, device=self.device)
             self._ropes[length, grid] = rope
         return self._ropes[length, grid]
+
+    def use_rope(self, length: int, grid: tuple[int, int], rope: Tensor) -> None:
+        """Take these rotations for the layout; of use where tensors have no values."""
+        self._ropes[length, grid] = rope
 
     def _text_forward(self, text: Tensor, rope: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Each layer's keys and values [P, L, heads, head_dim] of text [P, L, C]."""

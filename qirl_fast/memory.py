@@ -1,0 +1,155 @@
+"""What a run will hold in memory, planned from the config files alone: no weight is read.
+
+The transformer is built of fake tensors, which have shapes and no storage, and one replayed step is
+run on them: what autograd saves is counted, not estimated. Left out: the allocator's own losses,
+libraries' workspaces, and what lives inside a single operation.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLQwenImage21, QwenImage21Transformer2DModel
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from transformers import Qwen3VLForConditionalGeneration
+
+from qirl_fast.config import Config, derived
+from qirl_fast.data.prompts import load_prompts
+from qirl_fast.models.loading import described_model, load_part
+from qirl_fast.models.processor import QwenVLProcessor
+from qirl_fast.models.qwenimage21 import PIXELS_PER_TOKEN, QwenImage21
+from qirl_fast.tiny import packaged
+
+BYTES = {"float32": 4, "bfloat16": 2}
+TEMPLATE = 9  # tokens of the chat template that stay around a prompt
+COMPONENTS = {
+    "transformer": QwenImage21Transformer2DModel,
+    "vae": AutoencoderKLQwenImage21,
+    "text_encoder": Qwen3VLForConditionalGeneration,
+}
+
+
+def plan(cfg: Config) -> dict[str, int]:
+    """Bytes by purpose, for one device that holds everything.
+
+    On a CPU every thread replays a chunk of its own.
+    """
+    folder, item = packaged(cfg.model.path), BYTES[cfg.model.dtype]
+    models = {name: described_model(kind, folder / name) for name, kind in COMPONENTS.items()}
+    plan = {
+        f"weights of {name}": item * sum(p.numel() for p in model.parameters())
+        for name, model in models.items()
+    }
+    length = _text_tokens(cfg, folder)
+    size, rollout = derived(cfg), cfg.rollout
+    trained, saved, prefix = _replay(cfg, folder, size.chunk_rows, length)
+    on_cpu = cfg.device == "cpu" or not torch.cuda.is_available()
+    threads = (cfg.threads or torch.get_num_threads()) if on_cpu else 1
+    at_once = min(threads, size.minibatch_samples // size.chunk_rows)
+    lora = cfg.model.adapter == "lora"
+    plan["adapter" if lora else "weights of the reference"] = 4 * trained
+    plan["gradients"] = 4 * trained
+    plan["AdamW's two moments"] = 8 * trained
+    plan["average of the weights"] = 4 * trained if cfg.train.ema else 0
+    tokens = (rollout.height // PIXELS_PER_TOKEN) * (rollout.width // PIXELS_PER_TOKEN)
+    state = tokens * models["vae"].config.z_dim
+    stored = BYTES[rollout.storage_dtype]
+    offset = 4 if rollout.guidance != 1 and rollout.ratio_mode == "frozen_offset" else 0
+    plan["recorded states"] = size.replays * state * (2 * stored + offset)
+    plan["images"] = size.samples * rollout.height * rollout.width * 3
+    plan["keys and values of the prompts"] = prefix * at_once
+    plan["activations of replay"] = saved * at_once
+    return plan
+
+
+def describe_plan(plan: dict[str, int]) -> str:
+    """The plan as comment lines, largest first, with its sum."""
+    rows = sorted(plan.items(), key=lambda item: -item[1])
+    lines = [f"# {name:32} {amount / 2**20:12,.1f} MiB" for name, amount in rows if amount]
+    total = f"# {'in all':32} {sum(plan.values()) / 2**20:12,.1f} MiB"
+    return "\n".join(["# planned memory", *lines, total]) + "\n"
+
+
+def _text_tokens(cfg: Config, folder: Path) -> int:
+    """Tokens of the longest training prompt."""
+    prompts = load_prompts(packaged(cfg.data.train))
+    longest = max((p.prompt for p in prompts), key=len)
+    processor = load_part(QwenVLProcessor.from_pretrained, folder / "processor")
+    return len(processor.tokenizer(longest)["input_ids"]) + TEMPLATE
+
+
+def _replay(cfg: Config, folder: Path, rows: int, length: int) -> tuple[int, int, int]:
+    """(trained weights, bytes saved for backward, bytes of the prefix) of one chunk's replay."""
+    dtype = getattr(torch, cfg.model.dtype)
+    transformer = described_model(QwenImage21Transformer2DModel, folder / "transformer")
+    for p in transformer.parameters():
+        p.data = p.data.to(dtype)
+    none = torch.nn.Identity()
+    none.config = SimpleNamespace(z_dim=transformer.config.in_channels)  # type: ignore[assignment]
+    parts: Any = SimpleNamespace(transformer=transformer, vae=none, text_encoder=none)
+    model, lora = QwenImage21(parts), cfg.model.lora
+    model.trainable(cfg.model.adapter, lora.rank, lora.alpha, lora.targets, 0)
+    mode, model.device = FakeTensorMode(), torch.device("cpu")
+    _without_storage(transformer, mode, model.device)
+    trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+    with mode:
+        grid = (cfg.rollout.height // PIXELS_PER_TOKEN, cfg.rollout.width // PIXELS_PER_TOKEN)
+        tokens, channels = model.latent_shape(cfg.rollout.height, cfg.rollout.width)
+        head = transformer.config.attention_head_dim
+        rope = torch.empty(length + tokens, head // 2, dtype=torch.complex64)
+        model.use_rope(length, grid, rope)
+        groups = -(-rows // cfg.rollout.group_size)
+        embeddings = [torch.empty(length, transformer.config.context_in_dim)] * groups
+        owner = [r // cfg.rollout.group_size for r in range(rows)]
+        count = _Saved(transformer.parameters())
+        with count:
+            prefix = model.prefix(embeddings, owner, cfg.rollout.height, cfg.rollout.width)
+            for _ in range(derived(cfg).recorded_steps):
+                x = torch.empty(rows, tokens, channels)
+                model.velocity(x, torch.empty(rows), prefix)
+        held = {id(t.untyped_storage()): t.untyped_storage().nbytes() for t in _tensors(prefix)}
+    return trained, count.bytes, sum(held.values())
+
+
+def _without_storage(module: torch.nn.Module, mode: FakeTensorMode, device: torch.device) -> None:
+    """Turns every weight on the meta device into one that says it is on `device`."""
+    for part in module.modules():
+        for name, p in part._parameters.items():
+            if p is not None:
+                fake = FakeTensor(mode, p.detach(), device)
+                part._parameters[name] = torch.nn.Parameter(fake, requires_grad=p.requires_grad)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = FakeTensor(mode, buffer, device)
+
+
+def _tensors(prefix: Any) -> list[Tensor]:
+    return [t for layer in prefix.layers for t in (*layer.k, *layer.v)]
+
+
+class _Saved:
+    """Counts the storages that autograd saves inside, each once, the weights' own left out."""
+
+    def __init__(self, weights: Iterable[Tensor]):
+        self._seen = {p.untyped_storage()._cdata for p in weights}
+        self._kept: list[Tensor] = []  # an address is another tensor's once it is free
+        self.bytes = 0
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self._kept.append(tensor)
+            self.bytes += storage.nbytes()
+        return tensor
+
+    def __enter__(self) -> "_Saved":
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
