@@ -1,4 +1,4 @@
-"""`ops`: ops against eager PyTorch, torch.compile and others, and a copy; `step`: a GRPO step."""
+"""ops: against eager PyTorch, torch.compile, others, a copy; block: a block; step: a GRPO step."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from bench import base
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("what", choices=["ops", "step"])
+    parser.add_argument("what", choices=["ops", "block", "step"])
     parser.add_argument("--op", nargs="+", metavar="OP", help="only these ops")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], metavar="DTYPE")
@@ -22,11 +22,13 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-sweep", action="store_true", help="leave the size sweep out")
     parser.add_argument("--scale", choices=["cpu", "half", "full"], default="cpu", help="of step")
-    parser.add_argument("--px", type=int, default=128, help="image size of step (default 128)")
+    parser.add_argument("--px", type=int, help="image size (step: 128 by default, block: 512)")
     options = parser.parse_args()
     base.use_site()
     if options.what == "step":
         _step(options)
+    elif options.what == "block":
+        _block(options)
     else:
         _ops(options)
 
@@ -61,12 +63,22 @@ def _step(options: argparse.Namespace) -> None:
     from bench import step
 
     chosen = step.Options(
-        scale=options.scale, px=options.px, device=options.device, out=options.out
+        scale=options.scale, px=options.px or 128, device=options.device, out=options.out
     )
     result = step.run(chosen, say=lambda text: print(text, flush=True))
     if options.out:
         options.out.with_suffix(".md").write_text(step.markdown(result))
         step.plot(result, options.out.with_suffix(".png"))
+
+
+def _block(options: argparse.Namespace) -> None:
+    from bench import block
+
+    heads = 24 if options.device == "cuda" else 6
+    block.run(
+        block.Options(px=options.px or 512, device=options.device, heads=heads, out=options.out),
+        say=lambda text: print(text, flush=True),
+    )
 
 
 def _for_base(options: argparse.Namespace) -> list[str]:

@@ -4,12 +4,10 @@ The weights are random, at the block shapes of the true model; at `--scale cpu` 
 and heads, 61 million parameters. Rows, in order: `stock` is bench/baselines/stock.py; each `+` row
 adds one thing to the row above; `all` is this package's own rollout and replay, with guidance out
 of the objective; the row above it, with both branches in the objective, still computes what `stock`
-computes.
+computes. `peak_bytes`: the most that training held in tensors beyond what was there before it.
 """
 
 import json
-import resource
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +22,7 @@ from torch import Tensor
 import qirl_fast
 from bench.baselines import stock
 from bench.machine import about
-from bench.timing import copy_gbps
+from bench.timing import copy_gbps, peak_bytes
 from qirl_fast import ops
 from qirl_fast.algorithms import grpo
 from qirl_fast.models.qwenimage21 import QwenImage21
@@ -145,6 +143,7 @@ class Bench:
         self.tokens = tokens
         scheduler = dict(tiny.scheduler.config)
         self.scheduler = scheduler
+        self.train: Callable[[Clock], None] = lambda clock: None  # the last step's training
         self.sigmas = [float(s) for s in make_sigmas(o.steps, tokens, scheduler)]
 
     def rows(self) -> dict[str, tuple[bool, Callable[[Clock], None]]]:
@@ -175,12 +174,17 @@ class Bench:
         rewards = self.rewards(latents, clock)
         with clock.phase("advantage"):
             advantage = loop.advantages(rewards)
-        for step in loop.recorded:
-            with clock.phase("replay_forward"):
-                loss = loop.loss(step, advantage)
-            with clock.phase("backward"):
-                loss.backward()
-        self.optimize(clock)
+
+        def train(clock: Clock) -> None:
+            for step in loop.recorded:
+                with clock.phase("replay_forward"):
+                    loss = loop.loss(step, advantage)
+                with clock.phase("backward"):
+                    loss.backward()
+            self.optimize(clock)
+
+        train(clock)
+        self.train = train
 
     def engine_step(self, ratio_mode: str, clock: Clock) -> None:
         o = self.options
@@ -211,11 +215,16 @@ class Bench:
             one = torch.ones(1, device=rewards.device)
             advantage = ops.group_advantage(rewards[:, None], group, one).advantage
         objective = grpo.Objective(1e-3, 1e-3)
-        with clock.phase("replay_forward"):
-            losses = [s.loss for s in grpo.loss(self.model, chunk, advantage, how, objective, None)]
-        with clock.phase("backward"):
-            torch.stack(losses).mean().backward()
-        self.optimize(clock)
+
+        def train(clock: Clock) -> None:
+            with clock.phase("replay_forward"):
+                steps = list(grpo.loss(self.model, chunk, advantage, how, objective, None))
+            with clock.phase("backward"):
+                torch.stack([step.loss for step in steps]).mean().backward()
+            self.optimize(clock)
+
+        train(clock)
+        self.train = train
 
     def rewards(self, latents: Tensor, clock: Clock) -> Tensor:
         with clock.phase("decode"):
@@ -250,36 +259,6 @@ class Bench:
         )
 
 
-@contextmanager
-def peak_memory(device: str, found: list[int]) -> Iterator[None]:
-    """Appends the largest growth of memory inside: a GPU's tensors, on a CPU the process."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        yield
-        found.append(torch.cuda.max_memory_allocated() - before)
-        return
-    page, done, most = resource.getpagesize(), threading.Event(), [0]
-
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * page
-
-    start = resident()
-
-    def watch() -> None:
-        while not done.wait(0.005):
-            most[0] = max(most[0], resident() - start)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
-        found.append(most[0])
-
-
 def gemm_flops(device: str) -> float:
     """Operations a second of a large matrix product in the dtype that is benchmarked."""
     size = 8192 if device == "cuda" else 2048
@@ -306,16 +285,17 @@ def run(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
         "settings": settings | {"parameters": sum(p.numel() for p in model.parameters())},
         "rows": [],
     }
+    warm_up = options.device == "cuda"
     for name, (fused, step) in bench.rows().items():
         (qirl_fast.patch if fused else qirl_fast.unpatch)(model)
-        memory: list[int] = []
+        if warm_up or name == "stock":  # the first step of a process meets untouched memory
+            step(Clock(options.device))
         clocks = []
-        for turn in range(options.repeats + (options.device == "cuda")):
+        for _ in range(options.repeats):
             clock = Clock(options.device)
-            with peak_memory(options.device, memory):
-                step(clock)
-            if turn > 0 or options.device == "cpu":
-                clocks.append(clock)
+            step(clock)
+            clocks.append(clock)
+        peak_training = peak_bytes(lambda: bench.train(Clock(options.device)), options.device)
         best = min(clocks, key=lambda clock: sum(clock.seconds.values()))
         seconds = sum(best.seconds.values())
         stock_rate = (
@@ -327,7 +307,7 @@ def run(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
             "speedup_vs_stock": options.group / seconds / stock_rate,
             "phases_s": {phase: best.seconds.get(phase, 0.0) for phase in PHASES},
             "mfu": bench.flops() / seconds / peak,
-            "peak_bytes": max(memory),
+            "peak_bytes": peak_training,
         }
         result["rows"].append(row)
         say(line(row))

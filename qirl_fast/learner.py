@@ -34,6 +34,7 @@ class Learner:
         self.train, self.model, self.algorithm = cfg.train, model, algorithm
         self.workers, self.sampling = workers, sampling
         lora, train = cfg.model.lora, cfg.train
+        model.recompute_blocks = train.recompute_blocks
         self.trainable = model.trainable(
             cfg.model.adapter, lora.rank, lora.alpha, lora.targets, cfg.seed
         )

@@ -92,6 +92,7 @@ def _replay(cfg: Config, folder: Path, rows: int, length: int) -> tuple[int, int
     parts: Any = SimpleNamespace(transformer=transformer, vae=none, text_encoder=none)
     model, lora = QwenImage21(parts), cfg.model.lora
     model.trainable(cfg.model.adapter, lora.rank, lora.alpha, lora.targets, 0)
+    model.recompute_blocks = again = cfg.train.recompute_blocks
     mode, model.device = FakeTensorMode(), torch.device("cpu")
     _without_storage(transformer, mode, model.device)
     trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
@@ -104,14 +105,18 @@ def _replay(cfg: Config, folder: Path, rows: int, length: int) -> tuple[int, int
         groups = -(-rows // cfg.rollout.group_size)
         embeddings = [torch.empty(length, transformer.config.context_in_dim)] * groups
         owner = [r // cfg.rollout.group_size for r in range(rows)]
-        count = _Saved(transformer.parameters())
+        count = SavedTensors(transformer.parameters())
         with count:
             prefix = model.prefix(embeddings, owner, cfg.rollout.height, cfg.rollout.width)
             for _ in range(derived(cfg).recorded_steps):
                 x = torch.empty(rows, tokens, channels)
                 model.velocity(x, torch.empty(rows), prefix)
         held = {id(t.untyped_storage()): t.untyped_storage().nbytes() for t in _tensors(prefix)}
-    return trained, count.bytes, sum(held.values())
+    # What a recomputed block starts from is held by the call, not saved by autograd.
+    width = transformer.config.num_attention_heads * head
+    starts = min(again, len(transformer.transformer_blocks)) * rows * tokens * width
+    saved = count.bytes + starts * derived(cfg).recorded_steps * dtype.itemsize
+    return trained, saved, sum(held.values())
 
 
 def _without_storage(module: torch.nn.Module, mode: FakeTensorMode, device: torch.device) -> None:
@@ -130,8 +135,11 @@ def _tensors(prefix: Any) -> list[Tensor]:
     return [t for layer in prefix.layers for t in (*layer.k, *layer.v)]
 
 
-class _Saved:
-    """Counts the storages that autograd saves inside, each once, the weights' own left out."""
+class SavedTensors:
+    """Counts the storages that autograd saves inside, each once, the weights' own left out.
+
+    `bytes` is the sum.
+    """
 
     def __init__(self, weights: Iterable[Tensor]):
         self._seen = {p.untyped_storage()._cdata for p in weights}
@@ -147,7 +155,7 @@ class _Saved:
             self.bytes += storage.nbytes()
         return tensor
 
-    def __enter__(self) -> "_Saved":
+    def __enter__(self) -> "SavedTensors":
         self._hooks.__enter__()
         return self
 

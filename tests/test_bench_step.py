@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import qirl_fast
-from bench import step
+from bench import block, step
 from bench.baselines import stock
 from qirl_fast.rollout.guidance import Guidance
 
@@ -88,3 +88,16 @@ def test_rows_compute_the_same_step(small: step.Options) -> None:
         qirl_fast.unpatch(bench.model.transformer)
         theirs = plain.velocity(recorded.x, recorded.sigma)
     assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max()
+
+
+def test_a_block_is_timed_against_stock(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block, "copy_gbps", lambda device: 10.0)
+    out = tmp_path / "block.json"
+    options = block.Options(px=64, heads=1, rounds=1, seconds=0.01, out=out)
+    result = block.run(options, say=lambda text: None)
+    assert json.loads(out.read_text()) == result
+    names = [f"{model} {kind}" for model in block.MODELS for kind in ("stock", "fused")]
+    assert {(r["name"], r["mode"]) for r in result["rows"]} == {
+        (name, mode) for name in names for mode in block.MODES
+    }
+    assert all(r["saved_bytes_per_token"] > 0 and r["ms_p50"] > 0 for r in result["rows"])

@@ -79,6 +79,8 @@ def test_it_follows_the_recipe(weights: Path) -> None:
     half = plan(load_config([*ONE_CHUNK, "model.dtype=bfloat16"]))
     assert 2 * half["weights of transformer"] == base["weights of transformer"]
     assert half["activations of replay"] < 0.7 * base["activations of replay"]
+    again = plan(load_config([*ONE_CHUNK, "train.recompute_blocks=4"]))
+    assert again["activations of replay"] < 0.3 * base["activations of replay"]
     full = plan(load_config([*ONE_CHUNK, "model.adapter=full"]))
     assert full["gradients"] == full["weights of the reference"] == base["weights of transformer"]
     text = describe_plan(base)

@@ -86,8 +86,8 @@ def save_resolved(cfg: Config, path: str | os.PathLike[str]) -> None:
 def config_hash(cfg: Config) -> str:
     """Return the SHA-256 of everything that changes the numbers of a step.
 
-    Left out: run, output, resume, threads, tracking, and train.steps, which only says when to end
-    (not where train.decay counts the learning rate down to it).
+    Left out: run, output, resume, threads, tracking, train.recompute_blocks, and train.steps, which
+    only says when to end (not where train.decay counts the learning rate down to it).
     """
     flat = _numbers(cfg.model_dump(mode="json"))
     if not flat["train.decay"]:
@@ -107,6 +107,7 @@ def _numbers(plain: Mapping[str, Any]) -> dict[str, Any]:
             flat[key] = value
 
     walk({name: value for name, value in plain.items() if name not in UNHASHED}, "")
+    flat.pop("train.recompute_blocks", None)
     return flat
 
 

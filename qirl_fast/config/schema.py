@@ -187,6 +187,11 @@ class TrainConfig(Section):
         "each pulls on the velocity alike",
     )
     ema: EmaConfig | None = Field(default=None, description="null: off")
+    recompute_blocks: Natural = Field(
+        default=0,
+        description="transformer blocks, from the first, whose activations are computed again in "
+        "the backward pass and not kept: less memory, the same numbers",
+    )
 
 
 class EvaluationConfig(Section):

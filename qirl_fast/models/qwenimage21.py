@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from diffusers import (
 from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
 from peft import LoraConfig
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3VLForConditionalGeneration
 
 from qirl_fast import ops
@@ -87,6 +89,7 @@ class QwenImage21:
         self.vae = pipeline.vae
         self.device = pipeline.transformer.device
         self.dtype = pipeline.transformer.dtype
+        self.recompute_blocks = 0  # from the first: activations computed again in backward
         self._frozen: list[Tensor] | None = None
         self._decoding = threading.Lock()
         self._ropes: dict[tuple[int, tuple[int, int]], Tensor] = {}
@@ -234,8 +237,13 @@ class QwenImage21:
         x = transformer.img_in(x)
         temb = transformer.time_text_embed(sigma, x)
         modulation = transformer.modulation(temb)
-        for block, layer in zip(transformer.transformer_blocks, prefix.layers, strict=True):
-            x = block(x, modulation, prefix.rope, layer_cache=layer)
+        again = self.recompute_blocks if torch.is_grad_enabled() else 0
+        blocks = zip(transformer.transformer_blocks, prefix.layers, strict=True)
+        for i, (block, layer) in enumerate(blocks):
+            run = partial(block, layer_cache=layer)
+            if i < again:
+                run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+            x = run(x, modulation, prefix.rope)
         norm = transformer.norm_out
         scale = norm.linear(norm.silu(temb).to(x.dtype))
         out: Tensor = transformer.proj_out(ops.norm_modulate(x, scale, eps=norm.norm.eps))

@@ -141,6 +141,21 @@ def test_gradients_are_those_of_the_stock_forward(make_model, prompts) -> None:
     assert text_only and all(ours[n].abs().max() > 0 for n in text_only)
 
 
+def test_recomputed_blocks_give_the_same_bits(make_model, prompts) -> None:
+    model = make_model()
+    parameters = list(model.trainable("lora", 4, 8, None, 0).values())
+    text = model.encode(prompts)
+    found = []
+    for blocks in (0, 1, 99):
+        model.recompute_blocks = blocks
+        v = model.velocity(
+            noise(3), torch.tensor([0.9, 0.5, 0.1]), model.prefix(text, [1, 0, 1], SIZE, SIZE)
+        )
+        found.append((v, *torch.autograd.grad(v.square().sum(), parameters)))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
+
+
 def test_every_row_sends_gradients_into_the_shared_prefix(make_model, prompts) -> None:
     model = make_model()
     model.trainable("full", 0, 0.0, None, 0)
