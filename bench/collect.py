@@ -52,6 +52,10 @@ def collect(folder: Path) -> dict[str, Any]:
         result["rows"] = list(rows.values())
         for kind in ("wrong", "skipped"):
             result[kind] = list(dict.fromkeys([*result[kind], *found[kind]]))
+    for name in ("block", "step"):
+        path = folder / f"{name}.json"
+        if path.exists():
+            result[name] = json.loads(path.read_text())
     result["tests"] = _tests(folder / "tests.xml")
     result["parts"] = _parts(folder / "parts.txt")
     return result

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Everything a GPU machine should run, in one call of at most nine minutes: builds the package,
-# runs the tests marked gpu, benchmarks every op on the device, and writes OUT/gpu.json (and the
-# logs, a table and a plot) whatever failed on the way.
+# runs the tests marked gpu, benchmarks every op, block and step on the device, and writes
+# OUT/gpu.json (and the logs, a table and a plot) whatever failed on the way.
 #   bench/gpu.sh [OUT]   default: build/gpu
 # Needs nvcc, torch with CUDA, triton, and the build tools (scikit-build-core, pybind11, cmake,
-# ninja); no network. Environment: PYTHON, LIMIT_S (540), QIRL_COMMIT where there is no .git.
+# ninja); for block and step diffusers, transformers and peft too; no network.
+# Environment: PYTHON, LIMIT_S (540), QIRL_COMMIT where there is no .git.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -42,6 +43,10 @@ part build 200 "$python" -m pip install --no-build-isolation --no-deps --no-inde
 part tests 150 "$python" -m pytest -q --confcutdir=tests/ops -p no:cacheprovider \
   ${workers[@]+"${workers[@]}"} -m gpu --junitxml="$out/tests.xml" tests/ops/test_gpu.py
 part ops 200 "$python" -m bench ops --device cuda --seconds 0.5 --no-compile --out "$out/ops.json"
+export QIRL_BACKEND=triton  # the kernels under test: CUDA tensors go to the reference by default
+part block 40 "$python" -m bench block --device cuda --out "$out/block.json"
+part step 100 "$python" -m bench step --device cuda --scale half --px 512 --out "$out/step.json"
+unset QIRL_BACKEND
 part compile 200 "$python" -m bench ops --device cuda --seconds 0.5 --dtype bfloat16 --no-sweep \
   --out "$out/compile.json"
 "$python" -m bench.collect "$out"

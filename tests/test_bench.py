@@ -133,6 +133,7 @@ def test_collect_merges_parts(tmp_path):
     second = head | {"rows": [row | {"ms_p50": 1.0}], "wrong": ["x", "y"], "skipped": []}
     (tmp_path / "ops.json").write_text(json.dumps(first))
     (tmp_path / "compile.json").write_text(json.dumps(second))
+    (tmp_path / "step.json").write_text(json.dumps(head | {"rows": [{"name": "stock"}]}))
     (tmp_path / "parts.txt").write_text("build 60 0\ntests 9 124\n")
     (tmp_path / "tests.xml").write_text(
         '<testsuites><testsuite><testcase name="a"/><testcase name="b"><failure message="m"/>'
@@ -141,6 +142,7 @@ def test_collect_merges_parts(tmp_path):
     result = collect.collect(tmp_path)
     assert [r["ms_p50"] for r in result["rows"]] == [1.0]
     assert result["wrong"] == ["x", "y"]
+    assert result["step"]["rows"] == [{"name": "stock"}] and "block" not in result
     assert result["tests"] == {"ran": True, "passed": 1, "skipped": 1, "failed": {"b": "m"}}
     assert result["parts"]["tests"] == {"seconds": 9, "exit_status": "124"}
 
