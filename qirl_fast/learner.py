@@ -58,8 +58,7 @@ class Learner:
     def update(self, trajectories: Sequence[Trajectory], advantage: Tensor) -> dict[str, float]:
         """One optimizer step per minibatch of chunks; returns the metrics of the update.
 
-        advantage: [rows of all chunks].
-
+        advantage: float32, one value a row of all chunks, in their order.
         `pre_update_*` are measured before the first optimizer step, where rollout and replay must
         agree: the ratio is 1 there, bit for bit.
         """

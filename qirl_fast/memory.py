@@ -24,7 +24,7 @@ from qirl_fast.models.qwenimage21 import PIXELS_PER_TOKEN, QwenImage21
 from qirl_fast.tiny import packaged
 
 BYTES = {"float32": 4, "bfloat16": 2}
-TEMPLATE = 9  # tokens of the chat template that stay around a prompt
+TEMPLATE = 10  # tokens of the chat template that stay around a prompt
 COMPONENTS = {
     "transformer": QwenImage21Transformer2DModel,
     "vae": AutoencoderKLQwenImage21,

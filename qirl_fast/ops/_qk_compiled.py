@@ -14,7 +14,9 @@ from qirl_fast.ops._checks import DTYPE_CODE
 from qirl_fast.ops._compiled import CPU, CUDA, Compiled
 
 Heads = tuple[int, int, int, int]
-Stream = tuple[Heads, Heads, Heads, tuple[int, int], tuple[int, int], tuple[int, int, int], int]
+Tokens = tuple[Heads, Heads, Heads, tuple[int, int], tuple[int, int], tuple[int, int, int], int]
+Maybe = Tensor | None
+Six = tuple[Maybe, Maybe, Maybe, Maybe, Maybe, Maybe]  # q, k, v, weights of q and k, rope
 NO_HEADS = (0, 0, 0, 0)
 
 
@@ -52,15 +54,9 @@ def rope_of(rope: Tensor | None) -> tuple[int, int, int]:
     return rope.data_ptr(), 2 * rope.stride(0) if rope.ndim == 3 else 0, 2 * rope.stride(-2)
 
 
-def stream_of(
-    q: Tensor | None,
-    k: Tensor | None,
-    v: Tensor | None,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    rope: Tensor | None,
-) -> Stream:
+def tokens_of(stream: Six) -> Tokens:
     """One stream as the bindings take it; all tensors dense already."""
+    q, k, v, q_weight, k_weight, rope = stream
     length = 0 if q is None else q.shape[1]
     return (
         *(heads_of(q), heads_of(k), heads_of(v)),
@@ -69,18 +65,12 @@ def stream_of(
     )
 
 
-def dense_stream(
-    q: Tensor | None,
-    k: Tensor | None,
-    v: Tensor | None,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    rope: Tensor | None,
-) -> tuple[Tensor | None, ...]:
+def dense_stream(*stream: Tensor | None) -> Six:
     """The same six, copied where a last dimension is not contiguous."""
-    heads = (None if t is None else dense_heads(t) for t in (q, k, v))
-    weights = (None if t is None else t.contiguous() for t in (q_weight, k_weight))
-    return *heads, *weights, dense_rope(rope)
+    *heads, q_weight, k_weight, rope = stream
+    q, k, v = (None if t is None else dense_heads(t) for t in heads)
+    q_weight, k_weight = (None if t is None else t.contiguous() for t in (q_weight, k_weight))
+    return q, k, v, q_weight, k_weight, dense_rope(rope)
 
 
 def joint_buffers(
@@ -116,8 +106,8 @@ def _qk_norm_rope(
     Q, K, V = joint_buffers(q, k, text_q)
     with on.device(q):
         on.module().qk_norm_rope(
-            stream_of(*text),
-            stream_of(*image),
+            tokens_of(text),
+            tokens_of(image),
             (Q.data_ptr(), K.data_ptr(), 0 if V is None else V.data_ptr()),
             (q.shape[0], q.shape[2], k.shape[2], q.shape[3]),
             eps,
@@ -179,8 +169,8 @@ def _qk_norm_rope_backward(
         dw = dQ.new_empty((4, q.shape[3]), dtype=torch.float32)
     with on.device(q):
         on.module().qk_norm_rope_backward(
-            stream_of(*text),
-            stream_of(*image),
+            tokens_of(text),
+            tokens_of(image),
             heads_of(dQ),
             heads_of(dK),
             tuple(t.data_ptr() if t.numel() else 0 for t in (text_dq, text_dk, dq, dk)),

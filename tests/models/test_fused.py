@@ -12,6 +12,7 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -285,7 +286,7 @@ dist.destroy_process_group()
 
 
 def test_fsdp2_shards_fused_blocks(tmp_path) -> None:
-    code = FSDP.format(tests=str(__import__("pathlib").Path(__file__).parent), store=tmp_path / "s")
+    code = FSDP.format(tests=str(Path(__file__).parent), store=tmp_path / "s")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
