@@ -22,6 +22,9 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-sweep", action="store_true", help="leave the size sweep out")
     parser.add_argument("--scale", choices=["cpu", "half", "full"], default="cpu", help="of step")
+    parser.add_argument(
+        "--condition-px", type=int, default=0, help="of step: condition image (editing); 0: none"
+    )
     parser.add_argument("--px", type=int, help="image size (step: 128 by default, block: 512)")
     options = parser.parse_args()
     base.use_site()
@@ -63,7 +66,11 @@ def _step(options: argparse.Namespace) -> None:
     from bench import step
 
     chosen = step.Options(
-        scale=options.scale, px=options.px or 128, device=options.device, out=options.out
+        scale=options.scale,
+        px=options.px or 128,
+        condition_px=options.condition_px,
+        device=options.device,
+        out=options.out,
     )
     result = step.run(chosen, say=lambda text: print(text, flush=True))
     if options.out:

@@ -9,7 +9,7 @@ computes. `peak_bytes`: the most that training held in tensors beyond what was t
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from bench.machine import about
 from bench.timing import copy_gbps, peak_bytes
 from qirl_fast import ops
 from qirl_fast.algorithms import grpo
+from qirl_fast.models.prefix import Conditioned
 from qirl_fast.models.qwenimage21 import QwenImage21
 from qirl_fast.rewards import aesthetics
 from qirl_fast.rollout.dynamics import step_coefficients
@@ -59,6 +60,7 @@ class Options:
     window: int = 2
     group: int = 8
     text_tokens: int = 128
+    condition_px: int = 0
     guidance: float = 4.0
     eta: float = 0.7
     rank: int = 32
@@ -110,6 +112,30 @@ class FusedStep(stock.Loop):
         return loss / len(self.recorded)
 
 
+class Plain:
+    """The adapter without its newer gains: branches and steps one by one, modulation for every row.
+
+    dual: branches and steps of a forward together.
+    """
+
+    def __init__(self, model: QwenImage21, dual: bool):
+        self._model, self._dual = model, dual
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def join(self, *prefixes: Any) -> Any:
+        return self._model.join(*prefixes) if self._dual else prefixes
+
+    def velocity(self, x: Tensor, sigma: Sequence[float], prefix: Any) -> Tensor:
+        if isinstance(prefix, tuple):
+            levels = [sigma] * 2 if len(sigma) == 1 else [sigma[:1], sigma[1:]]
+            parts = zip(x.chunk(2), levels, prefix, strict=True)
+            return torch.cat([self.velocity(*part) for part in parts])
+        by_row = torch.tensor(sigma, device=x.device).repeat_interleave(len(x) // len(sigma))
+        return self._model.velocity(x, by_row, prefix)
+
+
 class Bench:
     """The model, its adapter's weights and optimizer, and a step of every row."""
 
@@ -138,6 +164,13 @@ class Bench:
         width = self.model.transformer.config.context_in_dim
         self.text = torch.randn(o.text_tokens, width, device=o.device, dtype=dtype)
         self.null = torch.randn(8, width, device=o.device, dtype=dtype)
+        side = o.condition_px // 16
+        self.condition = None
+        if side:
+            channels = tiny.vae.config.z_dim
+            self.condition = torch.randn(side**2, channels, device=o.device, dtype=dtype)
+            slots = torch.randn(side**2 // 4, width, device=o.device, dtype=dtype)
+            self.text, self.null = (torch.cat([slots, text]) for text in (self.text, self.null))
         tokens, _ = self.model.latent_shape(o.px, o.px)
         self.grid = (o.px // 16, o.px // 16)
         self.tokens = tokens
@@ -148,12 +181,16 @@ class Bench:
 
     def rows(self) -> dict[str, tuple[bool, Callable[[Clock], None]]]:
         """Name -> (whether the blocks are fused, the step)."""
+        model, steps = self.model, self.options.window
         return {
             "stock": (False, lambda clock: self.loop_step(stock.Loop, clock)),
             "+ fused step": (False, lambda clock: self.loop_step(FusedStep, clock)),
             "+ fused blocks": (True, lambda clock: self.loop_step(FusedStep, clock)),
-            "+ shared prefix": (True, lambda clock: self.engine_step("full", clock)),
-            "all": (True, lambda clock: self.engine_step("frozen_offset", clock)),
+            "+ shared prefix": (True, lambda clock: self.engine_step(Plain(model, False), clock)),
+            "+ dual forward": (True, lambda clock: self.engine_step(Plain(model, True), clock)),
+            "+ kept modulation": (True, lambda clock: self.engine_step(model, clock)),
+            "+ batched replay": (True, lambda clock: self.engine_step(model, clock, "full", steps)),
+            "all": (True, lambda clock: self.engine_step(model, clock, "frozen_offset", steps)),
         }
 
     def loop_step(self, kind: type[stock.Loop], clock: Clock) -> None:
@@ -168,6 +205,7 @@ class Bench:
             window=range(o.window),
             scale=o.guidance,
             eta=o.eta,
+            condition=self.condition,
         )
         with clock.phase("rollout"):
             latents = loop.rollout()
@@ -186,22 +224,25 @@ class Bench:
         train(clock)
         self.train = train
 
-    def engine_step(self, ratio_mode: str, clock: Clock) -> None:
+    def engine_step(
+        self, model: Any, clock: Clock, mode: str = "full", replay_steps: int = 1
+    ) -> None:
         o = self.options
         how = Sampling(
             height=o.px,
             width=o.px,
             steps=o.steps,
-            guidance=Guidance(o.guidance, False, ratio_mode),
+            guidance=Guidance(o.guidance, False, mode),
             dynamics="flow_sde",
             eta=o.eta,
             max_rows=o.group,
+            replay_steps=replay_steps,
         )
         with clock.phase("rollout"):
             (chunk,) = sample(
-                self.model,
-                [self.text],
-                self.null,
+                model,
+                [self.conditioned(self.text)],
+                self.conditioned(self.null),
                 how,
                 self.scheduler,
                 group_size=o.group,
@@ -218,13 +259,21 @@ class Bench:
 
         def train(clock: Clock) -> None:
             with clock.phase("replay_forward"):
-                steps = list(grpo.loss(self.model, chunk, advantage, how, objective, None))
+                steps = list(grpo.loss(model, chunk, advantage, how, objective, None))
             with clock.phase("backward"):
                 torch.stack([step.loss for step in steps]).mean().backward()
             self.optimize(clock)
 
         train(clock)
         self.train = train
+
+    def conditioned(self, text: Tensor) -> Tensor | Conditioned:
+        """The prompt as the adapter takes it."""
+        if self.condition is None:
+            return text
+        tokens, side = len(self.condition), self.options.condition_px // 16
+        slots = torch.arange(len(text)) < tokens // 4
+        return Conditioned(text, slots, self.condition, ((side, side),))
 
     def rewards(self, latents: Tensor, clock: Clock) -> Tensor:
         with clock.phase("decode"):
@@ -242,13 +291,14 @@ class Bench:
     def flops(self) -> float:
         """Multiplications and additions that a step needs, with guidance in rollout alone.
 
-        Each branch's text once, image tokens at every step; backward costs a forward, the weights
+        Each branch's prefix once, image tokens at every step; backward costs a forward, the weights
         being frozen.
         """
         o, config = self.options, self.model.transformer.config
         width = config.num_attention_heads * HEAD_DIM
         linear = 2 * config.num_layers * (4 + 3 * config.mlp_ratio) * width**2
-        texts = (o.text_tokens, len(self.null))
+        extra = 0 if self.condition is None else 3 * len(self.condition) // 4
+        texts = (len(self.text) + extra, len(self.null) + extra)
         image = sum(
             self.tokens * (linear + 4 * config.num_layers * width * (self.tokens + text))
             for text in texts

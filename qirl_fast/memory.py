@@ -110,7 +110,7 @@ def _replay(cfg: Config, folder: Path, rows: int, length: int) -> tuple[int, int
             prefix = model.prefix(embeddings, owner, cfg.rollout.height, cfg.rollout.width)
             for _ in range(derived(cfg).recorded_steps):
                 x = torch.empty(rows, tokens, channels)
-                model.velocity(x, torch.empty(rows), prefix)
+                model.velocity(x, torch.empty(1), prefix)
         held = {id(t.untyped_storage()): t.untyped_storage().nbytes() for t in _tensors(prefix)}
     # What a recomputed block starts from is held by the call, not saved by autograd.
     width = transformer.config.num_attention_heads * head

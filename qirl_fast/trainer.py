@@ -88,11 +88,12 @@ class Trainer:
             height=r.height,
             width=r.width,
             steps=steps,
-            guidance=Guidance(scale, rescale, r.ratio_mode),
+            guidance=Guidance(scale, rescale, r.ratio_mode, r.guidance_interval or (0.0, 1.0)),
             dynamics=r.dynamics,
             eta=r.eta,
             storage_dtype=r.storage_dtype,
             max_rows=derived(self.cfg).chunk_rows,
+            replay_steps=self.cfg.train.replay_steps,
         )
 
     def embed(self, prompts: Sequence[str]) -> list[Tensor]:

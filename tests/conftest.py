@@ -189,7 +189,7 @@ class Toy(torch.nn.Module):
     """A model adapter of a few dozen parameters that meets the protocol of rollout/sample.py.
 
     v = tanh(x W + text U + sigma b) V, text the mean of a prompt's tokens; 6 tokens of 4 channels,
-    any image size. `calls` counts the forwards.
+    any image size. `calls` counts the forwards, `rows` their rows.
     """
 
     device = torch.device("cpu")
@@ -202,7 +202,7 @@ class Toy(torch.nn.Module):
             value = torch.randn(shape, generator=generator, dtype=torch.float64) / shape[0] ** 0.5
             setattr(self, name, torch.nn.Parameter(value.to(dtype)))
         self.dtype = dtype
-        self.calls = 0
+        self.calls = self.rows = 0
         self.untrained = [p.detach().clone() for p in self.parameters()]
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int]:
@@ -213,9 +213,14 @@ class Toy(torch.nn.Module):
     ) -> Tensor:
         return torch.stack([embeddings[p].to(self.dtype).mean(0) for p in owner]) @ self.u
 
-    def velocity(self, x: Tensor, sigma: Tensor, prefix: Tensor) -> Tensor:
+    def join(self, first: Tensor, second: Tensor) -> Tensor:
+        return torch.cat([first, second])
+
+    def velocity(self, x: Tensor, sigma: Sequence[float], prefix: Tensor) -> Tensor:
         self.calls += 1
-        noise_level = sigma.to(self.dtype)[:, None, None] * self.b
+        self.rows += len(x)
+        by_row = torch.as_tensor(sigma, dtype=self.dtype).repeat_interleave(len(x) // len(sigma))
+        noise_level = by_row[:, None, None] * self.b
         return torch.tanh(x.to(self.dtype) @ self.w + prefix[:, None] + noise_level) @ self.v
 
     @contextmanager

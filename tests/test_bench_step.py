@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -12,7 +13,8 @@ from bench import block, step
 from bench.baselines import stock
 from qirl_fast.rollout.guidance import Guidance
 
-ROWS = ["stock", "+ fused step", "+ fused blocks", "+ shared prefix", "all"]
+ROWS = ["stock", "+ fused step", "+ fused blocks", "+ shared prefix", "+ dual forward"]
+ROWS += ["+ kept modulation", "+ batched replay", "all"]
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +58,14 @@ def loop(kind: type[stock.Loop], bench: step.Bench) -> stock.Loop:
         window=range(2),
         scale=4.0,
         eta=0.7,
+        condition=bench.condition,
     )
 
 
-def test_rows_compute_the_same_step(small: step.Options) -> None:
+@pytest.mark.parametrize("condition_px", [0, 64], ids=["text", "editing"])
+def test_rows_compute_the_same_step(small: step.Options, condition_px: int) -> None:
     """Velocity with guidance, log-probability, loss and gradient; float32, some sums reordered."""
-    bench = step.Bench(small)
+    bench = step.Bench(dataclasses.replace(small, condition_px=condition_px))
     qirl_fast.unpatch(bench.model.transformer)
     plain = loop(stock.Loop, bench)
     plain.rollout()
@@ -81,13 +85,32 @@ def test_rows_compute_the_same_step(small: step.Options) -> None:
     sigma = torch.full((3,), recorded.sigma)
     with torch.no_grad():
         v_cond, v_uncond = (
-            bench.model.velocity(recorded.x, sigma, bench.model.prefix([text], [0] * 3, 64, 64))
-            for text in (bench.text, bench.null)
+            bench.model.velocity(recorded.x, sigma, bench.model.prefix([prompt], [0] * 3, 64, 64))
+            for prompt in (bench.conditioned(bench.text), bench.conditioned(bench.null))
         )
         ours = Guidance(4.0, False, "full").combine(v_cond, v_uncond)
         qirl_fast.unpatch(bench.model.transformer)
         theirs = plain.velocity(recorded.x, recorded.sigma)
     assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max()
+
+
+def test_joined_branches_run_one_by_one_too(small: step.Options) -> None:
+    """Plain, whose rows come before the gains, gives the numbers of the adapter."""
+    bench = step.Bench(small)
+    x = torch.randn(6, bench.tokens, 16)
+    prefixes = [bench.model.prefix([text], [0] * 3, 64, 64) for text in (bench.text, bench.null)]
+    with torch.no_grad():
+        found = [
+            model.velocity(x, sigma, model.join(*prefixes))
+            for model in (
+                bench.model,
+                step.Plain(bench.model, True),
+                step.Plain(bench.model, False),
+            )
+            for sigma in ((0.7,), (0.7, 0.2))
+        ]
+    for k, v in enumerate(found[2:]):
+        assert (v - found[k % 2]).abs().max() <= 2e-5 * v.abs().max()
 
 
 def test_a_block_is_timed_against_stock(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

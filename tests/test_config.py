@@ -173,6 +173,10 @@ def test_missing_keys_are_named(tmp_path: Path) -> None:
             "rollout.ratio_mode: not declared, but rollout.guidance=1.5",
         ),
         (
+            ["rollout.guidance_interval=[0.8,0.3]"],
+            "rollout.guidance_interval: got [0.8, 0.3], which ends before it begins",
+        ),
+        (
             ["data.prompts_per_step=3", "rollout.group_size=4", "train.updates_per_rollout=5"],
             "does not divide the 12 samples of a rollout (data.prompts_per_step 3 x rollout.group_"
             "size 4); allowed: 1, 2, 3, 4, 6, 12",
@@ -346,6 +350,14 @@ def test_derived_sizes() -> None:
     assert "48 = 6 prompts x 8 samples" in text and "144 (sample, step) pairs" in text
     assert derived(load(*argv, *DRAWN)).recorded_steps == 2
     assert derived(load(*argv, "rollout.guidance=1")).sampled_rows == 480
+    assert [derived(load(*argv, f"train.replay_steps={n}")).replay_rows for n in (1, 2, 3, 9)] == [
+        12,
+        24,
+        36,
+        36,
+    ]
+    limited = describe(load(*argv, "rollout.guidance_interval=[0.2,0.9]"))
+    assert "at most 960, of 12 samples at a time" in limited
 
 
 def test_every_key_is_documented() -> None:

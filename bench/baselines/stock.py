@@ -33,6 +33,8 @@ class Loop:
     """One prompt's group on a stock transformer with an adapter.
 
     text, null: embeddings [L, C] of the prompt and [L0, C] of the empty one, L0 <= L.
+    condition: latents [M, Z] of a square condition image, or None; the first M / 4 embeddings of
+    both prompts are then its slots.
     """
 
     transformer: Any
@@ -44,6 +46,7 @@ class Loop:
     window: range
     scale: float
     eta: float
+    condition: Tensor | None = None
     clip: float = 1e-3
     recorded: list[Recorded] = field(default_factory=list)
 
@@ -58,11 +61,17 @@ class Loop:
         """The joint sequence of text and image through every block."""
         slots = torch.zeros(len(x), len(text) + x.shape[1] // 4, dtype=torch.bool, device=x.device)
         slots[:, len(text) :] = True
+        images, shapes = x, [(1, *self.grid)]
+        if self.condition is not None:
+            tokens = len(self.condition)
+            slots[:, : tokens // 4] = True
+            images = torch.cat([self.condition.expand(len(x), -1, -1), x], dim=1)
+            shapes = [(1, math.isqrt(tokens), math.isqrt(tokens)), *shapes]
         out: Tensor = self.transformer(
-            hidden_states=x,
+            hidden_states=images,
             encoder_hidden_states=text.expand(len(x), -1, -1),
             timestep=torch.full((len(x),), sigma, device=x.device, dtype=x.dtype),
-            img_shapes=[[(1, *self.grid)]] * len(x),
+            img_shapes=[shapes] * len(x),
             img_mask=slots,
             return_dict=False,
         )[0]

@@ -27,7 +27,8 @@ class Derived:
     chunk_rows: int  # samples of one transformer call; they divide the minibatch
     recorded_steps: int  # stochastic steps stored and replayed per sample
     replays: int  # (sample, step) pairs replayed
-    sampled_rows: int  # transformer rows of a rollout, guidance included
+    sampled_rows: int  # transformer rows of a rollout, where every step is guided or none
+    replay_rows: int  # (sample, step) pairs of one forward in training
     evaluation_images: int  # images of one evaluation
     total_samples: int  # images of the whole run's rollouts
 
@@ -40,12 +41,14 @@ def derived(cfg: Config) -> Derived:
     recorded += rollout.sde_steps.count if rollout.sde_steps else 0
     minibatch = samples // cfg.train.updates_per_rollout
     most = min(rollout.max_rows, minibatch)
+    chunk = max(n for n in range(1, most + 1) if minibatch % n == 0)
     return Derived(
         samples=samples,
         minibatch_samples=minibatch,
-        chunk_rows=max(n for n in range(1, most + 1) if minibatch % n == 0),
+        chunk_rows=chunk,
         recorded_steps=recorded,
         replays=samples * recorded,
+        replay_rows=chunk * min(cfg.train.replay_steps, recorded),
         sampled_rows=samples * rollout.steps * (1 if rollout.guidance == 1 else 2),
         evaluation_images=cfg.evaluation.prompts * cfg.evaluation.samples_per_prompt,
         total_samples=samples * cfg.train.steps,
@@ -62,8 +65,10 @@ def describe(cfg: Config) -> str:
         f"optimizer steps         {train.updates_per_rollout} per update, "
         f"{size.minibatch_samples} samples each",
         f"recorded steps          {size.recorded_steps} of {rollout.steps} per sample",
-        f"replays per update      {size.replays} (sample, step) pairs",
-        f"rollout rows per update {size.sampled_rows}, {size.chunk_rows} at a time",
+        f"replays per update      {size.replays} (sample, step) pairs, "
+        f"{size.replay_rows} at a time",
+        f"rollout rows per update {'at most ' if rollout.guidance_interval else ''}"
+        f"{size.sampled_rows}, of {size.chunk_rows} samples at a time",
         f"whole run               {train.steps} updates, {size.total_samples} images",
         f"one evaluation          {size.evaluation_images} images",
         f"config hash             {config_hash(cfg)}",

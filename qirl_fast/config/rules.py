@@ -71,6 +71,13 @@ def _rollout_problems(rollout: RolloutConfig) -> Iterator[Problem]:
             ("rollout.eta", "rollout.dynamics"),
             f"rollout.eta: got {rollout.eta:g}; for cps allowed: above 0, at most 1",
         )
+    interval = rollout.guidance_interval
+    if interval is not None and interval[0] > interval[1]:
+        yield (
+            ("rollout.guidance_interval",),
+            f"rollout.guidance_interval: got {list(interval)}, which ends before it begins; wanted "
+            "[lowest, highest] noise level, such as [0.3, 0.9]",
+        )
     if rollout.guidance != 1 and rollout.ratio_mode is None:
         yield (
             ("rollout.ratio_mode", "rollout.guidance"),

@@ -17,6 +17,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Level = Annotated[float, Field(ge=0, le=1)]
 Pixels = Annotated[int, Field(ge=16, multiple_of=16)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Text = Annotated[str, Field(min_length=1)]
@@ -105,6 +106,11 @@ class RolloutConfig(Section):
         default=None,
         description="how a guided rollout enters the ratio; must be declared when guided",
     )
+    guidance_interval: Annotated[tuple[Level, Level], Strict(False)] | None = Field(
+        default=None,
+        description="lowest and highest noise level at which guidance is on, in rollout and "
+        "evaluation; null: all",
+    )
     rescale_guidance: bool | None = Field(
         default=None,
         description="rescale the guided velocity to the conditional norm; null: as the family",
@@ -116,7 +122,10 @@ class RolloutConfig(Section):
         default="float32",
         description="dtype of stored states; a state is rounded before it is scored",
     )
-    max_rows: Count = Field(default=64, description="most rows in one transformer forward")
+    max_rows: Count = Field(
+        default=64,
+        description="most samples in one transformer forward; both guidance branches of them",
+    )
 
 
 class AdvantageConfig(Section):
@@ -191,6 +200,11 @@ class TrainConfig(Section):
         default=0,
         description="transformer blocks, from the first, whose activations are computed again in "
         "the backward pass and not kept: less memory, the same numbers",
+    )
+    replay_steps: Count = Field(
+        default=1,
+        description="recorded steps scored in one forward; above 1 the shape is not that of "
+        "rollout, and the ratio before an update is 1 to rounding only",
     )
 
 

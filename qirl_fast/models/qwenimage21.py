@@ -1,18 +1,18 @@
 """Qwen-Image-2.1: Qwen3-VL text, one single-stream block-causal DiT, RGBA autoencoder.
 
-Text tokens are modulated at t = 0 and attend causally, so their keys and values depend neither on
-the timestep nor on the sample. `prefix` computes them once per prompt; `velocity` runs the target
-image's tokens alone against them. Rollout and replay both use this path, so at equal shapes they
-agree bit for bit, and gradients of every row flow into the shared prefix.
+Tokens of text and condition images are modulated at t = 0 and attend causally, so their keys and
+values depend neither on the timestep nor on the sample. `prefix` computes them once per prompt;
+`velocity` runs the target image's tokens alone against them. Rollout and replay both use this path,
+so at equal shapes they agree bit for bit, and gradients of every row flow into the shared prefix.
 
-Shapes: B rows, P prompts, L text tokens, C text channels, N latent tokens, Z latent channels.
+Shapes: B rows, R noise levels, P prompts, L tokens of a prefix, C text channels, N latent tokens,
+Z latent channels.
 Source: diffusers `pipeline_qwenimage21.py`, `transformer_qwenimage21.py`.
 """
 
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +34,8 @@ from qirl_fast import ops
 from qirl_fast.models.fused import patch
 from qirl_fast.models.fused.qwenimage21 import SharedPrefix
 from qirl_fast.models.loading import check_class, load_component, load_part
+from qirl_fast.models.modulation import ModulationCache
+from qirl_fast.models.prefix import Conditioned, Layout, Prefix, join, spread, spread_rows
 from qirl_fast.models.processor import QwenVLProcessor
 
 PIXELS_PER_TOKEN = 16
@@ -55,26 +57,6 @@ def _load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler.from_pretrained(folder)
 
 
-@dataclass(frozen=True)
-class Prefix:
-    """What `velocity` needs to know of the prompts of B rows.
-
-    The blocks run on the rows sorted by text length: `order` sorts, `inverse` undoes it; None where
-    there is one length.
-    """
-
-    layers: tuple[SharedPrefix, ...]
-    rope: Tensor  # complex64 [N, head_dim / 2] of the target's tokens, or [B, N, head_dim / 2]
-    order: Tensor | None
-    inverse: Tensor | None
-    batch: int
-
-
-def spread(one: Tensor, rows: int) -> Tensor:
-    """[1, ...] seen as [rows, ...], without a copy."""
-    return one.expand(rows, *one.shape[1:])
-
-
 class QwenImage21:
     """The adapter: encode, latent_shape, velocity (with prefix), decode, trainable."""
 
@@ -92,8 +74,13 @@ class QwenImage21:
         self.recompute_blocks = 0  # from the first: activations computed again in backward
         self._frozen: list[Tensor] | None = None
         self._decoding = threading.Lock()
-        self._ropes: dict[tuple[int, tuple[int, int]], Tensor] = {}
+        self._ropes: dict[tuple[Layout, tuple[int, int]], Tensor] = {}
         patch(self.transformer)
+        t = self.transformer
+        parts = (t.time_text_embed, t.modulation, t.norm_out.linear)
+        self.modulations = ModulationCache(
+            parts, lambda level: self._modulation(torch.full((1,), level, device=self.device))
+        )
         for module in (pipeline.text_encoder, pipeline.vae, pipeline.transformer):
             module.requires_grad_(False).eval()
 
@@ -153,29 +140,32 @@ class QwenImage21:
         return (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN), self.vae.config.z_dim
 
     def prefix(
-        self, embeddings: Sequence[Tensor], owner: Sequence[int], height: int, width: int
+        self,
+        prompts: Sequence[Tensor | Conditioned],
+        owner: Sequence[int],
+        height: int,
+        width: int,
     ) -> Prefix:
         """Keys and values of each prompt's tokens, spread over the rows that share the prompt.
 
         Args:
-            embeddings: P tensors [L_p, C].
+            prompts: P embeddings [L_p, C], or prompts with condition images; layouts may differ.
             owner: B prompt indices, `owner[r]` the prompt of row r.
-            height, width: image size in pixels, multiples of 32.
+            height, width: size of the target in pixels, multiples of 32.
         """
         self.latent_shape(height, width)
         grid = (height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
-        lengths = sorted({len(embeddings[p]) for p in owner})
+        layouts = {p: Layout.of(prompts[p]) for p in sorted(set(owner))}
         order: list[int] = []
-        runs: list[list[tuple[Tensor, Tensor]]] = []  # per length, per layer, keys and values
+        runs: list[list[tuple[Tensor, Tensor]]] = []  # per layout, per layer, keys and values
         ropes = []
-        for length in lengths:
-            prompts = sorted({p for p in owner if len(embeddings[p]) == length})
-            rows = [r for r, p in enumerate(owner) if len(embeddings[p]) == length]
-            source = torch.tensor([prompts.index(owner[r]) for r in rows], device=self.device)
-            text = torch.stack([embeddings[p] for p in prompts]).to(self.device, self.dtype)
-            rope = self._rope(length, grid)
-            layers = self._text_forward(text, rope[:length])
-            if len(prompts) == 1:  # such as the unconditional branch: held once, not per row
+        for layout in sorted(set(layouts.values())):
+            used = [p for p in layouts if layouts[p] == layout]
+            rows = [r for r, p in enumerate(owner) if layouts[p] == layout]
+            source = torch.tensor([used.index(owner[r]) for r in rows], device=self.device)
+            rope, length = self._rope(layout, grid), len(layout.source)
+            layers = self._prefix_forward([prompts[p] for p in used], layout, rope[:length])
+            if len(used) == 1:  # such as the unconditional branch: held once, not per row
                 runs.append([(spread(k, len(rows)), spread(v, len(rows))) for k, v in layers])
             else:
                 chosen = [(k.index_select(0, source), v.index_select(0, source)) for k, v in layers]
@@ -186,30 +176,42 @@ class QwenImage21:
             SharedPrefix(tuple(k for k, _ in layer), tuple(v for _, v in layer))
             for layer in zip(*runs, strict=True)
         )
-        if len(lengths) == 1:
+        if len(runs) == 1:
             return Prefix(shared, ropes[0][0], None, None, len(owner))
         indices = torch.tensor(order, device=self.device)
         return Prefix(shared, torch.cat(ropes), indices, indices.argsort(), len(owner))
 
-    def _rope(self, length: int, grid: tuple[int, int]) -> Tensor:
-        """Rotations complex64 [L + N, head_dim / 2] of `length` text tokens and the target's."""
-        if (length, grid) not in self._ropes:
-            image = torch.arange(length + grid[0] * grid[1]) >= length
-            rope = self.transformer.pos_embed([(1, *grid)], image, device=self.device)
-            self._ropes[length, grid] = rope
-        return self._ropes[length, grid]
+    def _rope(self, layout: Layout, grid: tuple[int, int]) -> Tensor:
+        """Rotations complex64 [L + N, head_dim / 2] of a prefix's tokens and the target's."""
+        if (layout, grid) not in self._ropes:
+            image = torch.tensor([k >= 0 for k in layout.image] + [True] * (grid[0] * grid[1]))
+            shapes = [(1, *size) for size in (*layout.grids, grid)]
+            with torch.inference_mode(False):  # to be saved for a backward pass later
+                rope = self.transformer.pos_embed(shapes, image, device=self.device)
+            self._ropes[layout, grid] = rope
+        return self._ropes[layout, grid]
 
     def use_rope(self, length: int, grid: tuple[int, int], rope: Tensor) -> None:
-        """Take these rotations for the layout; of use where tensors have no values."""
-        self._ropes[length, grid] = rope
+        """Take these rotations for `length` text tokens; of use where tensors have no values."""
+        self._ropes[Layout((False,) * length), grid] = rope
 
-    def _text_forward(self, text: Tensor, rope: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Each layer's keys and values [P, L, heads, head_dim] of text [P, L, C]."""
-        transformer, length = self.transformer, text.shape[1]
+    def _prefix_forward(
+        self, prompts: Sequence[Tensor | Conditioned], layout: Layout, rope: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Each layer's keys and values [P, L, heads, head_dim] of P prompts of one layout."""
+        transformer = self.transformer
+        texts = [p if isinstance(p, Tensor) else p.text for p in prompts]
+        x = transformer.txt_in(torch.stack(texts).to(self.device, self.dtype))
+        images = [p.latents for p in prompts if isinstance(p, Conditioned)]
+        if images:
+            at = [i for i, k in enumerate(layout.image) if k >= 0]
+            latents = transformer.img_in(torch.stack(images).to(self.device, self.dtype))
+            source = torch.tensor(layout.source, device=self.device)
+            x = x.index_select(1, source).index_copy(
+                1, torch.tensor(at, device=self.device), latents
+            )
         cache = QwenImage21KVCache(len(transformer.transformer_blocks))
-        x = transformer.txt_in(text)
-        temb = transformer.time_text_embed(x.new_zeros(1), x)
-        modulation = transformer.modulation(temb).expand(len(x), -1)
+        modulation = spread(self.modulations.rows([0.0])[0], len(x))
         for block, layer in zip(transformer.transformer_blocks, cache.layer_caches, strict=True):
             x = block(
                 x,
@@ -217,26 +219,46 @@ class QwenImage21:
                 rope,
                 layer_cache=layer,
                 kv_cache_mode="extract",
-                cache_write_slice=slice(0, length),
-                segments=[(0, length, True)],
+                cache_write_slice=slice(0, x.shape[1]),
+                segments=layout.segments,
             )
         return [layer.get() for layer in cache.layer_caches]
 
-    def velocity(self, x: Tensor, sigma: Tensor, prefix: Prefix) -> Tensor:
+    def join(self, first: Prefix, second: Prefix) -> Prefix:
+        """What `velocity` needs of the rows of `first`, then those of `second`."""
+        return join(first, second)
+
+    def _modulation(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [R, 4 D] of the blocks and [R, D] of the last norm for noise levels [R]."""
+        transformer = self.transformer
+        sigma = sigma.to(self.dtype)
+        temb = transformer.time_text_embed(sigma, sigma)  # the second lends its dtype alone
+        norm = transformer.norm_out
+        return transformer.modulation(temb), norm.linear(norm.silu(temb).to(self.dtype))
+
+    def velocity(self, x: Tensor, sigma: Tensor | Sequence[float], prefix: Prefix) -> Tensor:
         """Velocity v = eps - x0, [B, N, Z] in the model's dtype.
 
         Args:
-            x: latents [B, N, Z]; sigma: noise level [B] in [0, 1]; prefix: of the same B rows.
+            x: latents [B, N, Z]; prefix: of the same B rows.
+            sigma: R noise levels in [0, 1], each of a run of B / R rows. What depends on it alone
+                is kept for levels that are host values, see models/modulation.py.
         """
-        if x.shape[0] != prefix.batch:
-            raise ValueError(f"{x.shape[0]} latent rows but a prefix of {prefix.batch} rows")
+        batch = len(x)
+        if batch != prefix.batch:
+            raise ValueError(f"{batch} latent rows but a prefix of {prefix.batch} rows")
+        if not len(sigma) or batch % len(sigma):
+            raise ValueError(f"{len(sigma)} noise levels for {batch} rows; wanted a divisor of it")
         transformer = self.transformer
-        x, sigma = x.to(self.dtype), sigma.to(self.dtype)
+        modulate = self._modulation if isinstance(sigma, Tensor) else self.modulations.rows
+        modulation, scale = (
+            spread_rows(rows, batch, prefix.order)
+            for rows in modulate(sigma)  # type: ignore[arg-type]
+        )
+        x = x.to(self.dtype)
         if prefix.order is not None:
-            x, sigma = x[prefix.order], sigma[prefix.order]
+            x = x[prefix.order]
         x = transformer.img_in(x)
-        temb = transformer.time_text_embed(sigma, x)
-        modulation = transformer.modulation(temb)
         again = self.recompute_blocks if torch.is_grad_enabled() else 0
         blocks = zip(transformer.transformer_blocks, prefix.layers, strict=True)
         for i, (block, layer) in enumerate(blocks):
@@ -244,9 +266,8 @@ class QwenImage21:
             if i < again:
                 run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
             x = run(x, modulation, prefix.rope)
-        norm = transformer.norm_out
-        scale = norm.linear(norm.silu(temb).to(x.dtype))
-        out: Tensor = transformer.proj_out(ops.norm_modulate(x, scale, eps=norm.norm.eps))
+        x = ops.norm_modulate(x, scale, eps=transformer.norm_out.norm.eps)
+        out: Tensor = transformer.proj_out(x)
         return out if prefix.inverse is None else out[prefix.inverse]
 
     @torch.no_grad()

@@ -23,11 +23,15 @@ RATIO_MODES = ("frozen_offset", "conditional", "full")
 
 @dataclass(frozen=True)
 class Guidance:
-    """scale 1 is off; `rescale` keeps each token's conditional norm (Qwen-Image 1.x)."""
+    """scale 1 is off; `rescale` keeps each token's conditional norm (Qwen-Image 1.x).
+
+    Outside of `interval`, noise levels with both ends, no step is guided (arXiv 2404.07724).
+    """
 
     scale: float = 1.0
     rescale: bool = False
     ratio_mode: str | None = None
+    interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         if self.on and self.ratio_mode is not None and self.ratio_mode not in RATIO_MODES:
@@ -36,6 +40,10 @@ class Guidance:
     @property
     def on(self) -> bool:
         return self.scale != 1.0
+
+    def at(self, sigma: float) -> bool:
+        """True where a step that starts at noise level sigma is guided."""
+        return self.on and self.interval[0] <= sigma <= self.interval[1]
 
     @property
     def in_objective(self) -> bool:

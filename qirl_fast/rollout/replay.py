@@ -1,11 +1,14 @@
 """Replay: the recorded steps of a trajectory, scored again under the current weights.
 
-Each recorded step runs as one forward of the chunk's own rows: the shape, the kernels and the
-order of rollout, so that unchanged weights give the recorded log-prob bit for bit.
+A forward takes `how.replay_steps` recorded steps of the chunk's rows. One at a time, the default,
+runs at the shape, with the kernels and in the order of rollout: unchanged weights give the recorded
+log-prob bit for bit. Several at once fill a large device better; a matrix product of another
+shape may then round otherwise.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -29,13 +32,32 @@ def replay(model: Model, trajectory: Trajectory, how: Sampling) -> Iterator[Repl
     """Yield the recorded steps in order; the prompts' prefix is computed once for all of them."""
     guidance, rows = how.guidance, len(trajectory.rows)
     prefix = trajectory.prompts.prefix(model, how)
-    null_prefix = trajectory.prompts.null_prefix(model, how) if guidance.in_objective else None
-    for i, step in enumerate(trajectory.coefficients):
-        x = trajectory.x[i]
-        sigma = torch.full((rows,), trajectory.sigmas[i], device=x.device)
-        v = model.velocity(x, sigma, prefix)
-        if null_prefix is not None:
-            v = guidance.combine(v, model.velocity(x, sigma, null_prefix))
-        a, c, _, w, b = coefficient_tensors(step, rows, x.device)
-        logp = ops.flow_logp(x, trajectory.x_next[i], v, a, c, w, b, delta=trajectory.delta[i])
-        yield Replayed(logp, trajectory.logp[i], v, step)
+    guided = [guidance.in_objective and guidance.at(sigma) for sigma in trajectory.sigmas]
+    null_prefix = trajectory.prompts.null_prefix(model, how) if any(guided) else None
+    for steps in _together(guided, how.replay_steps):
+        x = torch.cat([trajectory.x[i] for i in steps])
+        sigma = [trajectory.sigmas[i] for i in steps]
+        prefixes = [prefix] * len(steps)
+        if not guided[steps[0]]:
+            v = model.velocity(x, sigma, reduce(model.join, prefixes))
+        else:
+            prefixes += [null_prefix] * len(steps)
+            both = model.velocity(torch.cat([x, x]), sigma * 2, reduce(model.join, prefixes))
+            v = guidance.combine(*both.chunk(2))
+        for i, velocity in zip(steps, v.split(rows), strict=True):
+            step, x, x_next = trajectory.coefficients[i], trajectory.x[i], trajectory.x_next[i]
+            a, c, _, w, b = coefficient_tensors(step, rows, x.device)
+            logp = ops.flow_logp(x, x_next, velocity, a, c, w, b, delta=trajectory.delta[i])
+            yield Replayed(logp, trajectory.logp[i], velocity, step)
+
+
+def _together(guided: list[bool], most: int) -> Iterator[list[int]]:
+    """Recorded steps of one forward: neighbours, guided all or none, `most` at most."""
+    steps: list[int] = []
+    for i, on in enumerate(guided):
+        if steps and (len(steps) == most or on != guided[steps[0]]):
+            yield steps
+            steps = []
+        steps.append(i)
+    if steps:
+        yield steps

@@ -36,9 +36,10 @@ class Model(Protocol):
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int]: ...
     def prefix(
-        self, embeddings: Sequence[Tensor], owner: Sequence[int], height: int, width: int
+        self, prompts: Sequence[Any], owner: Sequence[int], height: int, width: int
     ) -> Any: ...
-    def velocity(self, x: Tensor, sigma: Tensor, prefix: Any) -> Tensor: ...
+    def join(self, first: Any, second: Any) -> Any: ...
+    def velocity(self, x: Tensor, sigma: Sequence[float], prefix: Any) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,18 @@ class Sampling:
     dynamics: str = "ode"
     eta: float = 0.7
     storage_dtype: str = "float32"
-    max_rows: int = 64
+    max_rows: int = 64  # samples of a chunk; where both branches run as one, twice as many rows
+    replay_steps: int = 1  # recorded steps of a chunk scored in one forward
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """A chunk's conditioning: embeddings [L, C] a prompt, `owner[r]` the prompt of row r."""
+    """A chunk's conditioning: an embedding [L, C] a prompt, or what else the model's prefix takes;
+    `owner[r]` is the prompt of row r.
+    """
 
-    embeddings: tuple[Tensor, ...]
-    null: Tensor
+    embeddings: tuple[Any, ...]
+    null: Any
     owner: tuple[int, ...]
 
     def prefix(self, model: Model, how: Sampling) -> Any:
@@ -111,8 +115,8 @@ def initial_noise(seeds: Tensor, shape: tuple[int, int], device: torch.device) -
 
 def sample(
     model: Model,
-    embeddings: Sequence[Tensor],
-    null: Tensor,
+    embeddings: Sequence[Any],
+    null: Any,
     how: Sampling,
     scheduler_config: Mapping[str, Any],
     *,
@@ -143,8 +147,8 @@ def sample_then(
     then: Callable[[Trajectory], R],
     workers: Workers,
     model: Model,
-    embeddings: Sequence[Tensor],
-    null: Tensor,
+    embeddings: Sequence[Any],
+    null: Any,
     how: Sampling,
     scheduler_config: Mapping[str, Any],
     *,
@@ -157,7 +161,8 @@ def sample_then(
     """`then` of each chunk of `group_size` samples for each prompt, made by `workers`, in order.
 
     Args:
-        embeddings: P text embeddings [L_p, C]; null: the unconditional one [L, C].
+        embeddings: P text embeddings [L_p, C], or what else the model's prefix takes; null: the
+            unconditional one.
         recorded: steps sampled with `how.dynamics` and kept for replay; the others follow the ODE.
         shared_noise: all samples of a prompt start from one initial noise.
     The chunks' `rows` cover range(P * group_size) in order.
@@ -194,6 +199,7 @@ def _sample_chunk(
     guidance = how.guidance
     prefix = prompts.prefix(model, how)
     null_prefix = prompts.null_prefix(model, how) if guidance.on else None
+    joined = None if null_prefix is None else model.join(prefix, null_prefix)
     x = x.to(_DTYPES[how.storage_dtype])
     kept: dict[str, list[Any]] = {k: [] for k in ("x", "x_next", "delta", "logp")}
     steps = [
@@ -207,22 +213,25 @@ def _sample_chunk(
         for i in range(how.steps)
     ]
     for i, step in enumerate(steps):
-        sigma = torch.full((len(rows),), float(sigmas[i]), device=x.device)
-        v_cond = model.velocity(x, sigma, prefix)
+        sigma, delta = (float(sigmas[i]),), None
         a, c, s, w, b = coefficient_tensors(step, len(rows), x.device)
-        delta = None
-        if null_prefix is None:
+        if null_prefix is None or not guidance.at(sigma[0]):
+            v_cond = model.velocity(x, sigma, prefix)
             x_next, logp = ops.flow_step(x, v_cond, a, c, s, w, b, seed=seeds, offset=i)
         else:
+            if i in recorded and not guidance.in_objective:  # at the shape of replay
+                v_cond, v_null = (model.velocity(x, sigma, p) for p in (prefix, null_prefix))
+            else:
+                v_cond, v_null = model.velocity(torch.cat([x, x]), sigma, joined).chunk(2)
             x_next, logp, delta = ops.guide_step(
-                *(x, v_cond, model.velocity(x, sigma, null_prefix), guidance.scale, a, c, s, w, b),
+                *(x, v_cond, v_null, guidance.scale, a, c, s, w, b),
                 seed=seeds,
                 offset=i,
                 rescale=guidance.rescale,
                 frozen=i in recorded and guidance.ratio_mode == "frozen_offset",
             )
         if i in recorded:
-            if guidance.on and guidance.ratio_mode == "conditional":
+            if guidance.at(sigma[0]) and guidance.ratio_mode == "conditional":
                 logp = ops.flow_logp(x, x_next, v_cond, a, c, w, b)
             for name, value in zip(kept, (x, x_next, delta, logp), strict=True):
                 kept[name].append(value)

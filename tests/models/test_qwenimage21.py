@@ -7,6 +7,7 @@ relative: some 1e-6 of the largest value for n <= 300. Measured: 4e-7 forward.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 
 import qirl_fast
 from qirl_fast.models import load_model
+from qirl_fast.models.prefix import Conditioned
 from qirl_fast.models.qwenimage21 import QwenImage21
 from qirl_fast.rollout.guidance import Guidance
 from qirl_fast.rollout.sample import Sampling, initial_noise, row_seeds, sample
@@ -55,6 +57,98 @@ def stock_velocity(transformer: Any, x: Tensor, sigma: Tensor, text: Tensor) -> 
         return_dict=False,
     )[0]
     return out[0, -TOKENS:]
+
+
+def conditioned(
+    text: Tensor, sizes: tuple[tuple[int, int], ...], at: tuple[int, ...]
+) -> Conditioned:
+    """The text with images of these grids put in before its tokens `at`; random latents, slots."""
+    generator = torch.Generator().manual_seed(len(text))
+    parts: list[Tensor] = []
+    flags: list[bool] = []
+    images = iter(zip(at, sizes, strict=True))
+    place, size = next(images)
+    for i, row in enumerate(text):
+        while place == i:
+            slots = size[0] * size[1] // 4
+            parts.append(torch.randn(slots, text.shape[1], generator=generator))
+            flags += [True] * slots
+            place, size = next(images, (-1, (0, 0)))
+        parts.append(row[None])
+        flags.append(False)
+    latents = torch.randn(sum(h * w for h, w in sizes), CHANNELS, generator=generator)
+    return Conditioned(torch.cat(parts), torch.tensor(flags), latents, sizes)
+
+
+def stock_edit_velocity(transformer: Any, x: Tensor, sigma: float, prompt: Conditioned) -> Tensor:
+    """One row through the stock forward: condition images and target, no cache."""
+    target = torch.ones(TOKENS // 4, dtype=torch.bool)
+    out = transformer(
+        hidden_states=torch.cat([prompt.latents, x])[None],
+        encoder_hidden_states=prompt.text[None],
+        timestep=torch.tensor([sigma]),
+        img_shapes=[[*((1, h, w) for h, w in prompt.grids), (1, 4, 4)]],
+        img_mask=torch.cat([prompt.slots, target])[None],
+        return_dict=False,
+    )[0]
+    return out[0, -TOKENS:]
+
+
+EDITS = (  # grids of the condition images, the text tokens they stand before
+    (((4, 4),), (0,)),
+    (((2, 4), (4, 2)), (1, 1)),  # neighbours, which must not see each other whole
+    (((2, 2), (4, 6), (2, 2)), (0, 2, 4)),
+)
+
+
+def test_condition_images_are_those_of_the_stock_forward(make_model, prompts) -> None:
+    """Rows of three layouts and of plain text in one batch; values and every gradient."""
+    text = make_model().encode(prompts)
+    owner = [2, 0, 1, 3, 0, 2, 1]
+    levels = [1.0, 0.9, 0.5, 0.02, 0.3, 0.7, 0.1]
+    x, probe = noise(7), noise(7, seed=1)
+    found: list[tuple[Tensor, dict[str, Tensor]]] = []
+    for stock in (False, True):
+        model = make_model()
+        items: list[Any] = [conditioned(text[i], *edit) for i, edit in enumerate(EDITS)]
+        items.append(text[3])
+        parameters = model.trainable("full", 0, 0.0, None, 0)
+        if stock:
+            qirl_fast.unpatch(model.transformer)
+            rows = [
+                stock_velocity(model.transformer, x[r], torch.tensor(levels[r]), text[3])
+                if p == 3
+                else stock_edit_velocity(model.transformer, x[r], levels[r], items[p])
+                for r, p in enumerate(owner)
+            ]
+            v = torch.stack(rows)
+        else:
+            v = model.velocity(x, levels, model.prefix(items, owner, SIZE, SIZE))
+        (v * probe).sum().backward()
+        found.append((v, {n: p.grad for n, p in parameters.items() if p.grad is not None}))
+    (ours, our_gradients), (theirs, gradients) = found
+    for r in range(len(owner)):
+        assert relative(ours[r], theirs[r]) < CLOSE
+    assert our_gradients.keys() == gradients.keys()
+    largest = max(g.abs().max().item() for g in gradients.values())
+    for name, gradient in gradients.items():
+        allowed = CLOSE_GRADIENT * max(gradient.abs().max().item(), 0.05 * largest)
+        assert (our_gradients[name] - gradient).abs().max().item() <= allowed, name
+
+
+def test_a_condition_image_that_does_not_fit_is_refused(frozen_model, prompts) -> None:
+    text = frozen_model.encode(prompts[:1])[0]
+    good = conditioned(text, ((2, 4),), (1,))
+    frozen_model.prefix([good], [0], SIZE, SIZE)
+    wrong = {
+        "8 latent tokens": dataclasses.replace(good, grids=((2, 2),)),
+        "4 latent tokens": dataclasses.replace(good, latents=good.latents[:4]),
+        "0 of them of images": dataclasses.replace(good, slots=torch.zeros_like(good.slots)),
+        rf"{len(text) + 1} slots": dataclasses.replace(good, slots=good.slots[1:]),
+    }
+    for match, prompt in wrong.items():
+        with pytest.raises(ValueError, match=match):
+            frozen_model.prefix([prompt], [0], SIZE, SIZE)
 
 
 def test_encode_is_the_stock_encoding(frozen_model, stock_pipeline, prompts) -> None:
@@ -107,6 +201,108 @@ def test_same_shapes_give_the_same_bits_with_and_without_grad(make_model, prompt
         rollout = model.velocity(x, sigma, model.prefix(text, owner, SIZE, SIZE))
     replay = model.velocity(x, sigma, model.prefix(text, owner, SIZE, SIZE))
     assert replay.requires_grad and torch.equal(replay, rollout)
+
+
+def test_joined_prefixes_are_the_two_by_themselves(frozen_model, prompts) -> None:
+    """Rows of one text length, of several, and both; the guided branches run like this."""
+    text = frozen_model.encode([*prompts, ""])
+    owners = ([0, 0], [2, 0, 1, 0, 3, 2], [4] * 6)
+    with torch.no_grad():
+        prefixes = [frozen_model.prefix(text, owner, SIZE, SIZE) for owner in owners]
+        for a, b in ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 0)):
+            x = noise(len(owners[a]) + len(owners[b]), seed=a + 7 * b)
+            both = frozen_model.join(prefixes[a], prefixes[b])
+            together = frozen_model.velocity(x, [0.7], both)
+            parts = zip(x.split([len(owners[a]), len(owners[b])]), (a, b), strict=True)
+            alone = torch.cat([frozen_model.velocity(p, [0.7], prefixes[k]) for p, k in parts])
+            assert relative(together, alone) < CLOSE
+
+
+def test_noise_levels_of_runs_of_rows(frozen_model, prompts) -> None:
+    """R levels for B rows, as host values and as a tensor, are the levels row by row."""
+    text = frozen_model.encode(prompts)
+    x, owner = noise(6), [2, 0, 1, 0, 3, 2]
+    with torch.no_grad():
+        prefix = frozen_model.prefix(text, owner, SIZE, SIZE)
+        for levels in ([0.7], [0.9, 0.2], [0.9, 0.5, 0.2], [1.0, 0.9, 0.5, 0.02, 0.3, 0.7]):
+            by_row = torch.tensor(levels).repeat_interleave(6 // len(levels))
+            expected = frozen_model.velocity(x, by_row, prefix)
+            for sigma in (levels, torch.tensor(levels)):
+                assert relative(frozen_model.velocity(x, sigma, prefix), expected) < CLOSE
+        for levels in ([], [0.5] * 4, torch.ones(12)):
+            with pytest.raises(ValueError, match=rf"{len(levels)} noise levels for 6 rows"):
+                frozen_model.velocity(x, levels, prefix)
+
+
+def test_modulation_is_computed_once_per_level_and_version(make_model, prompts) -> None:
+    """The frozen modulation under a LoRA is kept through updates; changed weights renew it."""
+    model = make_model()
+    trained = model.trainable("lora", 4, 8, None, 0)
+    text, x = model.encode(prompts[:1]), noise(2)
+    cache = model.modulations
+
+    def velocity(levels: Any = (0.7,)) -> Tensor:
+        return model.velocity(x, levels, model.prefix(text, [0, 0], SIZE, SIZE))
+
+    first = velocity()
+    assert cache.computed == 2, "the level and t = 0"
+    assert torch.equal(velocity(), first) and cache.computed == 2
+    first.sum().backward()
+    with torch.no_grad():
+        for p in trained.values():
+            p.add_(0.1)
+    assert not torch.equal(velocity(), first) and cache.computed == 2
+    velocity((0.2, 0.7))
+    assert cache.computed == 3
+    weight = model.transformer.modulation[-1].weight
+    before = velocity()
+    kept = weight.data
+    weight.data = kept * 2  # exchanged, as the reference policy does
+    exchanged = velocity()
+    assert cache.computed == 5 and relative(exchanged, before) > 0.01
+    weight.data = kept
+    assert torch.equal(velocity(), before)
+    with torch.no_grad():
+        weight.mul_(2)  # changed in place, as an optimizer does
+    assert torch.equal(velocity(), exchanged)
+
+
+def test_trained_modulation_is_never_kept(make_model, prompts) -> None:
+    """Its gradient arrives, and rollout's bits are those of replay."""
+    for adapter, targets in (
+        ("full", None),
+        ("lora", ["time_text_embed.timestep_embedder.linear_1"]),
+    ):
+        model = make_model()
+        parameters = model.trainable(adapter, 4, 8, targets, 0)
+        with torch.no_grad():
+            for p in parameters.values():
+                p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+        text, x = model.encode(prompts[:1]), noise(2)
+        found = []
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                prefix = model.prefix(text, [0, 0], SIZE, SIZE)
+                found.append(model.velocity(x, [0.7], prefix))
+        rollout, replayed = found
+        assert torch.equal(replayed, rollout)
+        replayed.sum().backward()
+        names = [n for n in parameters if "time_text_embed" in n]
+        assert names and all(parameters[n].grad.abs().max() > 0 for n in names)
+        if adapter == "lora":
+            with torch.no_grad(), model.reference():
+                prefix = model.prefix(text, [0, 0], SIZE, SIZE)
+                assert not torch.equal(model.velocity(x, [0.7], prefix), rollout)
+
+
+def test_rows_made_in_inference_mode_serve_training(make_model, prompts) -> None:
+    model = make_model()
+    parameters = list(model.trainable("lora", 4, 8, None, 0).values())
+    text, x = model.encode(prompts[:1]), noise(2)
+    with torch.inference_mode():
+        model.velocity(x, [0.7], model.prefix(text, [0, 0], SIZE, SIZE))
+    v = model.velocity(x, [0.7], model.prefix(text, [0, 0], SIZE, SIZE))
+    assert all(g is not None for g in torch.autograd.grad(v.sum(), parameters))
 
 
 def test_gradients_are_those_of_the_stock_forward(make_model, prompts) -> None:

@@ -13,6 +13,13 @@ def test_scale_one_is_off_and_needs_no_mode() -> None:
     assert Guidance(1.5).on and Guidance(0.0).on
 
 
+def test_the_interval_holds_both_its_ends() -> None:
+    guidance = Guidance(2.0, interval=(0.25, 0.75))
+    assert [guidance.at(s) for s in (0.2, 0.25, 0.5, 0.75, 0.8)] == [False, True, True, True, False]
+    assert Guidance(2.0).at(0.0) and Guidance(2.0).at(1.0)
+    assert not Guidance(1.0, interval=(0.0, 1.0)).at(0.5)
+
+
 def test_only_full_enters_the_objective() -> None:
     assert RATIO_MODES == ("frozen_offset", "conditional", "full")
     inside = [m for m in RATIO_MODES if Guidance(2.0, ratio_mode=m).in_objective]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -138,12 +139,60 @@ def test_scores_and_gradients_under_new_weights(
 
 @pytest.mark.parametrize("mode", list(MODES))
 def test_only_full_runs_the_unconditional_branch(make_toy, toy_text, mode: str) -> None:
+    """In replay; and a forward takes both branches where no replay has to repeat one alone."""
     model = make_toy()
     chunk, how = roll(model, toy_text, mode)
-    assert model.calls == 5 * (2 if how.guidance.on else 1)
-    model.calls = 0
+    rows, full = len(chunk.rows), mode.startswith("full")
+    assert model.rows == 5 * rows * (2 if how.guidance.on else 1)
+    assert model.calls == (5 + 3 if how.guidance.on and not full else 5)
+    model.calls = model.rows = 0
     list(replay(model, chunk, how))
-    assert model.calls == 3 * (2 if mode.startswith("full") else 1)
+    assert (model.calls, model.rows) == (3, 3 * rows * (2 if full else 1))
+
+
+@pytest.mark.parametrize("most", [2, 3, 9])
+@pytest.mark.parametrize("mode", list(MODES))
+def test_several_steps_in_one_forward(make_toy, toy_text, mode: str, most: int) -> None:
+    """The scores and gradients of one step at a time, but for the rounding of other shapes."""
+    model = make_toy()
+    chunk, one = roll(model, toy_text, mode)
+    nudge(model)
+    found = []
+    for how in (one, dataclasses.replace(one, replay_steps=most)):
+        model.calls = 0
+        steps = list(replay(model, chunk, how))
+        sum((s.logp * torch.linspace(-1, 1, len(chunk.rows))).sum() for s in steps).backward()
+        found.append((steps, [p.grad.clone() for p in model.parameters()]))
+        model.zero_grad()
+    assert model.calls == -(-3 // most)
+    for a, b in zip(found[0][0], found[1][0], strict=True):
+        assert a.coefficients == b.coefficients and torch.equal(a.logp_old, b.logp_old)
+        assert torch.allclose(a.logp, b.logp, rtol=1e-4, atol=1e-5)  # as against float64 above
+    for a, b in zip(found[0][1], found[1][1], strict=True):
+        assert a.abs().max() > 0 and (a - b).abs().max() <= 1e-4 * a.abs().max()
+
+
+@pytest.mark.parametrize("mode", ["frozen_offset", "conditional", "full", "full, rescaled"])
+@pytest.mark.parametrize("most", [1, 3])
+def test_a_guidance_interval_holds_in_replay(make_toy, toy_text, mode: str, most: int) -> None:
+    """Guided at step 1 alone of the recorded 0, 1, 3: the ratio is 1 at all of them."""
+    model = make_toy()
+    sigmas = roll(model, toy_text, "unguided")[0].sigmas
+    within = (sigmas[1] - 1e-6, sigmas[1] + 1e-6)
+    guidance = dataclasses.replace(MODES[mode], interval=within)
+    how = Sampling(64, 64, 5, guidance, "flow_sde", replay_steps=most)
+    model.rows = 0
+    (chunk,) = sample(
+        model, *toy_text, how, SCHEDULER, group_size=4, seed=1, update=3, recorded=(0, 1, 3)
+    )
+    assert model.rows == (5 + 1) * len(chunk.rows)
+    assert [d is not None for d in chunk.delta] == [False, mode == "frozen_offset", False]
+    model.rows = 0
+    scored = list(replay(model, chunk, how))
+    assert model.rows == (3 + mode.startswith("full")) * len(chunk.rows)
+    for step in scored:
+        close = torch.equal if most == 1 else partial(torch.allclose, rtol=1e-4, atol=1e-5)
+        assert close(step.logp, step.logp_old)
 
 
 def test_the_prefix_is_computed_once_and_gets_gradients(make_toy, toy_text, monkeypatch) -> None:

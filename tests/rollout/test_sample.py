@@ -227,3 +227,25 @@ def test_guided_states_follow_the_guided_velocity(make_toy, toy_text) -> None:
     # c v_c + c (v - v_c) against c v: a rounding or two at each of three steps
     assert torch.allclose(finals["frozen_offset"], finals["full"], rtol=0, atol=2e-5)
     assert (finals["full"] - plain).abs().max() > 0.01
+
+
+def test_a_guidance_interval_leaves_the_other_steps_alone(make_toy, toy_text) -> None:
+    """Against Euler steps in float64, guided at steps 1 and 2 of five."""
+    sigmas = make_sigmas(5, 6, SCHEDULER)
+    interval = (float(sigmas[2]), float(sigmas[1]))
+    model = make_toy()
+    how = dataclasses.replace(HOW, guidance=Guidance(3.0, interval=interval))
+    (chunk,) = roll(model, toy_text, how, recorded=())
+    assert (model.calls, model.rows) == (5, (5 + 2) * 12)
+    exact, (text, null) = make_toy(torch.float64), toy_text
+    x = initial_noise(row_seeds(1, 3, 0, 12, stream=0), (6, 4), torch.device("cpu")).double()
+    with torch.no_grad():
+        prefix = exact.prefix(text, [r // GROUP for r in range(12)], 64, 64)
+        null_prefix = exact.prefix([null], [0] * 12, 64, 64)
+        for i in range(5):
+            v = exact.velocity(x, [sigmas[i]], prefix)
+            if i in (1, 2):
+                v_null = exact.velocity(x, [sigmas[i]], null_prefix)
+                v = v_null + 3.0 * (v - v_null)
+            x = x + (sigmas[i + 1] - sigmas[i]) * v
+    assert torch.allclose(chunk.latents.double(), x, rtol=0, atol=2e-5)  # guidance triples it

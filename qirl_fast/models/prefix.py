@@ -1,0 +1,122 @@
+"""What rows see before their own tokens: text and condition images, laid out and shared.
+
+Shapes: B rows, P prompts, L tokens of a prefix, C text channels, M latent tokens of condition
+images, N of the target, Z channels.
+"""
+
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from qirl_fast.models.fused.attention import Segments
+from qirl_fast.models.fused.qwenimage21 import SharedPrefix
+
+
+@dataclass(frozen=True)
+class Conditioned:
+    """A prompt with condition images, as the text encoder and the autoencoder give them.
+
+    slots: bool [L]; True where an embedding stands for 2 x 2 latent tokens of an image.
+    latents: normalised, [M, Z], of all images in the order of their slots; grids: the tokens
+    (height, width) of each.
+    """
+
+    text: Tensor  # [L, C]
+    slots: Tensor
+    latents: Tensor
+    grids: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, order=True)
+class Layout:
+    """Where text and condition images lie in a prefix; prompts of one layout run together."""
+
+    slots: tuple[bool, ...]
+    grids: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of(cls, prompt: Tensor | Conditioned) -> "Layout":
+        """The layout of an embedding or a conditioned prompt.
+
+        ValueError where a prompt's parts do not fit together.
+        """
+        if isinstance(prompt, Tensor):
+            return cls((False,) * len(prompt))
+        slots = tuple(map(bool, prompt.slots.tolist()))
+        tokens = sum(h * w for h, w in prompt.grids)
+        if len(slots) != len(prompt.text) or not 4 * sum(slots) == tokens == len(prompt.latents):
+            raise ValueError(
+                f"a prompt of {len(prompt.text)} embeddings and {len(slots)} slots, {sum(slots)} "
+                f"of them of images, with {len(prompt.latents)} latent tokens and grids "
+                f"{list(prompt.grids)}, which hold {tokens}; wanted as many slots as embeddings, "
+                "and 4 latent tokens for each slot of an image"
+            )
+        return cls(slots, prompt.grids)
+
+    @property
+    def source(self) -> list[int]:
+        """Of each token the embedding it stands on: a slot of an image is four tokens."""
+        return [i for i, slot in enumerate(self.slots) for _ in range(4 if slot else 1)]
+
+    @property
+    def image(self) -> list[int]:
+        """Of each token the image it belongs to; -1: text. Neighbouring images stay apart."""
+        images = iter([k for k, (h, w) in enumerate(self.grids) for _ in range(h * w)])
+        return [next(images) if self.slots[i] else -1 for i in self.source]
+
+    @property
+    def segments(self) -> Segments:
+        """Runs (start, end, is text) of tokens that belong together."""
+        found, start = [], 0
+        for image, run in groupby(self.image):
+            end = start + len(list(run))
+            found.append((start, end, image < 0))
+            start = end
+        return found
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What `velocity` needs to know of the prompts of B rows.
+
+    The blocks run on the rows sorted by layout: `order` sorts, `inverse` undoes it; None where
+    there is one.
+    """
+
+    layers: tuple[SharedPrefix, ...]
+    rope: Tensor  # complex64 [N, head_dim / 2] of the target's tokens, or [B, N, head_dim / 2]
+    order: Tensor | None
+    inverse: Tensor | None
+    batch: int
+
+
+def join(first: Prefix, second: Prefix) -> Prefix:
+    """What `velocity` needs of the rows of `first`, then those of `second`; nothing is copied
+    but rotations.
+    """
+    layers = tuple(
+        SharedPrefix(a.k + b.k, a.v + b.v) for a, b in zip(first.layers, second.layers, strict=True)
+    )
+    both = (first, second)
+    rope = torch.cat([p.rope.expand(p.batch, *p.rope.shape[-2:]) for p in both])
+    batch = first.batch + second.batch
+    if first.order is None and second.order is None:
+        return Prefix(layers, rope, None, None, batch)
+    own = [torch.arange(p.batch, device=rope.device) if p.order is None else p.order for p in both]
+    order = torch.cat([own[0], own[1] + first.batch])
+    return Prefix(layers, rope, order, order.argsort(), batch)
+
+
+def spread(one: Tensor, rows: int) -> Tensor:
+    """[1, ...] seen as [rows, ...], without a copy."""
+    return one.expand(rows, *one.shape[1:])
+
+
+def spread_rows(rows: Tensor, batch: int, order: Tensor | None) -> Tensor:
+    """Rows [R, D] of runs of batch / R samples as [batch, D], in `order`."""
+    if len(rows) == 1:
+        return spread(rows, batch)
+    by_row = rows.repeat_interleave(batch // len(rows), dim=0) if len(rows) < batch else rows
+    return by_row if order is None else by_row[order]
