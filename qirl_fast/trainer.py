@@ -22,6 +22,7 @@ from qirl_fast.data.sampler import PromptSampler
 from qirl_fast.evaluation.heldout import Evaluation, evaluate
 from qirl_fast.learner import Learner
 from qirl_fast.models import load_model
+from qirl_fast.models.fused.attention import use_attention
 from qirl_fast.preflight import preflight
 from qirl_fast.rewards.composite import (
     BadReward,
@@ -64,6 +65,7 @@ class Trainer:
         self.workers = cpu_workers(cfg.threads) if device == "cpu" else Workers(1)
         folder = packaged(cfg.model.path)
         self.model = load_model(folder, cfg.model.family, DTYPES[cfg.model.dtype], device)
+        use_attention(self.model.transformer, cfg.model.attention)
         self.scheduler = dict(self.model.pipeline.scheduler.config)
         self.algorithm: ModuleType = ALGORITHMS[cfg.algorithm.name]
         self.judges = [*cfg.rewards, *cfg.watch]

@@ -53,6 +53,11 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="dtype of the forward"
     )
+    attention: Literal["auto", "sdpa", "cudnn", "flash", "flash3", "xformers", "flex"] = Field(
+        default="auto",
+        description="library of the transformer's attention; auto: diffusers' default; another is "
+        "an error where it is not installed or does not fit",
+    )
     adapter: Literal["lora", "full"] = Field(default="lora", description="what is trained")
     lora: LoraConfig = Field(default=LoraConfig(), description="used when adapter is lora")
 

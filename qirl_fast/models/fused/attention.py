@@ -1,12 +1,63 @@
-"""Attention of a fused block, through the backend that diffusers' set_attention_backend chose."""
+"""Attention of a fused block, through the backend that `use_attention` or diffusers'
+set_attention_backend chose.
+"""
 
+import logging
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    attention_backend,
+    dispatch_attention_fn,
+)
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
 Segments = list[tuple[int, int, bool]]  # start, end, whether it is text
+
+# Our names -> diffusers' backends. None of these calls has a mask, but for runs of text.
+BACKENDS = {
+    "sdpa": "native",
+    "cudnn": "_native_cudnn",
+    "flash": "flash",
+    "flash3": "_flash_3",
+    "xformers": "xformers",
+    "flex": "flex",
+}
+GPU_ONLY = ("cudnn", "flash", "flash3", "xformers", "flex")  # flex: no backward on a CPU
+NO_FLOAT32 = ("cudnn", "flash", "flash3")
+
+
+def use_attention(transformer: Any, name: str) -> None:
+    """Send the attention of a stock or fused transformer to one library, and log which.
+
+    name: one of BACKENDS, or "auto": what diffusers is set to, by default "sdpa", PyTorch's
+    scaled_dot_product_attention, which picks cuDNN, flash or a kernel of its own.
+    Raises ValueError for an unknown name and where the library is not installed or does not serve
+    the transformer's device or dtype.
+    """
+    if name == "auto":
+        logger.info("attention: auto, diffusers' default")
+        return
+    if name not in BACKENDS:
+        raise ValueError(f"attention {name!r}: use auto, {', '.join(BACKENDS)}")
+    device, dtype = transformer.device.type, transformer.dtype
+    if name in GPU_ONLY and device != "cuda":
+        raise ValueError(
+            f"attention {name!r} runs on CUDA and the model is on {device}; use auto or sdpa"
+        )
+    if name in NO_FLOAT32 and dtype == torch.float32:
+        raise ValueError(
+            f"attention {name!r} serves no float32; set model.dtype=bfloat16, or use auto or sdpa"
+        )
+    try:
+        with attention_backend("native"):  # on leaving, the default of other models is what it was
+            transformer.set_attention_backend(BACKENDS[name])
+    except (RuntimeError, ImportError, ValueError) as error:
+        raise ValueError(f"attention {name!r} was asked for: {error}") from error
+    logger.info("attention: %s", name)
 
 
 def attend(attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -23,8 +74,8 @@ def attend_segments(
     """Block-causal attention: a call for each run of text, for each condition image, the target.
 
     Text sees itself causally and all before it; an image sees itself whole and all before it.
-    key_valid: bool [B, S]; False where a prompt is padded. As in diffusers these calls take the
-    default backend: others serve no mask.
+    key_valid: bool [B, S]; False where a prompt is padded. Calls with a mask go to
+    scaled_dot_product_attention: other libraries serve none.
     """
     after = segments[-1][1] if segments else 0
     runs = [*segments, (after, q.shape[1], False)] if after < q.shape[1] else segments
@@ -37,12 +88,18 @@ def attend_segments(
         if key_valid is not None:
             valid = key_valid[:, None, None, :end]
             mask = valid if mask is None else mask & valid
-        outputs.append(_dispatch(attn, q[:, start:end], k[:, :end], v[:, :end], mask, None))
+        backend = attn.processor._attention_backend if mask is None else AttentionBackendName.NATIVE
+        outputs.append(_dispatch(attn, q[:, start:end], k[:, :end], v[:, :end], mask, backend))
     return torch.cat(outputs, dim=1)
 
 
 def _dispatch(
-    attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str | None
+    attn: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    backend: AttentionBackendName | None,
 ) -> Tensor:
     parallel = attn.processor._parallel_config
     out: Tensor = dispatch_attention_fn(
