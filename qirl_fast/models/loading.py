@@ -12,12 +12,11 @@ from safetensors import safe_open
 SHOWN = 3  # names in a message
 
 
-def load_component(component: Any, folder: Path, **settings: Any) -> Any:
+def load_component(component: Any, folder: Path, dtype: torch.dtype) -> Any:
     """`component.from_pretrained(folder)` from local safetensors, every weight of it and no other.
 
     component: a model class of diffusers or transformers; both fill weights that the files lack
-    with random numbers, pass over weights that the config does not name, and go on. settings:
-    further arguments, such as the dtype.
+    with random numbers, pass over weights that the config does not name, and go on.
     Raises ValueError naming the folder if files are unreadable, config and files are of different
     models, or weights are missing or left over.
     """
@@ -28,7 +27,7 @@ def load_component(component: Any, folder: Path, **settings: Any) -> Any:
         local_files_only=True,
         use_safetensors=True,
         output_loading_info=True,
-        **settings,
+        **{"torch_dtype" if hasattr(component, "load_config") else "dtype": dtype},
     )
     for kind, says in (("missing_keys", "lack"), ("unexpected_keys", "hold, beyond the config,")):
         keys = sorted(info[kind])

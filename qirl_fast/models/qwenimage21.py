@@ -10,30 +10,25 @@ Z latent channels.
 Source: diffusers `pipeline_qwenimage21.py`, `transformer_qwenimage21.py`.
 """
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from diffusers import (
     AutoencoderKLQwenImage21,
-    FlowMatchEulerDiscreteScheduler,
     QwenImage21Pipeline,
     QwenImage21Transformer2DModel,
 )
 from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
-from peft import LoraConfig
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3VLForConditionalGeneration
 
 from qirl_fast import ops
-from qirl_fast.models.fused import patch
+from qirl_fast.models.adapter import Adapter, load_scheduler
 from qirl_fast.models.fused.qwenimage21 import SharedPrefix
-from qirl_fast.models.loading import check_class, load_component, load_part
 from qirl_fast.models.modulation import ModulationCache
 from qirl_fast.models.prefix import Conditioned, Layout, Prefix, join, spread, spread_rows
 from qirl_fast.models.processor import QwenVLProcessor
@@ -48,75 +43,33 @@ LORA_TARGETS = (
     "img_mlp.gate_layer",
     "img_mlp.out",
 )
-COMPONENTS = ("processor", "scheduler", "text_encoder", "transformer", "vae")
 
 
-def _load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
-    name = FlowMatchEulerDiscreteScheduler.__name__
-    check_class(folder, "scheduler_config.json", "_class_name", name)
-    return FlowMatchEulerDiscreteScheduler.from_pretrained(folder)
-
-
-class QwenImage21:
+class QwenImage21(Adapter):
     """The adapter: encode, latent_shape, velocity (with prefix), decode, trainable."""
 
     family = "qwenimage21"
     lora_targets = LORA_TARGETS
     norm_rescaled_guidance = False
     pipeline_class = QwenImage21Pipeline
+    parts: ClassVar[dict[str, Any]] = {
+        "transformer": QwenImage21Transformer2DModel,
+        "vae": AutoencoderKLQwenImage21,
+        "text_encoder": Qwen3VLForConditionalGeneration,
+    }
+    reads: ClassVar[dict[str, Any]] = {
+        "scheduler": load_scheduler,
+        "processor": QwenVLProcessor.from_pretrained,
+    }
 
     def __init__(self, pipeline: QwenImage21Pipeline):
-        self.pipeline = pipeline
-        self.transformer = pipeline.transformer
-        self.vae = pipeline.vae
-        self.device = pipeline.transformer.device
-        self.dtype = pipeline.transformer.dtype
-        self.recompute_blocks = 0  # from the first: activations computed again in backward
-        self._frozen: list[Tensor] | None = None
-        self._decoding = threading.Lock()
+        super().__init__(pipeline)
         self._ropes: dict[tuple[Layout, tuple[int, int]], Tensor] = {}
-        patch(self.transformer)
         t = self.transformer
         parts = (t.time_text_embed, t.modulation, t.norm_out.linear)
         self.modulations = ModulationCache(
             parts, lambda level: self._modulation(torch.full((1,), level, device=self.device))
         )
-        for module in (pipeline.text_encoder, pipeline.vae, pipeline.transformer):
-            module.requires_grad_(False).eval()
-
-    @classmethod
-    def load(cls, folder: str | Path, dtype: torch.dtype, device: str = "cpu") -> "QwenImage21":
-        """Load a model folder in the stock pipeline's format; nothing is downloaded.
-
-        Raises FileNotFoundError naming every missing component, ValueError for one that is there
-        in part.
-        """
-        folder = Path(folder)
-        missing = [
-            c for c in COMPONENTS if not (folder / c).is_dir() or not any((folder / c).iterdir())
-        ]
-        if missing:
-            raise FileNotFoundError(
-                f"model folder {folder} lacks {', '.join(missing)}: a Qwen-Image-2.1 folder holds "
-                f"{', '.join(COMPONENTS)} (a folder each) and model_index.json"
-            )
-        pipeline = QwenImage21Pipeline(
-            scheduler=load_part(_load_scheduler, folder / "scheduler"),
-            vae=load_component(AutoencoderKLQwenImage21, folder / "vae", torch_dtype=dtype),
-            text_encoder=load_component(
-                Qwen3VLForConditionalGeneration, folder / "text_encoder", dtype=dtype
-            ),
-            processor=load_part(QwenVLProcessor.from_pretrained, folder / "processor"),
-            transformer=load_component(
-                QwenImage21Transformer2DModel, folder / "transformer", torch_dtype=dtype
-            ),
-        )
-        for p in pipeline.transformer.parameters():
-            # The bits of a GEMM on a CPU may depend on where its weights lie: a file that is mapped
-            # into memory puts them anywhere, a copy (the reference policy's, a resumed run's) not.
-            if p.data_ptr() % 64:
-                p.data = p.data.clone()
-        return cls(pipeline.to(device))
 
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
         """Text embeddings [L_i, C] of each prompt, unpadded: what the stock pipeline gives for one.
@@ -293,62 +246,3 @@ class QwenImage21:
             rgb = rgba[:, :3] * rgba[:, 3:] + (1 - rgba[:, 3:])
             images.append((rgb.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu())
         return torch.cat(images).numpy()
-
-    def trainable(
-        self, mode: str, rank: int, alpha: float, targets: Sequence[str] | None, seed: int
-    ) -> dict[str, Tensor]:
-        """Add a LoRA adapter "default" (mode "lora") or open all weights (mode "full").
-
-        The LoRA starts as the identity (B = 0) and A is drawn from `seed` alone. Returns the
-        trainable parameters by name, in a fixed order, in float32.
-        ValueError for an unknown mode, LoRA targets that match nothing, or "full" in another dtype
-        than float32: the weights would be float32, the activations not.
-        """
-        if mode == "full":
-            if self.dtype != torch.float32:
-                raise ValueError(
-                    f"model.adapter full trains float32 weights and model.dtype is {self.dtype}; "
-                    "set model.dtype=float32 or model.adapter=lora"
-                )
-            self.transformer.requires_grad_(True)
-            self._frozen = [p.detach().clone() for p in self.transformer.parameters()]
-        elif mode == "lora":
-            self._add_lora(rank, alpha, list(targets or self.lora_targets), seed)
-        else:
-            raise ValueError(f"adapter mode {mode!r}: use 'lora' or 'full'")
-        named = {n: p for n, p in self.transformer.named_parameters() if p.requires_grad}
-        for p in named.values():
-            p.data = p.data.float()
-        return named
-
-    def _add_lora(self, rank: int, alpha: float, targets: list[str], seed: int) -> None:
-        modules = [name for name, _ in self.transformer.named_modules()]
-        unknown = [t for t in targets if not any(name.endswith(t) for name in modules)]
-        if unknown:
-            raise ValueError(
-                f"LoRA targets {unknown} match no module of the transformer; "
-                f"the family's own are {', '.join(self.lora_targets)}"
-            )
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.transformer.add_adapter(config)
-
-    @contextmanager
-    def reference(self) -> Iterator[None]:
-        """The untrained policy: LoRA off, or the weights as they were when training began."""
-        if self._frozen is None:
-            self.transformer.disable_adapters()
-            try:
-                yield
-            finally:
-                self.transformer.enable_adapters()
-            return
-        trained = [p.data for p in self.transformer.parameters()]
-        for p, frozen in zip(self.transformer.parameters(), self._frozen, strict=True):
-            p.data = frozen
-        try:
-            yield
-        finally:
-            for p, own in zip(self.transformer.parameters(), trained, strict=True):
-                p.data = own

@@ -1,0 +1,136 @@
+"""What the adapters of all families share: loading, what is trained, the reference policy."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from peft import LoraConfig
+from torch import Tensor
+
+from qirl_fast.models.fused import patch
+from qirl_fast.models.loading import check_class, load_component, load_part
+
+
+def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
+    """The scheduler of a model folder; ValueError for one of another class."""
+    name = FlowMatchEulerDiscreteScheduler.__name__
+    check_class(folder, "scheduler_config.json", "_class_name", name)
+    return FlowMatchEulerDiscreteScheduler.from_pretrained(folder)
+
+
+class Adapter:
+    """A stock pipeline as the trainer sees it; a family adds encode, latent_shape, prefix, join,
+    velocity and decode.
+    """
+
+    family: ClassVar[str]
+    lora_targets: ClassVar[tuple[str, ...]]
+    norm_rescaled_guidance: ClassVar[bool]
+    pipeline_class: ClassVar[Any]
+    parts: ClassVar[dict[str, Any]]  # folder of a model folder -> class, where it has weights
+    reads: ClassVar[dict[str, Any]]  # folder -> what reads it, where it has none
+
+    def __init__(self, pipeline: Any):
+        self.pipeline = pipeline
+        self.transformer = pipeline.transformer
+        self.vae = pipeline.vae
+        self.device = pipeline.transformer.device
+        self.dtype = pipeline.transformer.dtype
+        self.recompute_blocks = 0  # from the first: activations computed again in backward
+        self._frozen: list[Tensor] | None = None
+        self._decoding = threading.Lock()
+        patch(self.transformer)
+        for module in (pipeline.text_encoder, pipeline.vae, pipeline.transformer):
+            module.requires_grad_(False).eval()
+
+    @classmethod
+    def load(cls, folder: str | Path, dtype: torch.dtype, device: str = "cpu") -> Self:
+        """Load a model folder in the stock pipeline's format; nothing is downloaded.
+
+        Raises FileNotFoundError naming every missing component, ValueError for one that is there
+        in part.
+        """
+        folder = Path(folder)
+        folders = sorted({**cls.parts, **cls.reads})
+        missing = [
+            c for c in folders if not (folder / c).is_dir() or not any((folder / c).iterdir())
+        ]
+        if missing:
+            raise FileNotFoundError(
+                f"model folder {folder} lacks {', '.join(missing)}: a folder of "
+                f"{cls.pipeline_class.__name__} holds {', '.join(folders)} (a folder each) and "
+                "model_index.json"
+            )
+        components = {name: load_part(read, folder / name) for name, read in cls.reads.items()}
+        for name, kind in cls.parts.items():
+            components[name] = load_component(kind, folder / name, dtype)
+        pipeline = cls.pipeline_class(**components)
+        for p in pipeline.transformer.parameters():
+            # The bits of a GEMM on a CPU may depend on where its weights lie: a file that is mapped
+            # into memory puts them anywhere, a copy (the reference policy's, a resumed run's) not.
+            if p.data_ptr() % 64:
+                p.data = p.data.clone()
+        return cls(pipeline.to(device))
+
+    def trainable(
+        self, mode: str, rank: int, alpha: float, targets: Sequence[str] | None, seed: int
+    ) -> dict[str, Tensor]:
+        """Add a LoRA adapter "default" (mode "lora") or open all weights (mode "full").
+
+        The LoRA starts as the identity (B = 0) and A is drawn from `seed` alone. Returns the
+        trainable parameters by name, in a fixed order, in float32.
+        ValueError for an unknown mode, LoRA targets that match nothing, or "full" in another dtype
+        than float32: the weights would be float32, the activations not.
+        """
+        if mode == "full":
+            if self.dtype != torch.float32:
+                raise ValueError(
+                    f"model.adapter full trains float32 weights and model.dtype is {self.dtype}; "
+                    "set model.dtype=float32 or model.adapter=lora"
+                )
+            self.transformer.requires_grad_(True)
+            self._frozen = [p.detach().clone() for p in self.transformer.parameters()]
+        elif mode == "lora":
+            self._add_lora(rank, alpha, list(targets or self.lora_targets), seed)
+        else:
+            raise ValueError(f"adapter mode {mode!r}: use 'lora' or 'full'")
+        named = {n: p for n, p in self.transformer.named_parameters() if p.requires_grad}
+        for p in named.values():
+            p.data = p.data.float()
+        return named
+
+    def _add_lora(self, rank: int, alpha: float, targets: list[str], seed: int) -> None:
+        modules = [name for name, _ in self.transformer.named_modules()]
+        unknown = [t for t in targets if not any(name.endswith(t) for name in modules)]
+        if unknown:
+            raise ValueError(
+                f"LoRA targets {unknown} match no module of the transformer; "
+                f"the family's own are {', '.join(self.lora_targets)}"
+            )
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.transformer.add_adapter(config)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """The untrained policy: LoRA off, or the weights as they were when training began."""
+        if self._frozen is None:
+            self.transformer.disable_adapters()
+            try:
+                yield
+            finally:
+                self.transformer.enable_adapters()
+            return
+        trained = [p.data for p in self.transformer.parameters()]
+        for p, frozen in zip(self.transformer.parameters(), self._frozen, strict=True):
+            p.data = frozen
+        try:
+            yield
+        finally:
+            for p, own in zip(self.transformer.parameters(), trained, strict=True):
+                p.data = own
