@@ -12,8 +12,8 @@ from torch import Tensor
 from qirl_fast.algorithms.grpo import Objective, StepLoss
 from qirl_fast.batch import StepFailed
 from qirl_fast.config import Config
+from qirl_fast.models import Model
 from qirl_fast.models.ema import Ema
-from qirl_fast.models.qwenimage21 import QwenImage21
 from qirl_fast.rollout.sample import Sampling, Trajectory
 from qirl_fast.rollout.workers import Workers
 
@@ -26,7 +26,7 @@ class Learner:
     def __init__(
         self,
         cfg: Config,
-        model: QwenImage21,
+        model: Model,
         algorithm: ModuleType,
         workers: Workers,
         sampling: Sampling,
@@ -105,7 +105,9 @@ class Learner:
                 loss = torch.stack([step.loss for step in steps]).sum() * share
             if not torch.isfinite(loss):
                 raise StepFailed(f"the loss of rows {chunk.rows} is {loss.item()}")
-            return torch.autograd.grad(loss, parameters), loss.detach(), steps, share
+            # Weights that no output depends on, such as the text's in a last block, get zeros.
+            found = torch.autograd.grad(loss, parameters, materialize_grads=True)
+            return found, loss.detach(), steps, share
 
         totals: dict[str, float] = {"loss": 0.0}
         error = 0.0

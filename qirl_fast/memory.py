@@ -11,25 +11,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLQwenImage21, QwenImage21Transformer2DModel
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from transformers import Qwen3VLForConditionalGeneration
 
 from qirl_fast.config import Config, derived
 from qirl_fast.data.prompts import load_prompts
-from qirl_fast.models.loading import described_model, load_part
-from qirl_fast.models.processor import QwenVLProcessor
-from qirl_fast.models.qwenimage21 import PIXELS_PER_TOKEN, QwenImage21
+from qirl_fast.models import Model, adapter_of
+from qirl_fast.models.loading import described_model
+from qirl_fast.models.qwenimage21 import PIXELS_PER_TOKEN
 from qirl_fast.tiny import packaged
 
 BYTES = {"float32": 4, "bfloat16": 2}
-TEMPLATE = 10  # tokens of the chat template that stay around a prompt
-COMPONENTS = {
-    "transformer": QwenImage21Transformer2DModel,
-    "vae": AutoencoderKLQwenImage21,
-    "text_encoder": Qwen3VLForConditionalGeneration,
-}
 
 
 def plan(cfg: Config) -> dict[str, int]:
@@ -38,14 +30,16 @@ def plan(cfg: Config) -> dict[str, int]:
     On a CPU every thread replays a chunk of its own.
     """
     folder, item = packaged(cfg.model.path), BYTES[cfg.model.dtype]
-    models = {name: described_model(kind, folder / name) for name, kind in COMPONENTS.items()}
+    adapter = adapter_of(folder, cfg.model.family)
+    models = {name: described_model(kind, folder / name) for name, kind in adapter.parts.items()}
     plan = {
         f"weights of {name}": item * sum(p.numel() for p in model.parameters())
         for name, model in models.items()
     }
-    length = _text_tokens(cfg, folder)
+    prompts = load_prompts(packaged(cfg.data.train))
+    length = adapter.prompt_tokens(folder, max((p.prompt for p in prompts), key=len))
     size, rollout = derived(cfg), cfg.rollout
-    trained, saved, prefix = _replay(cfg, folder, size.chunk_rows, length)
+    trained, saved, prefix = _replay(cfg, adapter, folder, length)
     on_cpu = cfg.device == "cpu" or not torch.cuda.is_available()
     threads = (cfg.threads or torch.get_num_threads()) if on_cpu else 1
     at_once = min(threads, size.minibatch_samples // size.chunk_rows)
@@ -55,7 +49,7 @@ def plan(cfg: Config) -> dict[str, int]:
     plan["AdamW's two moments"] = 8 * trained
     plan["average of the weights"] = 4 * trained if cfg.train.ema else 0
     tokens = (rollout.height // PIXELS_PER_TOKEN) * (rollout.width // PIXELS_PER_TOKEN)
-    state = tokens * models["vae"].config.z_dim
+    state = tokens * models["transformer"].config.in_channels
     stored = BYTES[rollout.storage_dtype]
     offset = 4 if rollout.guidance != 1 and rollout.ratio_mode == "frozen_offset" else 0
     plan["recorded states"] = size.replays * state * (2 * stored + offset)
@@ -73,24 +67,18 @@ def describe_plan(plan: dict[str, int]) -> str:
     return "\n".join(["# planned memory", *lines, total]) + "\n"
 
 
-def _text_tokens(cfg: Config, folder: Path) -> int:
-    """Tokens of the longest training prompt."""
-    prompts = load_prompts(packaged(cfg.data.train))
-    longest = max((p.prompt for p in prompts), key=len)
-    processor = load_part(QwenVLProcessor.from_pretrained, folder / "processor")
-    return len(processor.tokenizer(longest)["input_ids"]) + TEMPLATE
-
-
-def _replay(cfg: Config, folder: Path, rows: int, length: int) -> tuple[int, int, int]:
+def _replay(cfg: Config, adapter: type[Model], folder: Path, length: int) -> tuple[int, int, int]:
     """(trained weights, bytes saved for backward, bytes of the prefix) of one chunk's replay."""
+    rows = derived(cfg).chunk_rows
     dtype = getattr(torch, cfg.model.dtype)
-    transformer = described_model(QwenImage21Transformer2DModel, folder / "transformer")
+    transformer = described_model(adapter.parts["transformer"], folder / "transformer")
     for p in transformer.parameters():
         p.data = p.data.to(dtype)
     none = torch.nn.Identity()
     none.config = SimpleNamespace(z_dim=transformer.config.in_channels)  # type: ignore[assignment]
     parts: Any = SimpleNamespace(transformer=transformer, vae=none, text_encoder=none)
-    model, lora = QwenImage21(parts), cfg.model.lora
+    model: Any = adapter(parts)
+    lora = cfg.model.lora
     model.trainable(cfg.model.adapter, lora.rank, lora.alpha, lora.targets, 0)
     model.recompute_blocks = again = cfg.train.recompute_blocks
     mode, model.device = FakeTensorMode(), torch.device("cpu")
@@ -102,8 +90,10 @@ def _replay(cfg: Config, folder: Path, rows: int, length: int) -> tuple[int, int
         head = transformer.config.attention_head_dim
         rope = torch.empty(length + tokens, head // 2, dtype=torch.complex64)
         model.use_rope(length, grid, rope)
+        config = transformer.config
+        channels_of_text = config.get("context_in_dim") or config.get("joint_attention_dim")
         groups = -(-rows // cfg.rollout.group_size)
-        embeddings = [torch.empty(length, transformer.config.context_in_dim)] * groups
+        embeddings = [torch.empty(length, channels_of_text)] * groups
         owner = [r // cfg.rollout.group_size for r in range(rows)]
         count = SavedTensors(transformer.parameters())
         with count:
@@ -111,7 +101,7 @@ def _replay(cfg: Config, folder: Path, rows: int, length: int) -> tuple[int, int
             for _ in range(derived(cfg).recorded_steps):
                 x = torch.empty(rows, tokens, channels)
                 model.velocity(x, torch.empty(1), prefix)
-        held = {id(t.untyped_storage()): t.untyped_storage().nbytes() for t in _tensors(prefix)}
+        held = {id(t.untyped_storage()): t.untyped_storage().nbytes() for t in prefix.tensors}
     # What a recomputed block starts from is held by the call, not saved by autograd.
     width = transformer.config.num_attention_heads * head
     starts = min(again, len(transformer.transformer_blocks)) * rows * tokens * width
@@ -129,10 +119,6 @@ def _without_storage(module: torch.nn.Module, mode: FakeTensorMode, device: torc
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 part._buffers[name] = FakeTensor(mode, buffer, device)
-
-
-def _tensors(prefix: Any) -> list[Tensor]:
-    return [t for layer in prefix.layers for t in (*layer.k, *layer.v)]
 
 
 class SavedTensors:

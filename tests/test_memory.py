@@ -10,7 +10,7 @@ import torch
 from bench.timing import peak_bytes
 from qirl_fast.algorithms import grpo
 from qirl_fast.config import derived, load_config
-from qirl_fast.memory import TEMPLATE, describe_plan, plan
+from qirl_fast.memory import describe_plan, plan
 from qirl_fast.models.qwenimage21 import QwenImage21
 from qirl_fast.rollout.guidance import Guidance
 from qirl_fast.rollout.sample import Sampling, sample
@@ -97,7 +97,6 @@ def test_no_weight_is_read(model_copy: Path) -> None:
 
 def test_the_template_is_counted_as_the_encoder_sees_it(weights: Path) -> None:
     model = QwenImage21.load(weights, torch.float32)
-    tokenizer = model.pipeline.processor.tokenizer
     for prompt in ("a photo of a red circle", "a photo of a yellow triangle right of a square"):
         (embedding,) = model.encode([prompt])
-        assert len(embedding) == len(tokenizer(prompt)["input_ids"]) + TEMPLATE
+        assert len(embedding) == QwenImage21.prompt_tokens(weights, prompt)

@@ -47,7 +47,7 @@ class ModelConfig(Section):
     """The model to train."""
 
     path: Text = Field(description="'tiny': the packaged model; else a folder in diffusers' format")
-    family: Literal["auto", "qwenimage21"] = Field(
+    family: Literal["auto", "qwenimage", "qwenimage21"] = Field(
         default="auto", description="model family; auto: read from model_index.json"
     )
     dtype: Literal["float32", "bfloat16"] = Field(

@@ -127,10 +127,10 @@ def _digest(tensor: Tensor) -> str:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over what decides a text embedding: text encoder and processor files."""
+    """SHA-256 over what decides a text embedding: files of text encoder, processor, tokenizer."""
     digest = hashlib.sha256()
-    for part in ("text_encoder", "processor"):
-        for file in sorted((folder / part).iterdir()):
+    for part in ("text_encoder", "processor", "tokenizer"):
+        for file in sorted((folder / part).iterdir()) if (folder / part).is_dir() else ():
             digest.update(f"{file.name}:{file.stat().st_size}:".encode())
             digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()

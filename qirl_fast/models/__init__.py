@@ -5,19 +5,20 @@ from pathlib import Path
 
 import torch
 
+from qirl_fast.models.qwenimage import QwenImage
 from qirl_fast.models.qwenimage21 import QwenImage21
 
-FAMILIES: dict[str, type[QwenImage21]] = {"qwenimage21": QwenImage21}
+Model = QwenImage | QwenImage21
+FAMILIES: dict[str, type[Model]] = {"qwenimage": QwenImage, "qwenimage21": QwenImage21}
 
 
-def load_model(folder: str | Path, family: str, dtype: torch.dtype, device: str) -> QwenImage21:
-    """Load a local model folder; family "auto" reads the pipeline class in model_index.json.
+def adapter_of(folder: str | Path, family: str) -> type[Model]:
+    """The adapter of a local model folder; family "auto" reads the class in model_index.json.
 
-    Raises FileNotFoundError for a missing folder, index or component, ValueError for a pipeline
-    class no adapter serves.
+    Raises FileNotFoundError for a missing folder or index, ValueError for a pipeline class no
+    adapter serves.
     """
-    folder = Path(folder)
-    index = folder / "model_index.json"
+    index = Path(folder) / "model_index.json"
     if not index.is_file():
         raise FileNotFoundError(f"{folder} holds no model_index.json: not a diffusers model folder")
     if family == "auto":
@@ -27,4 +28,12 @@ def load_model(folder: str | Path, family: str, dtype: torch.dtype, device: str)
             served = ", ".join(a.pipeline_class.__name__ for a in FAMILIES.values())
             raise ValueError(f"{index}: no adapter for pipeline {name!r}; there are: {served}")
         family = matches[0]
-    return FAMILIES[family].load(folder, dtype, device)
+    return FAMILIES[family]
+
+
+def load_model(folder: str | Path, family: str, dtype: torch.dtype, device: str) -> Model:
+    """Load a local model folder.
+
+    Raises as `adapter_of`, and FileNotFoundError for a missing component.
+    """
+    return adapter_of(folder, family).load(folder, dtype, device)

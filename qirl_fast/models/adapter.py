@@ -76,6 +76,14 @@ class Adapter:
                 p.data = p.data.clone()
         return cls(pipeline.to(device))
 
+    @staticmethod
+    def check_rows(rows: int, sigma: Tensor | Sequence[float], prefix_rows: int) -> None:
+        """ValueError unless latents, noise levels and prefix are of the same rows."""
+        if rows != prefix_rows:
+            raise ValueError(f"{rows} latent rows but a prefix of {prefix_rows} rows")
+        if not len(sigma) or rows % len(sigma):
+            raise ValueError(f"{len(sigma)} noise levels for {rows} rows; wanted a divisor of it")
+
     def trainable(
         self, mode: str, rank: int, alpha: float, targets: Sequence[str] | None, seed: int
     ) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ images, N of the target, Z channels.
 
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,6 +92,11 @@ class Prefix:
     inverse: Tensor | None
     batch: int
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What is held for every layer."""
+        return [t for layer in self.layers for t in (*layer.k, *layer.v)]
+
 
 def join(first: Prefix, second: Prefix) -> Prefix:
     """What `velocity` needs of the rows of `first`, then those of `second`; nothing is copied
@@ -102,11 +108,20 @@ def join(first: Prefix, second: Prefix) -> Prefix:
     both = (first, second)
     rope = torch.cat([p.rope.expand(p.batch, *p.rope.shape[-2:]) for p in both])
     batch = first.batch + second.batch
+    return Prefix(layers, rope, *joined_order(first, second), batch)
+
+
+def joined_order(first: Any, second: Any) -> tuple[Tensor | None, Tensor | None]:
+    """`order` and `inverse` of the rows of two prefixes, one after the other."""
     if first.order is None and second.order is None:
-        return Prefix(layers, rope, None, None, batch)
-    own = [torch.arange(p.batch, device=rope.device) if p.order is None else p.order for p in both]
+        return None, None
+    device = (second.order if first.order is None else first.order).device
+    own = [
+        torch.arange(p.batch, device=device) if p.order is None else p.order
+        for p in (first, second)
+    ]
     order = torch.cat([own[0], own[1] + first.batch])
-    return Prefix(layers, rope, order, order.argsort(), batch)
+    return order, order.argsort()
 
 
 def spread(one: Tensor, rows: int) -> Tensor:

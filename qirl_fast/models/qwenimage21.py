@@ -12,6 +12,7 @@ Source: diffusers `pipeline_qwenimage21.py`, `transformer_qwenimage21.py`.
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,11 +30,13 @@ from transformers import Qwen3VLForConditionalGeneration
 from qirl_fast import ops
 from qirl_fast.models.adapter import Adapter, load_scheduler
 from qirl_fast.models.fused.qwenimage21 import SharedPrefix
+from qirl_fast.models.loading import load_part
 from qirl_fast.models.modulation import ModulationCache
 from qirl_fast.models.prefix import Conditioned, Layout, Prefix, join, spread, spread_rows
 from qirl_fast.models.processor import QwenVLProcessor
 
 PIXELS_PER_TOKEN = 16
+TEMPLATE = 10  # tokens of the chat template that stay around a prompt
 LORA_TARGETS = (
     "attn.to_q",
     "attn.to_k",
@@ -82,6 +85,12 @@ class QwenImage21(Adapter):
             assert mask is None
             embeddings.append(embedding[0])
         return embeddings
+
+    @staticmethod
+    def prompt_tokens(folder: Path, prompt: str) -> int:
+        """Tokens of the prompt's embedding, from the files of a model folder."""
+        processor = load_part(QwenVLProcessor.from_pretrained, folder / "processor")
+        return len(processor.tokenizer(prompt)["input_ids"]) + TEMPLATE
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int]:
         """(N, Z) of a height x width image; ValueError unless both are multiples of 32."""
@@ -197,15 +206,11 @@ class QwenImage21(Adapter):
             sigma: R noise levels in [0, 1], each of a run of B / R rows. What depends on it alone
                 is kept for levels that are host values, see models/modulation.py.
         """
-        batch = len(x)
-        if batch != prefix.batch:
-            raise ValueError(f"{batch} latent rows but a prefix of {prefix.batch} rows")
-        if not len(sigma) or batch % len(sigma):
-            raise ValueError(f"{len(sigma)} noise levels for {batch} rows; wanted a divisor of it")
+        self.check_rows(len(x), sigma, prefix.batch)
         transformer = self.transformer
         modulate = self._modulation if isinstance(sigma, Tensor) else self.modulations.rows
         modulation, scale = (
-            spread_rows(rows, batch, prefix.order)
+            spread_rows(rows, len(x), prefix.order)
             for rows in modulate(sigma)  # type: ignore[arg-type]
         )
         x = x.to(self.dtype)

@@ -508,7 +508,9 @@ def test_image_sizes(frozen_model) -> None:
 @pytest.mark.parametrize("part", ["processor", "scheduler", "text_encoder", "transformer", "vae"])
 def test_a_missing_component_is_named(model_copy: Path, part: str) -> None:
     shutil.rmtree(model_copy / part)
-    with pytest.raises(FileNotFoundError, match=rf"lacks {part}: a folder of QwenImage21Pipeline holds"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"lacks {part}: a folder of QwenImage21Pipeline holds"
+    ):
         load_model(model_copy, "qwenimage21", torch.float32, "cpu")
     (model_copy / part).mkdir()
     with pytest.raises(FileNotFoundError, match=rf"lacks {part}:"):

@@ -10,8 +10,10 @@ Source: diffusers `transformer_qwenimage.py`.
 Shapes: B samples, S image tokens, L text tokens, D channels, H heads of Dh.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from diffusers.models.activations import GELU
 from diffusers.models.transformers.transformer_qwenimage import (
     QwenDoubleStreamAttnProcessor2_0,
@@ -159,3 +161,88 @@ def _attention(
 
 def _mlp(mlp: Any, y: Tensor) -> Tensor:
     return linear(mlp.net[2], ops.gelu(linear(mlp.net[0].proj, y)))
+
+
+def packed_forward(
+    block: QwenImageTransformerBlock,
+    image: Tensor,
+    texts: tuple[Tensor, ...],
+    img_rows: Tensor,
+    txt_rows: Tensor,
+    image_rope: Tensor,
+    text_ropes: tuple[Tensor, ...],
+    last: bool = False,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The block on rows whose texts differ in length, without padding and without a mask.
+
+    Linear layers see all tokens of a stream at once; norms of the text, rotation and attention go
+    run by run.
+
+    Args:
+        image: [B, S, D]; texts: runs of rows, [b_i, L_i, D], in the order of the image's rows.
+        img_rows, txt_rows: modulation [B, 6 D]; image_rope: complex64 [S, Dh / 2]; text_ropes: of
+            each run, [L_i, Dh / 2].
+        last: no block follows, so nothing looks at the text again: it comes back as it was after
+            attention read it, unchanged.
+    Returns the image and the texts.
+    """
+    attn, runs = block.attn, [len(text) for text in texts]
+    head = attn.inner_dim // attn.heads
+    img1, img2 = _halves(img_rows, None, None)
+    halves = [_halves(rows, None, None) for rows in txt_rows.split(runs)]
+    y_image = ops.norm_modulate(image, **_norm(img1), eps=block.img_norm1.eps)
+    y_texts = [
+        ops.norm_modulate(text, **_norm(first), eps=block.txt_norm1.eps)
+        for text, (first, _) in zip(texts, halves, strict=True)
+    ]
+    own = [
+        linear(to, y_image).unflatten(-1, (-1, head)).split(runs)
+        for to in (attn.to_q, attn.to_k, attn.to_v)
+    ]
+    theirs = [
+        [part.unflatten(-1, (-1, head)) for part in _together(to, y_texts)]
+        for to in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    ]
+    weights = (attn.norm_added_q.weight, attn.norm_added_k.weight)
+    image_heads, text_heads = [], []
+    for q, k, v, text_q, text_k, text_v, rope in zip(*own, *theirs, text_ropes, strict=True):
+        joint = ops.qk_norm_rope(
+            *(q, k, v, attn.norm_q.weight, attn.norm_k.weight, image_rope),
+            text=Stream(text_q, text_k, text_v, *weights, rope),
+            eps=attn.norm_q.eps,
+        )
+        heads = attend(attn, *joint).flatten(2)
+        length = text_q.shape[1]
+        image_heads.append(heads[:, length:])
+        text_heads.append(heads[:, :length])
+    u_image = linear(attn.to_out[0], torch.cat(image_heads))
+    y_image, image = ops.gate_residual_norm_modulate(
+        image, u_image, **(_gate(img1) | _norm(img2)), eps=block.img_norm2.eps
+    )
+    image = ops.gate_residual(image, _mlp(block.img_mlp, y_image), **_gate(img2))
+    if last:
+        return image, texts
+    y_texts, texts_after = [], []
+    u_texts = _together(attn.to_add_out, text_heads)
+    for text, u, (first, second) in zip(texts, u_texts, halves, strict=True):
+        y, after = ops.gate_residual_norm_modulate(
+            text, u, **(_gate(first) | _norm(second)), eps=block.txt_norm2.eps
+        )
+        y_texts.append(y)
+        texts_after.append(after)
+    hidden = _together(block.txt_mlp.net[0].proj, y_texts, ops.gelu, block.txt_mlp.net[2])
+    texts = tuple(
+        ops.gate_residual(text, u, **_gate(second))
+        for text, u, (_, second) in zip(texts_after, hidden, halves, strict=True)
+    )
+    return image, texts
+
+
+def _together(layer: Any, parts: Sequence[Tensor], *then: Any) -> list[Tensor]:
+    """A linear layer, and what follows it, on the tokens of all parts [b_i, L_i, D] at once."""
+    y = linear(layer, torch.cat([part.flatten(0, 1) for part in parts])[None])
+    for step in then:
+        y = linear(step, y) if isinstance(step, nn.Module) else step(y)
+    sizes = [part.shape[:2] for part in parts]
+    split = y[0].split([b * length for b, length in sizes])
+    return [part.unflatten(0, size) for part, size in zip(split, sizes, strict=True)]

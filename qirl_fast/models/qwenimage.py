@@ -1,0 +1,250 @@
+"""Qwen-Image (1.x, text to image): Qwen2.5-VL text, a two-stream DiT, a 16-channel autoencoder.
+
+The text stream is modulated at the sample's noise level, so a prompt has no keys and values to
+share over steps; its projection into the transformer is made once. Rows whose texts differ in
+length, the two guidance branches among them, run packed: no padding, no mask.
+
+Shapes: B rows, R noise levels, P prompts, L text tokens, C text channels, N latent tokens of 2 x 2
+latents, Z = 4 x latent channels.
+Source: diffusers `pipeline_qwenimage.py`, `transformer_qwenimage.py`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKLQwenImage,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+from qirl_fast import ops
+from qirl_fast.models.adapter import Adapter, load_scheduler
+from qirl_fast.models.fused.qwenimage import packed_forward
+from qirl_fast.models.loading import load_part
+from qirl_fast.models.modulation import ModulationCache
+from qirl_fast.models.prefix import joined_order, spread, spread_rows
+
+PIXELS_PER_TOKEN = 16
+DROPPED = 34  # tokens of the template before the prompt, which the pipeline drops
+TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
+    "quantity, text, spatial relationships of the objects and background:<|im_end|>\n"
+    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+LORA_TARGETS = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "img_mlp.net.0.proj",
+    "img_mlp.net.2",
+    "txt_mlp.net.0.proj",
+    "txt_mlp.net.2",
+)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What `velocity` needs to know of the prompts of B rows, which run sorted by text length.
+
+    `order` sorts the rows, `inverse` undoes it; None where there is one length.
+    """
+
+    runs: tuple[Tensor, ...]  # [b_i, L_i, D], projected into the transformer
+    ropes: tuple[Tensor, ...]  # complex64 [L_i, head_dim / 2]
+    image_rope: Tensor  # complex64 [N, head_dim / 2]
+    order: Tensor | None
+    inverse: Tensor | None
+    batch: int
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What is held of the texts."""
+        return list(self.runs)
+
+
+class QwenImage(Adapter):
+    """The adapter: encode, latent_shape, velocity (with prefix), decode, trainable."""
+
+    family = "qwenimage"
+    lora_targets = LORA_TARGETS
+    norm_rescaled_guidance = True
+    pipeline_class = QwenImagePipeline
+    parts: ClassVar[dict[str, Any]] = {
+        "transformer": QwenImageTransformer2DModel,
+        "vae": AutoencoderKLQwenImage,
+        "text_encoder": Qwen2_5_VLForConditionalGeneration,
+    }
+    reads: ClassVar[dict[str, Any]] = {
+        "scheduler": load_scheduler,
+        "tokenizer": Qwen2Tokenizer.from_pretrained,
+    }
+
+    def __init__(self, pipeline: QwenImagePipeline):
+        super().__init__(pipeline)
+        for setting in ("guidance_embeds", "zero_cond_t", "use_additional_t_cond"):
+            if getattr(self.transformer.config, setting, False):
+                raise ValueError(
+                    f"this transformer has {setting}: it is a distilled, editing or layered "
+                    "variant, and this adapter serves Qwen-Image for text to image"
+                )
+        self._ropes: dict[tuple[int, tuple[int, int]], tuple[Tensor, Tensor]] = {}
+        t = self.transformer
+        rows = [m for b in t.transformer_blocks for m in (b.img_mod, b.txt_mod)]
+        self.modulations = ModulationCache(
+            [t.time_text_embed, *rows, t.norm_out.linear],
+            lambda level: self._modulation(torch.full((1,), level, device=self.device)),
+        )
+
+    def encode(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Text embeddings [L_i, C] of each prompt, unpadded: what the stock pipeline gives for one.
+
+        The empty prompt (the unconditional branch) is encoded as one space, the pipeline's habit.
+        """
+        return [
+            self.pipeline.encode_prompt(prompt or " ", device=self.device)[0][0]
+            for prompt in prompts
+        ]
+
+    @staticmethod
+    def prompt_tokens(folder: Path, prompt: str) -> int:
+        """Tokens of the prompt's embedding, from the files of a model folder."""
+        tokenizer = load_part(Qwen2Tokenizer.from_pretrained, folder / "tokenizer")
+        whole = tokenizer(TEMPLATE.format(prompt), max_length=1024 + DROPPED, truncation=True)
+        return len(whole["input_ids"]) - DROPPED
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int]:
+        """(N, Z) of a height x width image; ValueError unless both are multiples of 16."""
+        if height % 16 or width % 16 or height <= 0 or width <= 0:
+            raise ValueError(
+                f"image size {height} x {width}: Qwen-Image draws multiples of 16 pixels; "
+                f"try {max(16, round(height / 16) * 16)} x {max(16, round(width / 16) * 16)}"
+            )
+        tokens = (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN)
+        return tokens, self.transformer.config.in_channels
+
+    def prefix(
+        self, prompts: Sequence[Tensor], owner: Sequence[int], height: int, width: int
+    ) -> Texts:
+        """The prompts of B rows, projected once each.
+
+        Args:
+            prompts: P embeddings [L_p, C]; owner: B prompt indices, `owner[r]` the prompt of row r.
+            height, width: image size in pixels, multiples of 16.
+        """
+        self.latent_shape(height, width)
+        grid = (height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
+        t, order = self.transformer, []
+        runs, ropes = [], []
+        for length in sorted({len(prompts[p]) for p in owner}):
+            used = sorted({p for p in owner if len(prompts[p]) == length})
+            rows = [r for r, p in enumerate(owner) if len(prompts[p]) == length]
+            text = torch.stack([prompts[p] for p in used]).to(self.device, self.dtype)
+            text = t.txt_in(t.txt_norm(text))
+            if len(used) == 1:  # such as the unconditional branch: held once, not per row
+                text = spread(text, len(rows))
+            else:
+                source = torch.tensor([used.index(owner[r]) for r in rows], device=self.device)
+                text = text.index_select(0, source)
+            image_rope, rope = self._rope(length, grid)
+            runs.append(text)
+            ropes.append(rope)
+            order += rows
+        indices = torch.tensor(order, device=self.device) if len(runs) > 1 else None
+        inverse = None if indices is None else indices.argsort()
+        return Texts(tuple(runs), tuple(ropes), image_rope, indices, inverse, len(owner))
+
+    def join(self, first: Texts, second: Texts) -> Texts:
+        """What `velocity` needs of the rows of `first`, then those of `second`."""
+        order, inverse = joined_order(first, second)
+        return Texts(
+            first.runs + second.runs,
+            first.ropes + second.ropes,
+            first.image_rope,
+            order,
+            inverse,
+            first.batch + second.batch,
+        )
+
+    def _rope(self, length: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Rotations complex64 of the image [N, head_dim / 2] and of the text [L, head_dim / 2]."""
+        if (length, grid) not in self._ropes:
+            with torch.inference_mode(False):  # to be saved for a backward pass later
+                self._ropes[length, grid] = self.transformer.pos_embed(
+                    [[(1, *grid)]], max_txt_seq_len=length, device=self.device
+                )
+        return self._ropes[length, grid]
+
+    def use_rope(self, length: int, grid: tuple[int, int], rope: Tensor) -> None:
+        """Take these rotations [L + N, ...] for the layout; of use where tensors have no values."""
+        self._ropes[length, grid] = rope[length:], rope[:length]
+
+    def _modulation(self, sigma: Tensor) -> tuple[Tensor, ...]:
+        """Rows of noise levels [R]: of each block's image and text [R, 6 D], of the last norm."""
+        t, sigma = self.transformer, sigma.to(self.dtype)
+        temb = t.time_text_embed(sigma, sigma)  # the second lends its dtype alone
+        rows = [mod(temb) for b in t.transformer_blocks for mod in (b.img_mod, b.txt_mod)]
+        return *rows, t.norm_out.linear(t.norm_out.silu(temb).to(self.dtype))
+
+    def velocity(self, x: Tensor, sigma: Tensor | Sequence[float], prefix: Texts) -> Tensor:
+        """Velocity v = eps - x0, [B, N, Z] in the model's dtype.
+
+        Args:
+            x: latents [B, N, Z]; prefix: of the same B rows.
+            sigma: R noise levels in [0, 1], each of a run of B / R rows. What depends on it alone
+                is kept for levels that are host values, see models/modulation.py.
+        """
+        self.check_rows(len(x), sigma, prefix.batch)
+        t = self.transformer
+        modulate = self._modulation if isinstance(sigma, Tensor) else self.modulations.rows
+        *rows, last = (
+            spread_rows(row, len(x), prefix.order)
+            for row in modulate(sigma)  # type: ignore[arg-type]
+        )
+        x, texts = x.to(self.dtype), prefix.runs
+        if prefix.order is not None:
+            x = x[prefix.order]
+        x = t.img_in(x)
+        again = self.recompute_blocks if torch.is_grad_enabled() else 0
+        end = len(t.transformer_blocks) - 1
+        for i, block in enumerate(t.transformer_blocks):
+            run = partial(packed_forward, block, last=i == end)
+            if i < again:
+                run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+            x, texts = run(x, texts, rows[2 * i], rows[2 * i + 1], prefix.image_rope, prefix.ropes)
+        scale, shift = last.chunk(2, dim=1)
+        x = ops.norm_modulate(x, scale, shift=shift, eps=t.norm_out.norm.eps)
+        out: Tensor = t.proj_out(x)
+        return out if prefix.inverse is None else out[prefix.inverse]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, height: int, width: int, chunk: int = 64) -> np.ndarray:
+        """Latents [B, N, Z] -> uint8 RGB images [B, H, W, 3], never tiled.
+
+        Threads take turns: the stock autoencoder keeps state on itself while it decodes.
+        """
+        config, like = self.vae.config, {"device": self.device, "dtype": self.vae.dtype}
+        shape = (1, config.z_dim, 1, 1, 1)
+        mean = torch.tensor(config.latents_mean, **like).view(shape)
+        std = torch.tensor(config.latents_std, **like).view(shape)
+        images = []
+        for part in latents.split(chunk):
+            z = self.pipeline._unpack_latents(part, height, width, self.pipeline.vae_scale_factor)
+            with self._decoding:
+                rgb = self.vae.decode(z.to(self.vae.dtype) * std + mean, return_dict=False)[0]
+            rgb = (rgb[:, :, 0].float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+            images.append((rgb * 255).round().to(torch.uint8).cpu())
+        return torch.cat(images).numpy()
