@@ -23,6 +23,12 @@ def main() -> None:
     parser.add_argument("--no-sweep", action="store_true", help="leave the size sweep out")
     parser.add_argument("--scale", choices=["cpu", "half", "full"], default="cpu", help="of step")
     parser.add_argument(
+        "--model",
+        choices=["qwen-image-2.1", "qwen-image"],
+        default="qwen-image-2.1",
+        help="of step",
+    )
+    parser.add_argument(
         "--condition-px", type=int, default=0, help="of step: condition image (editing); 0: none"
     )
     parser.add_argument("--px", type=int, help="image size (step: 128 by default, block: 512)")
@@ -66,6 +72,7 @@ def _step(options: argparse.Namespace) -> None:
     from bench import step
 
     chosen = step.Options(
+        model=options.model,
         scale=options.scale,
         px=options.px or 128,
         condition_px=options.condition_px,

@@ -1,10 +1,11 @@
 """`python -m bench step`: one GRPO step by phase, from the loop the field runs to this package's.
 
 The weights are random, at the block shapes of the true model; at `--scale cpu` with fewer layers
-and heads, 61 million parameters. Rows, in order: `stock` is bench/baselines/stock.py; each `+` row
-adds one thing to the row above; `all` is this package's own rollout and replay, with guidance out
-of the objective; the row above it, with both branches in the objective, still computes what `stock`
-computes. `peak_bytes`: the most that training held in tensors beyond what was there before it.
+and heads, 61 to 65 million parameters. Rows, in order: `stock` is bench/baselines/stock.py; each
+`+` row adds one thing to the row above; `all` is this package's own rollout and replay, with
+guidance out of the objective; the row above it, with both branches in the objective, still computes
+what `stock` computes. `peak_bytes`: the most that training held in tensors beyond what was there
+before it.
 """
 
 import json
@@ -16,43 +17,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import QwenImage21Transformer2DModel
 from torch import Tensor
 
 import qirl_fast
 from bench.baselines import stock
 from bench.machine import about
+from bench.models import HEAD_DIM, MODELS, TEXT_WIDTH, build
 from bench.timing import copy_gbps, peak_bytes
 from qirl_fast import ops
 from qirl_fast.algorithms import grpo
 from qirl_fast.models.prefix import Conditioned
-from qirl_fast.models.qwenimage21 import QwenImage21
 from qirl_fast.rewards import aesthetics
 from qirl_fast.rollout.dynamics import step_coefficients
 from qirl_fast.rollout.guidance import Guidance
 from qirl_fast.rollout.sample import Sampling, coefficient_tensors, sample
 from qirl_fast.rollout.schedule import make_sigmas
-from qirl_fast.tiny import packaged
 
 PHASES = ("rollout", "decode", "reward", "advantage", "replay_forward", "backward", "optimizer")
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Depth and width of the transformer."""
-
-    layers: int
-    heads: int
-
-
-SCALES = {"cpu": Scale(8, 6), "half": Scale(16, 32), "full": Scale(32, 32)}
-HEAD_DIM = 128
 
 
 @dataclass
 class Options:
     """What `python -m bench step` was asked for."""
 
+    model: str = "qwen-image-2.1"
     scale: str = "cpu"
     px: int = 128
     device: str = "cpu"
@@ -118,7 +106,7 @@ class Plain:
     dual: branches and steps of a forward together.
     """
 
-    def __init__(self, model: QwenImage21, dual: bool):
+    def __init__(self, model: Any, dual: bool):
         self._model, self._dual = model, dual
 
     def __getattr__(self, name: str) -> Any:
@@ -143,38 +131,29 @@ class Bench:
         self.options = o = options
         torch.manual_seed(0)
         dtype = torch.float32 if o.device == "cpu" else torch.bfloat16
-        tiny = QwenImage21.load(packaged("tiny"), torch.float32).pipeline
-        scale = SCALES[o.scale]
-        with torch.device(o.device):
-            tiny.transformer = QwenImage21Transformer2DModel(
-                in_channels=tiny.vae.config.z_dim,
-                out_channels=tiny.vae.config.z_dim,
-                num_layers=scale.layers,
-                num_attention_heads=scale.heads,
-                attention_head_dim=HEAD_DIM,
-                context_in_dim=tiny.transformer.config.context_in_dim,
-            ).to(dtype)
-        tiny.vae.to(o.device, dtype)
-        self.model = QwenImage21(tiny)
+        self.model = build(o.model, MODELS[o.model][o.scale], o.device, dtype)
+        self.two_stream = o.model == "qwen-image"
+        if self.two_stream and o.condition_px:
+            raise ValueError("--condition-px serves qwen-image-2.1, whose prefix holds the image")
         self.trainable = list(self.model.trainable("lora", o.rank, o.rank, None, 0).values())
         with torch.no_grad():
             for p in self.trainable:
                 p.normal_(std=0.02)
         self.optimizer = torch.optim.AdamW(self.trainable, lr=0.0)
-        width = self.model.transformer.config.context_in_dim
+        width = TEXT_WIDTH
         self.text = torch.randn(o.text_tokens, width, device=o.device, dtype=dtype)
         self.null = torch.randn(8, width, device=o.device, dtype=dtype)
         side = o.condition_px // 16
         self.condition = None
         if side:
-            channels = tiny.vae.config.z_dim
+            channels = self.model.transformer.config.in_channels
             self.condition = torch.randn(side**2, channels, device=o.device, dtype=dtype)
             slots = torch.randn(side**2 // 4, width, device=o.device, dtype=dtype)
             self.text, self.null = (torch.cat([slots, text]) for text in (self.text, self.null))
         tokens, _ = self.model.latent_shape(o.px, o.px)
         self.grid = (o.px // 16, o.px // 16)
         self.tokens = tokens
-        scheduler = dict(tiny.scheduler.config)
+        scheduler = dict(self.model.pipeline.scheduler.config)
         self.scheduler = scheduler
         self.train: Callable[[Clock], None] = lambda clock: None  # the last step's training
         self.sigmas = [float(s) for s in make_sigmas(o.steps, tokens, scheduler)]
@@ -182,11 +161,12 @@ class Bench:
     def rows(self) -> dict[str, tuple[bool, Callable[[Clock], None]]]:
         """Name -> (whether the blocks are fused, the step)."""
         model, steps = self.model, self.options.window
+        shared = "+ no padding" if self.two_stream else "+ shared prefix"
         return {
             "stock": (False, lambda clock: self.loop_step(stock.Loop, clock)),
             "+ fused step": (False, lambda clock: self.loop_step(FusedStep, clock)),
             "+ fused blocks": (True, lambda clock: self.loop_step(FusedStep, clock)),
-            "+ shared prefix": (True, lambda clock: self.engine_step(Plain(model, False), clock)),
+            shared: (True, lambda clock: self.engine_step(Plain(model, False), clock)),
             "+ dual forward": (True, lambda clock: self.engine_step(Plain(model, True), clock)),
             "+ kept modulation": (True, lambda clock: self.engine_step(model, clock)),
             "+ batched replay": (True, lambda clock: self.engine_step(model, clock, "full", steps)),
@@ -232,7 +212,7 @@ class Bench:
             height=o.px,
             width=o.px,
             steps=o.steps,
-            guidance=Guidance(o.guidance, False, mode),
+            guidance=Guidance(o.guidance, self.model.norm_rescaled_guidance, mode),
             dynamics="flow_sde",
             eta=o.eta,
             max_rows=o.group,
@@ -295,6 +275,8 @@ class Bench:
         being frozen.
         """
         o, config = self.options, self.model.transformer.config
+        if self.two_stream:
+            return self.two_stream_flops()
         width = config.num_attention_heads * HEAD_DIM
         linear = 2 * config.num_layers * (4 + 3 * config.mlp_ratio) * width**2
         extra = 0 if self.condition is None else 3 * len(self.condition) // 4
@@ -306,6 +288,20 @@ class Bench:
         trained = self.tokens * (linear + 4 * config.num_layers * width * (self.tokens + texts[0]))
         return float(
             sum(texts) * linear + o.steps * o.group * image + o.window * o.group * 2 * trained
+        )
+
+    def two_stream_flops(self) -> float:
+        """The same for Qwen-Image, whose text runs at every step."""
+        o, config = self.options, self.model.transformer.config
+        width = config.num_attention_heads * HEAD_DIM
+
+        def forward(text: int) -> int:
+            tokens = self.tokens + text
+            return tokens * config.num_layers * width * (24 * width + 4 * tokens)
+
+        branches = forward(len(self.text)) + forward(len(self.null))
+        return float(
+            o.steps * o.group * branches + o.window * o.group * 2 * forward(len(self.text))
         )
 
 

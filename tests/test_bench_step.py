@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qirl_fast
-from bench import block, step
+from bench import block, models, step
 from bench.baselines import stock
 from qirl_fast.rollout.guidance import Guidance
 
@@ -25,24 +25,28 @@ def small() -> step.Options:
 @pytest.fixture(autouse=True)
 def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two layers of one head; no gigabyte copy, no large product."""
-    monkeypatch.setattr(step, "SCALES", {"cpu": step.Scale(2, 1)})
+    small = {"cpu": models.Scale(2, 1)}
+    monkeypatch.setattr(step, "MODELS", dict.fromkeys(models.MODELS, small))
     monkeypatch.setattr(step, "copy_gbps", lambda device: 10.0)
     monkeypatch.setattr(step, "gemm_flops", lambda device: 1e11)
 
 
-def test_a_result_has_every_row_and_can_be_read(small: step.Options, tmp_path) -> None:
+@pytest.mark.parametrize("model", list(models.MODELS))
+def test_a_result_has_every_row_and_can_be_read(small: step.Options, tmp_path, model: str) -> None:
+    small = dataclasses.replace(small, model=model)
+    rows = [*ROWS[:3], "+ no padding" if model == "qwen-image" else ROWS[3], *ROWS[4:]]
     small.out = tmp_path / "step.json"
     result = step.run(small, say=lambda text: None)
     assert json.loads(small.out.read_text()) == result
     assert {"machine", "versions", "commit", "date", "copy_gbps", "rows"} <= set(result)
-    assert [row["name"] for row in result["rows"]] == ROWS
+    assert [row["name"] for row in result["rows"]] == rows
     for row in result["rows"]:
         assert set(row["phases_s"]) == set(step.PHASES)
         assert all(seconds > 0 for seconds in row["phases_s"].values())
         assert row["images_per_s"] == pytest.approx(3 / sum(row["phases_s"].values()))
         assert row["peak_bytes"] >= 0 and 0 < row["mfu"] < 1
     assert result["rows"][0]["speedup_vs_stock"] == 1
-    assert all(name in step.markdown(result) for name in ROWS)
+    assert all(name in step.markdown(result) for name in rows)
     step.plot(result, tmp_path / "step.png")
     assert (tmp_path / "step.png").stat().st_size > 1000
 
@@ -62,10 +66,14 @@ def loop(kind: type[stock.Loop], bench: step.Bench) -> stock.Loop:
     )
 
 
-@pytest.mark.parametrize("condition_px", [0, 64], ids=["text", "editing"])
-def test_rows_compute_the_same_step(small: step.Options, condition_px: int) -> None:
+@pytest.mark.parametrize(
+    ("model", "condition_px"),
+    [("qwen-image-2.1", 0), ("qwen-image-2.1", 64), ("qwen-image", 0)],
+    ids=["text", "editing", "qwen-image"],
+)
+def test_rows_compute_the_same_step(small: step.Options, model: str, condition_px: int) -> None:
     """Velocity with guidance, log-probability, loss and gradient; float32, some sums reordered."""
-    bench = step.Bench(dataclasses.replace(small, condition_px=condition_px))
+    bench = step.Bench(dataclasses.replace(small, model=model, condition_px=condition_px))
     qirl_fast.unpatch(bench.model.transformer)
     plain = loop(stock.Loop, bench)
     plain.rollout()
@@ -76,10 +84,12 @@ def test_rows_compute_the_same_step(small: step.Options, condition_px: int) -> N
         one = loop(kind, bench)
         one.recorded = plain.recorded
         loss = one.loss(plain.recorded[1], advantage)
-        found.append((loss, *torch.autograd.grad(loss, bench.trainable)))
+        found.append((loss, *torch.autograd.grad(loss, bench.trainable, materialize_grads=True)))
     for other in found[1:]:
         for a, b in zip(other, found[0], strict=True):
             assert (a - b).abs().max() <= 2e-5 * b.abs().max()
+    unused = sum(not g.any() for g in found[0][1:])  # the text's in Qwen-Image's last block
+    assert unused <= (8 if model == "qwen-image" else 0)
 
     recorded = plain.recorded[1]
     sigma = torch.full((3,), recorded.sigma)
@@ -88,7 +98,7 @@ def test_rows_compute_the_same_step(small: step.Options, condition_px: int) -> N
             bench.model.velocity(recorded.x, sigma, bench.model.prefix([prompt], [0] * 3, 64, 64))
             for prompt in (bench.conditioned(bench.text), bench.conditioned(bench.null))
         )
-        ours = Guidance(4.0, False, "full").combine(v_cond, v_uncond)
+        ours = Guidance(4.0, bench.model.norm_rescaled_guidance, "full").combine(v_cond, v_uncond)
         qirl_fast.unpatch(bench.model.transformer)
         theirs = plain.velocity(recorded.x, recorded.sigma)
     assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max()

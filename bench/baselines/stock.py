@@ -1,4 +1,4 @@
-"""The GRPO step the field runs on Qwen-Image-2.1, on stock diffusers modules and PEFT.
+"""The GRPO step the field runs on Qwen-Image and 2.1, on stock diffusers modules and PEFT.
 
 Both guidance branches at every denoising step for the whole group, in rollout and, with gradient,
 in training; the SDE step and its log-probability in eager PyTorch; one recorded step at a time;
@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass
@@ -51,11 +53,33 @@ class Loop:
     recorded: list[Recorded] = field(default_factory=list)
 
     def velocity(self, x: Tensor, sigma: float) -> Tensor:
-        """[B, N, Z]; the branches are two calls, as in diffusers' pipeline: their texts differ in
-        length, and padding would move the image's positions."""
+        """[B, N, Z]. For 2.1 the branches are two calls, as in diffusers' pipeline: their texts
+        differ in length, and padding would move the image's positions."""
+        if isinstance(self.transformer, QwenImageTransformer2DModel):
+            return self.padded(x, sigma)
         v_cond = self.branch(x, sigma, self.text)
         v_uncond = self.branch(x, sigma, self.null)
         return v_uncond + self.scale * (v_cond - v_uncond)
+
+    def padded(self, x: Tensor, sigma: float) -> Tensor:
+        """Qwen-Image: one call for both branches, the shorter text padded and masked; the guided
+        velocity keeps the conditional one's norm."""
+        lengths = (len(self.text), len(self.null))
+        null = F.pad(self.null, (0, 0, 0, lengths[0] - lengths[1]))
+        text = torch.stack([self.text, null]).repeat_interleave(len(x), dim=0)
+        valid = torch.arange(lengths[0], device=x.device) < text.new_tensor(lengths)[:, None]
+        out: Tensor = self.transformer(
+            hidden_states=torch.cat([x, x]),
+            encoder_hidden_states=text,
+            encoder_hidden_states_mask=valid.repeat_interleave(len(x), dim=0),
+            timestep=torch.full((2 * len(x),), sigma, device=x.device, dtype=x.dtype),
+            img_shapes=[[(1, *self.grid)]] * (2 * len(x)),
+            return_dict=False,
+        )[0]
+        v_cond, v_uncond = out.chunk(2)
+        v = v_uncond + self.scale * (v_cond - v_uncond)
+        norm = torch.norm(v_cond, dim=-1, keepdim=True) / torch.norm(v, dim=-1, keepdim=True)
+        return v * norm
 
     def branch(self, x: Tensor, sigma: float, text: Tensor) -> Tensor:
         """The joint sequence of text and image through every block."""
