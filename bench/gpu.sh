@@ -42,6 +42,7 @@ part build 200 "$python" -m pip install --no-build-isolation --no-deps --no-inde
 # The tests' outer conftest needs the whole trainer; the ops need torch alone.
 part tests 150 "$python" -m pytest -q --confcutdir=tests/ops -p no:cacheprovider \
   ${workers[@]+"${workers[@]}"} -m gpu --junitxml="$out/tests.xml" tests/ops/test_gpu.py
+part graphs 40 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/models/test_graphs.py
 part ops 200 "$python" -m bench ops --device cuda --seconds 0.5 --no-compile --out "$out/ops.json"
 export QIRL_BACKEND=triton  # the kernels under test: CUDA tensors go to the reference by default
 part block 40 "$python" -m bench block --device cuda --out "$out/block.json"

@@ -1,5 +1,6 @@
 """Models of random weights at the block shapes of the true ones, behind this package's adapters."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
+from torch import Tensor
 
 from qirl_fast.models import Model
 from qirl_fast.models.qwenimage import QwenImage
@@ -34,9 +36,21 @@ MODELS = {
 }
 
 
-def build(name: str, scale: Scale, device: str, dtype: torch.dtype) -> Model:
-    """The adapter of a random model; text encoder and autoencoder are small ones."""
-    tiny = QwenImage21.load(packaged("tiny"), torch.float32).pipeline
+Encode = Callable[[Sequence[str]], list[Tensor]]
+
+
+def build(name: str, scale: Scale, device: str, dtype: torch.dtype) -> tuple[Model, Encode]:
+    """The adapter of a random model, and what encodes its prompts: the packaged tiny encoder.
+
+    The autoencoder is a small one too.
+    """
+    source = QwenImage21.load(packaged("tiny"), torch.float32)
+    tiny = source.pipeline
+
+    def encode(prompts: Sequence[str]) -> list[Tensor]:
+        with torch.no_grad():
+            return [text.to(device, dtype) for text in source.encode(prompts)]
+
     sizes: dict[str, Any] = {
         "num_layers": scale.layers,
         "num_attention_heads": scale.heads,
@@ -49,9 +63,9 @@ def build(name: str, scale: Scale, device: str, dtype: torch.dtype) -> Model:
                 in_channels=channels, out_channels=channels, context_in_dim=TEXT_WIDTH, **sizes
             ).to(dtype)
             tiny.vae.to(device, dtype)
-            return QwenImage21(tiny)
+            return QwenImage21(tiny), encode
         transformer = QwenImageTransformer2DModel(joint_attention_dim=TEXT_WIDTH, **sizes)
         vae = AutoencoderKLQwenImage(base_dim=16, z_dim=16, num_res_blocks=1)
     parts = {"vae": vae.to(dtype), "transformer": transformer.to(dtype)}
     others = {"scheduler": tiny.scheduler, "text_encoder": tiny.text_encoder, "tokenizer": None}
-    return QwenImage(QwenImagePipeline(**parts, **others))
+    return QwenImage(QwenImagePipeline(**parts, **others)), encode

@@ -33,7 +33,10 @@ from qirl_fast.rollout.guidance import Guidance
 from qirl_fast.rollout.sample import Sampling, coefficient_tensors, sample
 from qirl_fast.rollout.schedule import make_sigmas
 
-PHASES = ("rollout", "decode", "reward", "advantage", "replay_forward", "backward", "optimizer")
+PHASES = (
+    *("encode", "rollout", "decode", "reward"),
+    *("advantage", "replay_forward", "backward", "optimizer"),
+)
 
 
 @dataclass
@@ -131,7 +134,7 @@ class Bench:
         self.options = o = options
         torch.manual_seed(0)
         dtype = torch.float32 if o.device == "cpu" else torch.bfloat16
-        self.model = build(o.model, MODELS[o.model][o.scale], o.device, dtype)
+        self.model, self._encode = build(o.model, MODELS[o.model][o.scale], o.device, dtype)
         self.two_stream = o.model == "qwen-image"
         if self.two_stream and o.condition_px:
             raise ValueError("--condition-px serves qwen-image-2.1, whose prefix holds the image")
@@ -140,23 +143,28 @@ class Bench:
             for p in self.trainable:
                 p.normal_(std=0.02)
         self.optimizer = torch.optim.AdamW(self.trainable, lr=0.0)
-        width = TEXT_WIDTH
-        self.text = torch.randn(o.text_tokens, width, device=o.device, dtype=dtype)
-        self.null = torch.randn(8, width, device=o.device, dtype=dtype)
         side = o.condition_px // 16
-        self.condition = None
+        self.condition, self.slots = None, torch.empty(0, TEXT_WIDTH, device=o.device, dtype=dtype)
         if side:
             channels = self.model.transformer.config.in_channels
             self.condition = torch.randn(side**2, channels, device=o.device, dtype=dtype)
-            slots = torch.randn(side**2 // 4, width, device=o.device, dtype=dtype)
-            self.text, self.null = (torch.cat([slots, text]) for text in (self.text, self.null))
+            self.slots = torch.randn(side**2 // 4, TEXT_WIDTH, device=o.device, dtype=dtype)
+        self.prompt = "a photo of a red circle and a blue square"
+        while len(self._encode([self.prompt])[0]) < o.text_tokens:
+            self.prompt += ", a photo of a green triangle and a yellow circle"
+        self.encode()
         tokens, _ = self.model.latent_shape(o.px, o.px)
         self.grid = (o.px // 16, o.px // 16)
         self.tokens = tokens
-        scheduler = dict(self.model.pipeline.scheduler.config)
-        self.scheduler = scheduler
+        self.scheduler = dict(self.model.pipeline.scheduler.config)
         self.train: Callable[[Clock], None] = lambda clock: None  # the last step's training
-        self.sigmas = [float(s) for s in make_sigmas(o.steps, tokens, scheduler)]
+        self.sigmas = [float(s) for s in make_sigmas(o.steps, tokens, self.scheduler)]
+
+    def encode(self) -> None:
+        """The prompt, of `text_tokens`, and the empty one; slots of the condition image first."""
+        text, null = self._encode([self.prompt, ""])
+        text = text[: self.options.text_tokens]
+        self.text, self.null = (torch.cat([self.slots, each]) for each in (text, null))
 
     def rows(self) -> dict[str, tuple[bool, Callable[[Clock], None]]]:
         """Name -> (whether the blocks are fused, the step)."""
@@ -175,6 +183,8 @@ class Bench:
 
     def loop_step(self, kind: type[stock.Loop], clock: Clock) -> None:
         o = self.options
+        with clock.phase("encode"):
+            self.encode()
         loop = kind(
             transformer=self.model.transformer,
             text=self.text,
@@ -208,6 +218,8 @@ class Bench:
         self, model: Any, clock: Clock, mode: str = "full", replay_steps: int = 1
     ) -> None:
         o = self.options
+        with clock.phase("encode"):
+            self.encode()
         how = Sampling(
             height=o.px,
             width=o.px,

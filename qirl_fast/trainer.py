@@ -23,6 +23,7 @@ from qirl_fast.evaluation.heldout import Evaluation, evaluate
 from qirl_fast.learner import Learner
 from qirl_fast.models import load_model
 from qirl_fast.models.fused.attention import use_attention
+from qirl_fast.models.graphs import ForwardGraphs
 from qirl_fast.preflight import preflight
 from qirl_fast.rewards.composite import (
     BadReward,
@@ -62,10 +63,16 @@ class Trainer:
             raise ValueError(
                 "device: got cuda, and torch.cuda.is_available() is False here; allowed: cpu, auto"
             )
+        if cfg.rollout.cuda_graphs and device == "cpu":
+            raise ValueError(
+                "rollout.cuda_graphs: got true, and the run is on the CPU; allowed there: false"
+            )
         self.workers = cpu_workers(cfg.threads) if device == "cpu" else Workers(1)
         folder = packaged(cfg.model.path)
         self.model = load_model(folder, cfg.model.family, DTYPES[cfg.model.dtype], device)
         use_attention(self.model.transformer, cfg.model.attention)
+        if cfg.rollout.cuda_graphs:
+            self.model.graphs = ForwardGraphs(self.model.transformer, self.model.forward)
         self.scheduler = dict(self.model.pipeline.scheduler.config)
         self.algorithm: ModuleType = ALGORITHMS[cfg.algorithm.name]
         self.judges = [*cfg.rewards, *cfg.watch]

@@ -1,18 +1,22 @@
 """What the adapters of all families share: loading, what is trained, the reference policy."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from qirl_fast.models.fused import patch
+from qirl_fast.models.graphs import ForwardGraphs
 from qirl_fast.models.loading import check_class, load_component, load_part
+from qirl_fast.models.modulation import ModulationCache
 
 
 def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
@@ -24,7 +28,7 @@ def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
 
 class Adapter:
     """A stock pipeline as the trainer sees it; a family adds encode, latent_shape, prefix, join,
-    velocity and decode.
+    modulation, forward and decode.
     """
 
     family: ClassVar[str]
@@ -43,6 +47,11 @@ class Adapter:
         self.recompute_blocks = 0  # from the first: activations computed again in backward
         self._frozen: list[Tensor] | None = None
         self._decoding = threading.Lock()
+        self.modulations = ModulationCache(
+            self.modulating(),
+            lambda level: self.modulation(torch.full((1,), level, device=self.device)),
+        )
+        self.graphs: ForwardGraphs | None = None  # set: forwards without gradient are replayed
         patch(self.transformer)
         for module in (pipeline.text_encoder, pipeline.vae, pipeline.transformer):
             module.requires_grad_(False).eval()
@@ -76,13 +85,42 @@ class Adapter:
                 p.data = p.data.clone()
         return cls(pipeline.to(device))
 
-    @staticmethod
-    def check_rows(rows: int, sigma: Tensor | Sequence[float], prefix_rows: int) -> None:
-        """ValueError unless latents, noise levels and prefix are of the same rows."""
-        if rows != prefix_rows:
-            raise ValueError(f"{rows} latent rows but a prefix of {prefix_rows} rows")
-        if not len(sigma) or rows % len(sigma):
-            raise ValueError(f"{len(sigma)} noise levels for {rows} rows; wanted a divisor of it")
+    def modulating(self) -> list[nn.Module]:
+        """The modules whose weights `modulation` reads."""
+        raise NotImplementedError
+
+    def modulation(self, sigma: Tensor) -> tuple[Tensor, ...]:
+        """What the transformer computes from noise levels [R] alone, as rows [R, D_i]."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, rows: Sequence[Tensor], prefix: Any) -> Tensor:
+        """`velocity` of the rows of `modulation`: nothing in it looks at a value on the host."""
+        raise NotImplementedError
+
+    def velocity(self, x: Tensor, sigma: Tensor | Sequence[float], prefix: Any) -> Tensor:
+        """Velocity v = eps - x0, [B, N, Z] in the model's dtype.
+
+        Args:
+            x: latents [B, N, Z]; prefix: of the same B rows.
+            sigma: R noise levels in [0, 1], each of a run of B / R rows. What depends on it alone
+                is kept for levels that are host values, see models/modulation.py.
+        ValueError where the three are not of the same rows.
+        """
+        if len(x) != prefix.batch:
+            raise ValueError(f"{len(x)} latent rows but a prefix of {prefix.batch} rows")
+        if not len(sigma) or len(x) % len(sigma):
+            raise ValueError(f"{len(sigma)} noise levels for {len(x)} rows; wanted a divisor of it")
+        modulate: Any = self.modulation if isinstance(sigma, Tensor) else self.modulations.rows
+        rows: tuple[Tensor, ...] = modulate(sigma)
+        if self.graphs is None or torch.is_grad_enabled():
+            return self.forward(x, rows, prefix)
+        return self.graphs(x, rows, prefix)
+
+    def recomputed(self, block: int, run: Callable[..., Any]) -> Callable[..., Any]:
+        """`run`, whose activations are computed again in backward for the first blocks."""
+        if not torch.is_grad_enabled() or block >= self.recompute_blocks:
+            return run
+        return partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
 
     def trainable(
         self, mode: str, rank: int, alpha: float, targets: Sequence[str] | None, seed: int

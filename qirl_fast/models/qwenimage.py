@@ -22,15 +22,14 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from qirl_fast import ops
 from qirl_fast.models.adapter import Adapter, load_scheduler
 from qirl_fast.models.fused.qwenimage import packed_forward
+from qirl_fast.models.graphs import hold
 from qirl_fast.models.loading import load_part
-from qirl_fast.models.modulation import ModulationCache
 from qirl_fast.models.prefix import joined_order, spread, spread_rows
 
 PIXELS_PER_TOKEN = 16
@@ -76,6 +75,9 @@ class Texts:
         return list(self.runs)
 
 
+hold(Texts)
+
+
 class QwenImage(Adapter):
     """The adapter: encode, latent_shape, velocity (with prefix), decode, trainable."""
 
@@ -102,12 +104,12 @@ class QwenImage(Adapter):
                     "variant, and this adapter serves Qwen-Image for text to image"
                 )
         self._ropes: dict[tuple[int, tuple[int, int]], tuple[Tensor, Tensor]] = {}
+
+    def modulating(self) -> list[nn.Module]:
+        """The modules whose weights `modulation` reads."""
         t = self.transformer
         rows = [m for b in t.transformer_blocks for m in (b.img_mod, b.txt_mod)]
-        self.modulations = ModulationCache(
-            [t.time_text_embed, *rows, t.norm_out.linear],
-            lambda level: self._modulation(torch.full((1,), level, device=self.device)),
-        )
+        return [t.time_text_embed, *rows, t.norm_out.linear]
 
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
         """Text embeddings [L_i, C] of each prompt, unpadded: what the stock pipeline gives for one.
@@ -192,38 +194,24 @@ class QwenImage(Adapter):
         """Take these rotations [L + N, ...] for the layout; of use where tensors have no values."""
         self._ropes[length, grid] = rope[length:], rope[:length]
 
-    def _modulation(self, sigma: Tensor) -> tuple[Tensor, ...]:
+    def modulation(self, sigma: Tensor) -> tuple[Tensor, ...]:
         """Rows of noise levels [R]: of each block's image and text [R, 6 D], of the last norm."""
         t, sigma = self.transformer, sigma.to(self.dtype)
         temb = t.time_text_embed(sigma, sigma)  # the second lends its dtype alone
         rows = [mod(temb) for b in t.transformer_blocks for mod in (b.img_mod, b.txt_mod)]
         return *rows, t.norm_out.linear(t.norm_out.silu(temb).to(self.dtype))
 
-    def velocity(self, x: Tensor, sigma: Tensor | Sequence[float], prefix: Texts) -> Tensor:
-        """Velocity v = eps - x0, [B, N, Z] in the model's dtype.
-
-        Args:
-            x: latents [B, N, Z]; prefix: of the same B rows.
-            sigma: R noise levels in [0, 1], each of a run of B / R rows. What depends on it alone
-                is kept for levels that are host values, see models/modulation.py.
-        """
-        self.check_rows(len(x), sigma, prefix.batch)
+    def forward(self, x: Tensor, rows: Sequence[Tensor], prefix: Texts) -> Tensor:
+        """`velocity` of rows of modulation as `modulation` gives them."""
         t = self.transformer
-        modulate = self._modulation if isinstance(sigma, Tensor) else self.modulations.rows
-        *rows, last = (
-            spread_rows(row, len(x), prefix.order)
-            for row in modulate(sigma)  # type: ignore[arg-type]
-        )
+        *rows, last = (spread_rows(row, len(x), prefix.order) for row in rows)
         x, texts = x.to(self.dtype), prefix.runs
         if prefix.order is not None:
             x = x[prefix.order]
         x = t.img_in(x)
-        again = self.recompute_blocks if torch.is_grad_enabled() else 0
         end = len(t.transformer_blocks) - 1
         for i, block in enumerate(t.transformer_blocks):
-            run = partial(packed_forward, block, last=i == end)
-            if i < again:
-                run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+            run = self.recomputed(i, partial(packed_forward, block, last=i == end))
             x, texts = run(x, texts, rows[2 * i], rows[2 * i + 1], prefix.image_rope, prefix.ropes)
         scale, shift = last.chunk(2, dim=1)
         x = ops.norm_modulate(x, scale, shift=shift, eps=t.norm_out.norm.eps)

@@ -23,15 +23,14 @@ from diffusers import (
     QwenImage21Transformer2DModel,
 )
 from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
 from transformers import Qwen3VLForConditionalGeneration
 
 from qirl_fast import ops
 from qirl_fast.models.adapter import Adapter, load_scheduler
 from qirl_fast.models.fused.qwenimage21 import SharedPrefix
+from qirl_fast.models.graphs import hold
 from qirl_fast.models.loading import load_part
-from qirl_fast.models.modulation import ModulationCache
 from qirl_fast.models.prefix import Conditioned, Layout, Prefix, join, spread, spread_rows
 from qirl_fast.models.processor import QwenVLProcessor
 
@@ -46,6 +45,9 @@ LORA_TARGETS = (
     "img_mlp.gate_layer",
     "img_mlp.out",
 )
+
+
+hold(Prefix, SharedPrefix)
 
 
 class QwenImage21(Adapter):
@@ -68,11 +70,11 @@ class QwenImage21(Adapter):
     def __init__(self, pipeline: QwenImage21Pipeline):
         super().__init__(pipeline)
         self._ropes: dict[tuple[Layout, tuple[int, int]], Tensor] = {}
+
+    def modulating(self) -> list[nn.Module]:
+        """The modules whose weights `modulation` reads."""
         t = self.transformer
-        parts = (t.time_text_embed, t.modulation, t.norm_out.linear)
-        self.modulations = ModulationCache(
-            parts, lambda level: self._modulation(torch.full((1,), level, device=self.device))
-        )
+        return [t.time_text_embed, t.modulation, t.norm_out.linear]
 
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
         """Text embeddings [L_i, C] of each prompt, unpadded: what the stock pipeline gives for one.
@@ -190,7 +192,7 @@ class QwenImage21(Adapter):
         """What `velocity` needs of the rows of `first`, then those of `second`."""
         return join(first, second)
 
-    def _modulation(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    def modulation(self, sigma: Tensor) -> tuple[Tensor, ...]:
         """Rows [R, 4 D] of the blocks and [R, D] of the last norm for noise levels [R]."""
         transformer = self.transformer
         sigma = sigma.to(self.dtype)
@@ -198,32 +200,17 @@ class QwenImage21(Adapter):
         norm = transformer.norm_out
         return transformer.modulation(temb), norm.linear(norm.silu(temb).to(self.dtype))
 
-    def velocity(self, x: Tensor, sigma: Tensor | Sequence[float], prefix: Prefix) -> Tensor:
-        """Velocity v = eps - x0, [B, N, Z] in the model's dtype.
-
-        Args:
-            x: latents [B, N, Z]; prefix: of the same B rows.
-            sigma: R noise levels in [0, 1], each of a run of B / R rows. What depends on it alone
-                is kept for levels that are host values, see models/modulation.py.
-        """
-        self.check_rows(len(x), sigma, prefix.batch)
+    def forward(self, x: Tensor, rows: Sequence[Tensor], prefix: Prefix) -> Tensor:
+        """`velocity` of rows [R, 4 D] and [R, D] of modulation."""
         transformer = self.transformer
-        modulate = self._modulation if isinstance(sigma, Tensor) else self.modulations.rows
-        modulation, scale = (
-            spread_rows(rows, len(x), prefix.order)
-            for rows in modulate(sigma)  # type: ignore[arg-type]
-        )
+        modulation, scale = (spread_rows(row, len(x), prefix.order) for row in rows)
         x = x.to(self.dtype)
         if prefix.order is not None:
             x = x[prefix.order]
         x = transformer.img_in(x)
-        again = self.recompute_blocks if torch.is_grad_enabled() else 0
         blocks = zip(transformer.transformer_blocks, prefix.layers, strict=True)
         for i, (block, layer) in enumerate(blocks):
-            run = partial(block, layer_cache=layer)
-            if i < again:
-                run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
-            x = run(x, modulation, prefix.rope)
+            x = self.recomputed(i, partial(block, layer_cache=layer))(x, modulation, prefix.rope)
         x = ops.norm_modulate(x, scale, eps=transformer.norm_out.norm.eps)
         out: Tensor = transformer.proj_out(x)
         return out if prefix.inverse is None else out[prefix.inverse]
