@@ -54,9 +54,6 @@ QIRL_HD void forward_token(const NormArgs& a, const NormScratch<kSplit>& scratch
   const float *factor = scratch.row(at_t0, kScale), *shift = scratch.row(at_t0, kShift);
   T* y = element<T>(a.y, at);
   for_pairs<1>(a.width, [&](int64_t i, int n, int) {
-    // This loop reads the caches alone: the next token is fetched meanwhile.
-    prefetch_pair(x + a.width + i);
-    if (kGated) prefetch_pair(u + a.width + i);
     const Pair v = load_pair<kSplit>(again + i, n);
     const Pair by = scratch_pair(factor + i), add = scratch_pair(shift + i);
     const Pair value = both([&](int k) {

@@ -71,12 +71,6 @@ QIRL_HD Pair load_pair(const T* p, int n) {
   return load_whole<kSplit>(padded);
 }
 
-// Asks for the lines of a pair; an address behind the end of a tensor does nothing.
-template <class T>
-QIRL_HD void prefetch_pair(const T* p) {
-  for (int i = 0; i < kPairLanes; i += 64 / (int)sizeof(T)) __builtin_prefetch(p + i, 0, 2);
-}
-
 // Stores a pair that round_pair() has made representable.
 template <bool kSplit, class T>
 QIRL_HD void store_pair(T* p, const Pair& value, int n, bool stream) {
