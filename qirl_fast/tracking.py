@@ -4,6 +4,7 @@
                    metrics.jsonl         one JSON object a step: numbers only, equal bit for bit in
                                          runs that compute the same
                    timings.jsonl         the clock: seconds by phase, images/s; differs every time
+                   log.txt               backends chosen, graphs recorded, checkpoints skipped
                    tb/  samples/  checkpoints/  summary.json
 
 Progress is a rich bar on a terminal, and one plain line a step where stdout is no terminal.

@@ -8,6 +8,8 @@ at any moment resumes (`resume=auto`) with the same metrics and weights, bit for
 import logging
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from diffusers.utils import logging as diffusers_logging
@@ -36,10 +38,30 @@ USAGE = f"""{__doc__}
 """
 
 
+@contextmanager
+def log_file(run_dir: Path) -> Iterator[None]:
+    """Inside, what the package has to say (which backend, which attention, ...) goes to log.txt."""
+    handler = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("qirl_fast")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
 def train(cfg: Config) -> Path:
     """Train by the recipe and return the run's folder."""
     fresh = not any(Path(cfg.output, str(cfg.run)).glob("*"))
     run_dir = prepare_run_dir(cfg)
+    with log_file(run_dir):
+        return _train(cfg, run_dir, fresh)
+
+
+def _train(cfg: Config, run_dir: Path, fresh: bool) -> Path:
     try:
         trainer = Trainer(cfg)
         step = resume(trainer, run_dir, cfg)
@@ -126,6 +148,8 @@ def main(argv: list[str] | None = None) -> int:
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.setLevel(logging.WARNING)  # the rest is for the run's log.txt
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
         cfg = load_config([arg for arg in args if arg != "--dry-run"])

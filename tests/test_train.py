@@ -100,6 +100,7 @@ def test_the_output_folder(cold: Path) -> None:
         "config.resolved.yaml",
         "metrics.jsonl",
         "timings.jsonl",
+        "log.txt",
         "summary.json",
         "samples/before.npz",
         "samples/before_after.png",
@@ -107,6 +108,8 @@ def test_the_output_folder(cold: Path) -> None:
     }
     assert os.readlink(cold / "checkpoints" / "latest") == "checkpoint-2"
     assert list((cold / "tb").glob("events.*"))
+    log = (cold / "log.txt").read_text()
+    assert "attention: auto" in log and "guide_step on cpu: backend cpu" in log
 
 
 def test_metrics(cold: Path, read_jsonl: Callable[[Path], list[dict[str, Any]]]) -> None:

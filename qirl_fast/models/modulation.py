@@ -49,9 +49,11 @@ class ModulationCache:
         if version != self._version or len(self._kept) >= self.LEVELS:
             self._kept, self._version = {}, version
             self._held = [p.detach() for p in weights]
-        if level not in self._kept:
+        kept = self._kept  # another thread may start over meanwhile
+        rows = kept.get(level)
+        if rows is None:
             self.computed += 1
             # Rows made in inference mode could not be saved for a backward pass later.
             with torch.inference_mode(False), torch.no_grad():
-                self._kept[level] = self._compute(level)
-        return self._kept[level]
+                rows = kept[level] = self._compute(level)
+        return rows
