@@ -161,9 +161,11 @@ class _GateResidual(torch.autograd.Function):
         gate_t0: Tensor | None,
         tanh: bool,
         backend: str,
+        trains_gate: bool,
     ) -> Tensor:
-        ctx.save_for_backward(u, gate, t0, gate_t0)
-        ctx.tanh, ctx.backend = tanh, backend
+        # The gate's gradient alone reads u.
+        ctx.save_for_backward(u if trains_gate else None, gate, t0, gate_t0)
+        ctx.tanh, ctx.backend, ctx.u_dtype = tanh, backend, u.dtype
         return _gate_residual(residual, u, gate, t0, gate_t0, tanh, backend)
 
     @staticmethod
@@ -171,6 +173,8 @@ class _GateResidual(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         u, gate, t0, gate_t0 = ctx.saved_tensors
         needs = ctx.needs_input_grad
+        if u is None:
+            u = grad.new_empty(grad.shape, dtype=ctx.u_dtype)  # for its shape; never read
         du = dgate = dgate_t0 = None
         if needs[1] or needs[2] or needs[4]:
             du, dgate, dgate_t0 = _gate_residual_backward(
@@ -178,7 +182,7 @@ class _GateResidual(torch.autograd.Function):
             )
             dgate = gradient_for(dgate, gate.dtype)
             dgate_t0 = gradient_for(dgate_t0, None if gate_t0 is None else gate_t0.dtype)
-        return grad, du if needs[1] else None, dgate, None, dgate_t0, None, None
+        return grad, du if needs[1] else None, dgate, None, dgate_t0, None, None, None
 
 
 # ---- public -------------------------------------------------------------------------------------
@@ -207,5 +211,6 @@ def gate_residual(
     backend = forced_backend()
     rows = (residual, u, gate, gate_t0)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in rows):
-        return _GateResidual.apply(*args, backend).reshape(residual.shape)
+        trains_gate = any(t is not None and t.requires_grad for t in (gate, gate_t0))
+        return _GateResidual.apply(*args, backend, trains_gate).reshape(residual.shape)
     return _gate_residual(*args, backend).reshape(residual.shape)

@@ -200,10 +200,12 @@ _backward = OP_BACKWARD.register(
 class _GateResidualNormModulate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        (_, u, gate, scale, shift, t0, gate_t0, scale_t0, shift_t0, tanh, rms, _, backend) = args
-        y, out, mean, rstd = _forward(*args)
-        ctx.save_for_backward(out, u, mean, rstd, gate, scale, t0, gate_t0, scale_t0)
-        ctx.options, ctx.backend = (tanh, rms), backend
+        *inputs, trains_gate = args
+        (_, u, gate, scale, shift, t0, gate_t0, scale_t0, shift_t0, tanh, rms, _, backend) = inputs
+        y, out, mean, rstd = _forward(*inputs)
+        kept_u = u if trains_gate else None  # the gate's gradient alone reads it
+        ctx.save_for_backward(out, kept_u, mean, rstd, gate, scale, t0, gate_t0, scale_t0)
+        ctx.options, ctx.backend, ctx.u_dtype = (tanh, rms), backend, u.dtype
         rows = (gate, gate_t0, scale, shift, scale_t0, shift_t0)
         ctx.dtypes = [None if t is None else t.dtype for t in rows]
         ctx.set_materialize_grads(False)
@@ -213,14 +215,17 @@ class _GateResidualNormModulate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, grad_out: Tensor | None) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad
-        saved = ctx.saved_tensors  # once: activation checkpointing allows no second reading
-        out = saved[0]
+        out, u, *saved = ctx.saved_tensors  # once: checkpointing allows no second reading
         if grad_y is None and grad_out is None:
             return (None,) * len(needs)
+        if u is None:
+            u = out.new_empty(out.shape, dtype=ctx.u_dtype)  # for its shape; never read
         want_shift = needs[4] or needs[8]
         dresidual, du, *sums = _backward(
             out.new_zeros(out.shape) if grad_y is None else grad_y,
             grad_out,
+            out,
+            u,
             *saved,
             *ctx.options,
             needs[1],
@@ -234,7 +239,7 @@ class _GateResidualNormModulate(torch.autograd.Function):
         )
         du = du if needs[1] else None
         rows = (dgate, dscale, dshift, None, dgate_t0, dscale_t0, dshift_t0)
-        return dresidual, du, *rows, None, None, None, None
+        return dresidual, du, *rows, None, None, None, None, None
 
 
 # ---- public -------------------------------------------------------------------------------------
@@ -275,7 +280,8 @@ def gate_residual_norm_modulate(
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (residual, u, *rows)
     ):
-        y, out = _GateResidualNormModulate.apply(*args)
+        trains_gate = any(t is not None and t.requires_grad for t in (gate, gate_t0))
+        y, out = _GateResidualNormModulate.apply(*args, trains_gate)
     else:
         y, out, _, _ = _forward(*args)
     return y.reshape(residual.shape), out.reshape(residual.shape)

@@ -293,6 +293,43 @@ def test_one_gradient_alone(op, wanted):
     assert [k for k, t in leaves.items() if t.grad is not None] == [wanted]
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("op", ["gate", "fused"])
+def test_a_frozen_gate_keeps_no_branch(op, split, backend):
+    """u is for the gate's gradient alone: it is not saved, and what stands for it is not read."""
+    given = chosen(inputs((2, 9, 64)), op, marked((2, 9, 64)) if split else None)
+    t0 = marked((2, 9, 64)) if split else None
+    options = {"t0": t0, "tanh": True} | ({"norm": "rms"} if op == "fused" else {})
+    function = ops.gate_residual if op == "gate" else ops.gate_residual_norm_modulate
+    found, kept = {}, {}
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        for gate in (True, False):
+            leaves = {
+                k: t.clone().requires_grad_(gate or not k.startswith("gate"))
+                for k, t in given.items()
+            }
+            u, saved = leaves["u"], []
+            hooks = torch.autograd.graph.saved_tensors_hooks(
+                lambda t, to=saved: to.append(t.data_ptr()) or t, lambda t: t
+            )
+            with hooks, ops.use_backend(backend):
+                y = function(**leaves, **options)
+                y = y[0] if op == "fused" else y
+                named = {k: t for k, t in leaves.items() if t.requires_grad}
+                names = [k for k in named if not k.startswith("gate")]
+                gradients = torch.autograd.grad(y.square().sum(), [named[k] for k in names])
+            found[gate] = dict(zip(names, gradients, strict=True))
+            kept[gate] = u.data_ptr() in saved
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert kept == {True: True, False: False}
+    assert found[True].keys() == found[False].keys()
+    for name, gradient in found[True].items():
+        assert torch.equal(found[False][name], gradient), name
+
+
 @pytest.mark.parametrize("split", [False, True])
 def test_opcheck(split):
     given = inputs((2, 4, 6), torch.bfloat16)
