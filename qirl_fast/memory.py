@@ -45,13 +45,14 @@ def plan(cfg: Config) -> dict[str, int]:
     at_once = min(threads, size.minibatch_samples // size.chunk_rows)
     lora = cfg.model.adapter == "lora"
     plan["adapter" if lora else "weights of the reference"] = 4 * trained
-    plan["gradients"] = 4 * trained
+    several = size.minibatch_samples > size.chunk_rows  # a sum, and the chunks' still to be added
+    plan["gradients"] = 4 * trained * (1 + at_once if several else 1)
     plan["AdamW's two moments"] = 8 * trained
     plan["average of the weights"] = 4 * trained if cfg.train.ema else 0
     tokens = (rollout.height // PIXELS_PER_TOKEN) * (rollout.width // PIXELS_PER_TOKEN)
     state = tokens * models["transformer"].config.in_channels
     stored = BYTES[rollout.storage_dtype]
-    offset = 4 if rollout.guidance != 1 and rollout.ratio_mode == "frozen_offset" else 0
+    offset = stored if rollout.guidance != 1 and rollout.ratio_mode == "frozen_offset" else 0
     plan["recorded states"] = size.replays * state * (2 * stored + offset)
     plan["images"] = size.samples * rollout.height * rollout.width * 3
     plan["keys and values of the prompts"] = prefix * at_once
@@ -97,14 +98,20 @@ def _replay(cfg: Config, adapter: type[Model], folder: Path, length: int) -> tup
         owner = [r // cfg.rollout.group_size for r in range(rows)]
         count = SavedTensors(transformer.parameters())
         with count:
-            prefix = model.prefix(embeddings, owner, cfg.rollout.height, cfg.rollout.width)
+            size = (cfg.rollout.height, cfg.rollout.width)
+            prefix = model.prefix(embeddings, owner, *size)
+            both = cfg.rollout.guidance != 1 and cfg.rollout.ratio_mode == "full"
+            if both:  # the unconditional branch has a gradient too
+                prefix = model.join(prefix, model.prefix(embeddings[:1], [0] * rows, *size))
+                rows *= 2
             for _ in range(derived(cfg).recorded_steps):
                 x = torch.empty(rows, tokens, channels)
                 model.velocity(x, torch.empty(1), prefix)
         held = {id(t.untyped_storage()): t.untyped_storage().nbytes() for t in prefix.tensors}
     # What a recomputed block starts from is held by the call, not saved by autograd.
     width = transformer.config.num_attention_heads * head
-    starts = min(again, len(transformer.transformer_blocks)) * rows * tokens * width
+    text = length if adapter.text_stream else 0
+    starts = min(again, len(transformer.transformer_blocks)) * rows * (tokens + text) * width
     saved = count.bytes + starts * derived(cfg).recorded_steps * dtype.itemsize
     return trained, saved, sum(held.values())
 

@@ -24,10 +24,9 @@ ONE_CHUNK = (
 )
 
 
-@pytest.fixture
-def replayed(weights: Path):
+def replayed(weights: Path, *settings: str):
     """A function that runs the replay of one chunk of the longest prompt and keeps its graph."""
-    cfg = load_config(list(ONE_CHUNK))
+    cfg = load_config([*ONE_CHUNK, *settings])
     model = QwenImage21.load(weights, torch.float32)
     lora = cfg.model.lora
     model.trainable("lora", lora.rank, lora.alpha, lora.targets, 0)
@@ -58,13 +57,16 @@ def replayed(weights: Path):
     return lambda: [s.loss for s in grpo.loss(model, chunk, advantage, how, objective, None)]
 
 
-def test_activations_are_those_that_autograd_saves(replayed) -> None:
+@pytest.mark.parametrize("mode", ["frozen_offset", "full"])
+def test_activations_are_those_that_autograd_saves(weights: Path, mode: str) -> None:
     """To a fifth: the loss's own tensors and the allocator's losses are not planned."""
-    planned = plan(load_config(list(ONE_CHUNK)))
+    setting = f"rollout.ratio_mode={mode}"
+    planned = plan(load_config([*ONE_CHUNK, setting]))
     activations = planned["activations of replay"]
     prefix = planned["keys and values of the prompts"]
     kept = []
-    peak = peak_bytes(lambda: kept.extend(replayed()), "cpu")
+    run = replayed(weights, setting)
+    peak = peak_bytes(lambda: kept.extend(run()), "cpu")
     assert 0.8 * (activations + prefix) <= peak <= 1.2 * (activations + prefix)
 
 
@@ -83,6 +85,8 @@ def test_it_follows_the_recipe(weights: Path) -> None:
     assert again["activations of replay"] < 0.3 * base["activations of replay"]
     full = plan(load_config([*ONE_CHUNK, "model.adapter=full"]))
     assert full["gradients"] == full["weights of the reference"] == base["weights of transformer"]
+    several = plan(load_config([*ONE_CHUNK, "rollout.max_rows=8"]))
+    assert several["gradients"] == 2 * base["gradients"], "a sum, and the next chunk's"
     text = describe_plan(base)
     total = sum(base.values()) / 2**20
     assert text.startswith("# planned memory\n") and f"{total:,.1f} MiB" in text.splitlines()[-1]

@@ -130,7 +130,7 @@ class RolloutConfig(Section):
     cuda_graphs: bool = Field(
         default=False,
         description="record the launches of a forward once and replay them, on a GPU: less time "
-        "between kernels, memory for its inputs and outputs",
+        "between kernels, memory for its inputs and for the work of one forward",
     )
     max_rows: Count = Field(
         default=64,

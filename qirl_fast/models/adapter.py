@@ -34,6 +34,7 @@ class Adapter:
     family: ClassVar[str]
     lora_targets: ClassVar[tuple[str, ...]]
     norm_rescaled_guidance: ClassVar[bool]
+    text_stream: ClassVar[bool] = False  # a block takes and gives text beside the image
     pipeline_class: ClassVar[Any]
     parts: ClassVar[dict[str, Any]]  # folder of a model folder -> class, where it has weights
     reads: ClassVar[dict[str, Any]]  # folder -> what reads it, where it has none
@@ -86,7 +87,10 @@ class Adapter:
         return cls(pipeline.to(device))
 
     def modulating(self) -> list[nn.Module]:
-        """The modules whose weights `modulation` reads."""
+        """The modules that hold all weights `modulation` reads.
+
+        Containers, not linear layers: an adapter may take a layer's place in its container.
+        """
         raise NotImplementedError
 
     def modulation(self, sigma: Tensor) -> tuple[Tensor, ...]:

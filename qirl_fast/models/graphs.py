@@ -2,9 +2,9 @@
 
 A graph reads and writes fixed memory. So its inputs are copied into tensors of its own, the latents
 and modulation at every step and a chunk's prefix once, and it is good for one set of shapes, for
-weights that lie where they lay and for adapters switched as they were; all of that is checked at
-every call, and another graph is recorded where it differs. In-place updates of the weights need no
-new graph.
+weights that lie where they lay, for adapters switched as they were and for the backends then
+chosen; all of that is checked at every call, and another graph is recorded where it differs.
+In-place updates of the weights need no new graph.
 """
 
 import logging
@@ -12,7 +12,7 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -20,13 +20,24 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from qirl_fast.ops.dispatch import forced_backend
+
 logger = logging.getLogger(__name__)
 
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 
 
+@cache
+def _pool() -> Any:
+    """One memory pool for all graphs: they run in turn, and outputs are copied out at once."""
+    return torch.cuda.graph_pool_handle()
+
+
 def capture_cuda(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """(replay, output) of a CUDA graph of `run`, after two runs aside that set libraries up."""
+    """(replay, output) of a CUDA graph of `run`, after two runs aside that set libraries up.
+
+    Other threads, such as a judge's, may use the device meanwhile.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -34,7 +45,7 @@ def capture_cuda(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=_pool(), capture_error_mode="thread_local"):
         out = run()
     return graph.replay, out
 
@@ -60,10 +71,13 @@ class ForwardGraphs:
         tensors = [x, *(leaf for leaf in leaves if isinstance(leaf, Tensor))]
         others = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
         layout = tuple((t.shape, t.stride(), t.dtype) for t in tensors)
-        key = (layout, spec, others, self._weights(), self._adapters())
+        backends = (forced_backend(), self._attention())
+        key = (layout, spec, others, self._weights(), self._adapters(), backends)
         graph = self._graphs.get(key)
         if graph is None:
-            graph = self._record(tensors, leaves, spec)
+            # Inputs made in inference mode could not be written to outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                graph = self._record(tensors, leaves, spec)
             self._graphs[key] = graph
             while len(self._graphs) > self.KEPT:
                 self._graphs.popitem(last=False)
@@ -88,6 +102,10 @@ class ForwardGraphs:
 
     def _weights(self) -> tuple[int, ...]:
         return tuple(p.data_ptr() for p in self._module.parameters())
+
+    def _attention(self) -> tuple[Hashable, ...]:
+        processors = (getattr(m, "processor", None) for m in self._module.modules())
+        return tuple(getattr(p, "_attention_backend", None) for p in processors if p is not None)
 
     def _adapters(self) -> tuple[Hashable, ...]:
         layers = (m for m in self._module.modules() if isinstance(m, BaseTunerLayer))

@@ -84,6 +84,7 @@ class QwenImage(Adapter):
     family = "qwenimage"
     lora_targets = LORA_TARGETS
     norm_rescaled_guidance = True
+    text_stream = True
     pipeline_class = QwenImagePipeline
     parts: ClassVar[dict[str, Any]] = {
         "transformer": QwenImageTransformer2DModel,
@@ -109,7 +110,7 @@ class QwenImage(Adapter):
         """The modules whose weights `modulation` reads."""
         t = self.transformer
         rows = [m for b in t.transformer_blocks for m in (b.img_mod, b.txt_mod)]
-        return [t.time_text_embed, *rows, t.norm_out.linear]
+        return [t.time_text_embed, *rows, t.norm_out]
 
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
         """Text embeddings [L_i, C] of each prompt, unpadded: what the stock pipeline gives for one.

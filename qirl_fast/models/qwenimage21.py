@@ -69,12 +69,17 @@ class QwenImage21(Adapter):
 
     def __init__(self, pipeline: QwenImage21Pipeline):
         super().__init__(pipeline)
+        if not self.transformer.config.causal_condition:
+            raise ValueError(
+                "this transformer has causal_condition off: its text is modulated at the noise "
+                "level of the sample, and a prompt's keys and values cannot be shared"
+            )
         self._ropes: dict[tuple[Layout, tuple[int, int]], Tensor] = {}
 
     def modulating(self) -> list[nn.Module]:
         """The modules whose weights `modulation` reads."""
         t = self.transformer
-        return [t.time_text_embed, t.modulation, t.norm_out.linear]
+        return [t.time_text_embed, t.modulation, t.norm_out]
 
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
         """Text embeddings [L_i, C] of each prompt, unpadded: what the stock pipeline gives for one.

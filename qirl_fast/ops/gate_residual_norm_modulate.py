@@ -9,7 +9,8 @@ Gradients: the two chained in float32, with d out (from norm_modulate) + dout no
     dresidual = rstd (g - mean(g) - xhat mean(g xhat)) + dout,  g = dy (1 + scale)
     du = f(gate) dresidual,  dgate = f'(gate) sum_S dresidual u
     dscale = sum_S dy xhat,  dshift = sum_S dy
-Saved: out, u, the gates and scales, and mean and rstd in float32. dout may be absent.
+Saved: out, the gates and scales, mean and rstd in float32 and, where a gate trains, u. dout may be
+absent.
 Source: diffusers, transformer_qwenimage.py and transformer_qwenimage21.py (the block's forward),
 which round every intermediate.
 """

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from qirl_fast import ops
+from qirl_fast.models.fused.attention import use_attention
 from qirl_fast.models.graphs import ForwardGraphs
 from qirl_fast.models.qwenimage21 import QwenImage21
 from qirl_fast.rollout.guidance import Guidance
@@ -124,6 +126,15 @@ def test_weights_and_adapters_are_part_of_a_graph(recorded, prompts) -> None:
     check(2)
     trained[0].data = trained[0].data * 2
     check(3)
+    with ops.use_backend("reference"):
+        check(4)
+    use_attention(model.transformer, "sdpa")
+    check(5)
+    with torch.no_grad():
+        prefix = model.prefix(text, [0], SIZE, SIZE)
+    with torch.inference_mode():
+        first = model.velocity(noise(1), [0.7], prefix).clone()
+    assert torch.equal(first, both(model, noise(1), [0.7], prefix)[0]) and recorder.recorded == 6
 
 
 def test_the_oldest_graph_goes(recorded, prompts) -> None:

@@ -272,6 +272,8 @@ def test_trained_modulation_is_never_kept(make_model, prompts) -> None:
     for adapter, targets in (
         ("full", None),
         ("lora", ["time_text_embed.timestep_embedder.linear_1"]),
+        ("lora", ["attn.to_q", "norm_out.linear"]),
+        ("lora", ["modulation.1"]),
     ):
         model = make_model()
         parameters = model.trainable(adapter, 4, 8, targets, 0)
@@ -287,7 +289,8 @@ def test_trained_modulation_is_never_kept(make_model, prompts) -> None:
         rollout, replayed = found
         assert torch.equal(replayed, rollout)
         replayed.sum().backward()
-        names = [n for n in parameters if "time_text_embed" in n]
+        parts = ("time_text_embed", "norm_out", "modulation")
+        names = [n for n in parameters if any(part in n for part in parts)]
         assert names and all(parameters[n].grad.abs().max() > 0 for n in names)
         if adapter == "lora":
             with torch.no_grad(), model.reference():
@@ -493,6 +496,13 @@ def test_adapter_settings_that_cannot_train_are_refused(make_model) -> None:
         model.trainable("half", 4, 8, None, 0)
     with pytest.raises(ValueError, match=r"set model\.dtype=float32 or model\.adapter=lora"):
         make_model(torch.bfloat16).trainable("full", 4, 8, None, 0)
+
+
+def test_a_transformer_modulated_throughout_is_refused(make_model) -> None:
+    pipeline = make_model().pipeline
+    pipeline.transformer.register_to_config(causal_condition=False)
+    with pytest.raises(ValueError, match="this transformer has causal_condition off"):
+        QwenImage21(pipeline)
 
 
 def test_image_sizes(frozen_model) -> None:

@@ -65,7 +65,13 @@ def attend(attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
 
     mask: bool, broadcast to [B, H, S, T]; True where a query may look.
     """
-    return _dispatch(attn, q, k, v, mask, attn.processor._attention_backend)
+    return _dispatch(attn, q, k, v, mask, _backend(attn, mask))
+
+
+def _backend(attn: Any, mask: Tensor | None) -> AttentionBackendName | None:
+    """The chosen one; with a mask, which other libraries do not take, PyTorch's."""
+    chosen: AttentionBackendName | None = attn.processor._attention_backend
+    return chosen if mask is None else AttentionBackendName.NATIVE
 
 
 def attend_segments(
@@ -88,8 +94,8 @@ def attend_segments(
         if key_valid is not None:
             valid = key_valid[:, None, None, :end]
             mask = valid if mask is None else mask & valid
-        backend = attn.processor._attention_backend if mask is None else AttentionBackendName.NATIVE
-        outputs.append(_dispatch(attn, q[:, start:end], k[:, :end], v[:, :end], mask, backend))
+        parts = (q[:, start:end], k[:, :end], v[:, :end])
+        outputs.append(_dispatch(attn, *parts, mask, _backend(attn, mask)))
     return torch.cat(outputs, dim=1)
 
 
