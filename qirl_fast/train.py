@@ -1,6 +1,6 @@
 """`python -m qirl_fast.train [recipe.yaml] [key=value ...] [--dry-run]`: GRPO on a model folder.
 
-Without a recipe it trains the packaged tiny model on the CPU. The loop is `train`; the verbs it
+Without a recipe it trains the packaged tiny model on the CPU. The loop is `loop`; the verbs it
 calls are methods of `Trainer`. A step's metrics are written before its checkpoint, so a run killed
 at any moment resumes (`resume=auto`) with the same metrics and weights, bit for bit.
 """
@@ -58,10 +58,11 @@ def train(cfg: Config) -> Path:
     fresh = not any(Path(cfg.output, str(cfg.run)).glob("*"))
     run_dir = prepare_run_dir(cfg)
     with log_file(run_dir):
-        return _train(cfg, run_dir, fresh)
+        return loop(cfg, run_dir, fresh)
 
 
-def _train(cfg: Config, run_dir: Path, fresh: bool) -> Path:
+def loop(cfg: Config, run_dir: Path, fresh: bool) -> Path:
+    """The loop of `train`; a fresh folder is taken away again where nothing could be computed."""
     try:
         trainer = Trainer(cfg)
         step = resume(trainer, run_dir, cfg)

@@ -4,6 +4,7 @@ Shapes: B rows, P prompts, L tokens of a prefix, C text channels, M latent token
 images, N of the target, Z channels.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -109,6 +110,39 @@ def join(first: Prefix, second: Prefix) -> Prefix:
     rope = torch.cat([p.rope.expand(p.batch, *p.rope.shape[-2:]) for p in both])
     batch = first.batch + second.batch
     return Prefix(layers, rope, *joined_order(first, second), batch)
+
+
+def by_layout(
+    owner: Sequence[int], layouts: Mapping[int, Any]
+) -> Iterator[tuple[Any, list[int], list[int]]]:
+    """(layout, its prompts, the rows they own) for each layout, in the order of layouts.
+
+    owner: the prompt of each row; layouts: of each prompt that owns rows.
+    """
+    for layout in sorted(set(layouts.values())):
+        used = [p for p in layouts if layouts[p] == layout]
+        yield layout, used, [r for r, p in enumerate(owner) if layouts[p] == layout]
+
+
+def to_rows(parts: Sequence[Tensor], owner: Sequence[int]) -> list[Tensor]:
+    """Each part [P, ...] as [rows, ...]; owner[r] is the place in P that row r takes.
+
+    A single prompt's, such as the unconditional branch's, is held once and not per row.
+    """
+    if len(parts[0]) == 1:
+        return [spread(part, len(owner)) for part in parts]
+    source = torch.tensor(owner, device=parts[0].device)
+    return [part.index_select(0, source) for part in parts]
+
+
+def row_order(
+    runs: Sequence[list[int]], device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """`order` and `inverse` of rows that run by layout; None where there is one."""
+    if len(runs) == 1:
+        return None, None
+    order = torch.tensor([row for rows in runs for row in rows], device=device)
+    return order, order.argsort()
 
 
 def joined_order(first: Any, second: Any) -> tuple[Tensor | None, Tensor | None]:

@@ -30,7 +30,7 @@ from qirl_fast.models.adapter import Adapter, load_scheduler
 from qirl_fast.models.fused.qwenimage import packed_forward
 from qirl_fast.models.graphs import hold
 from qirl_fast.models.loading import load_part
-from qirl_fast.models.prefix import joined_order, spread, spread_rows
+from qirl_fast.models.prefix import by_layout, joined_order, row_order, spread_rows, to_rows
 
 PIXELS_PER_TOKEN = 16
 DROPPED = 34  # tokens of the template before the prompt, which the pipeline drops
@@ -150,25 +150,17 @@ class QwenImage(Adapter):
         """
         self.latent_shape(height, width)
         grid = (height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
-        t, order = self.transformer, []
-        runs, ropes = [], []
-        for length in sorted({len(prompts[p]) for p in owner}):
-            used = sorted({p for p in owner if len(prompts[p]) == length})
-            rows = [r for r, p in enumerate(owner) if len(prompts[p]) == length]
+        t, lengths = self.transformer, {p: len(prompts[p]) for p in sorted(set(owner))}
+        runs, texts, ropes = [], [], []
+        for length, used, rows in by_layout(owner, lengths):
             text = torch.stack([prompts[p] for p in used]).to(self.device, self.dtype)
             text = t.txt_in(t.txt_norm(text))
-            if len(used) == 1:  # such as the unconditional branch: held once, not per row
-                text = spread(text, len(rows))
-            else:
-                source = torch.tensor([used.index(owner[r]) for r in rows], device=self.device)
-                text = text.index_select(0, source)
+            texts += to_rows([text], [used.index(owner[r]) for r in rows])
             image_rope, rope = self._rope(length, grid)
-            runs.append(text)
             ropes.append(rope)
-            order += rows
-        indices = torch.tensor(order, device=self.device) if len(runs) > 1 else None
-        inverse = None if indices is None else indices.argsort()
-        return Texts(tuple(runs), tuple(ropes), image_rope, indices, inverse, len(owner))
+            runs.append(rows)
+        order, inverse = row_order(runs, self.device)
+        return Texts(tuple(texts), tuple(ropes), image_rope, order, inverse, len(owner))
 
     def join(self, first: Texts, second: Texts) -> Texts:
         """What `velocity` needs of the rows of `first`, then those of `second`."""

@@ -31,7 +31,17 @@ from qirl_fast.models.adapter import Adapter, load_scheduler
 from qirl_fast.models.fused.qwenimage21 import SharedPrefix
 from qirl_fast.models.graphs import hold
 from qirl_fast.models.loading import load_part
-from qirl_fast.models.prefix import Conditioned, Layout, Prefix, join, spread, spread_rows
+from qirl_fast.models.prefix import (
+    Conditioned,
+    Layout,
+    Prefix,
+    by_layout,
+    join,
+    row_order,
+    spread,
+    spread_rows,
+    to_rows,
+)
 from qirl_fast.models.processor import QwenVLProcessor
 
 PIXELS_PER_TOKEN = 16
@@ -125,30 +135,19 @@ class QwenImage21(Adapter):
         self.latent_shape(height, width)
         grid = (height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
         layouts = {p: Layout.of(prompts[p]) for p in sorted(set(owner))}
-        order: list[int] = []
-        runs: list[list[tuple[Tensor, Tensor]]] = []  # per layout, per layer, keys and values
-        ropes = []
-        for layout in sorted(set(layouts.values())):
-            used = [p for p in layouts if layouts[p] == layout]
-            rows = [r for r, p in enumerate(owner) if layouts[p] == layout]
-            source = torch.tensor([used.index(owner[r]) for r in rows], device=self.device)
+        runs, keys, values, ropes = [], [], [], []  # by layout; keys and values then by layer
+        for layout, used, rows in by_layout(owner, layouts):
             rope, length = self._rope(layout, grid), len(layout.source)
             layers = self._prefix_forward([prompts[p] for p in used], layout, rope[:length])
-            if len(used) == 1:  # such as the unconditional branch: held once, not per row
-                runs.append([(spread(k, len(rows)), spread(v, len(rows))) for k, v in layers])
-            else:
-                chosen = [(k.index_select(0, source), v.index_select(0, source)) for k, v in layers]
-                runs.append(chosen)
+            places = [used.index(owner[r]) for r in rows]
+            keys.append(to_rows([k for k, _ in layers], places))
+            values.append(to_rows([v for _, v in layers], places))
             ropes.append(rope[length:].expand(len(rows), -1, -1))
-            order += rows
-        shared = tuple(
-            SharedPrefix(tuple(k for k, _ in layer), tuple(v for _, v in layer))
-            for layer in zip(*runs, strict=True)
-        )
-        if len(runs) == 1:
-            return Prefix(shared, ropes[0][0], None, None, len(owner))
-        indices = torch.tensor(order, device=self.device)
-        return Prefix(shared, torch.cat(ropes), indices, indices.argsort(), len(owner))
+            runs.append(rows)
+        layers_of_runs = zip(zip(*keys, strict=True), zip(*values, strict=True), strict=True)
+        shared = tuple(SharedPrefix(k, v) for k, v in layers_of_runs)
+        rope = ropes[0][0] if len(runs) == 1 else torch.cat(ropes)
+        return Prefix(shared, rope, *row_order(runs, self.device), len(owner))
 
     def _rope(self, layout: Layout, grid: tuple[int, int]) -> Tensor:
         """Rotations complex64 [L + N, head_dim / 2] of a prefix's tokens and the target's."""
