@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qirl_fast.ops._checks import LARGE_DTYPES, require_no_grad, require_rows, require_tensor
+from qirl_fast.ops.fp8_quantize import BLOCK, GRANULARITIES
 
 _OP = "fp8_linear"
 MULTIPLE = 16  # of both dimensions of the weight: what fp8 tensor cores take
@@ -16,8 +17,10 @@ def require_linear(
 ) -> None:
     """x, the quantised weight and the bias fit together."""
     require_rows(_OP, "x", x)
-    if granularity not in ("row", "tensor"):
-        raise ValueError(f"{_OP}: granularity must be row or tensor; got {granularity!r}.")
+    if granularity not in GRANULARITIES:
+        raise ValueError(
+            f"{_OP}: granularity must be {', '.join(GRANULARITIES)}; got {granularity!r}."
+        )
     _require_weight("weight_q", weight_q, x)
     rows, width = weight_q.shape
     if x.shape[-1] != width:
@@ -30,11 +33,27 @@ def require_linear(
             f"{_OP}: both dimensions of weight_q must be multiples of {MULTIPLE}; got "
             f"{tuple(weight_q.shape)}. Keep this layer in bfloat16, or pad its weight once."
         )
+    if granularity == "block" and width % BLOCK:
+        raise ValueError(
+            f"{_OP}: by blocks weight_q needs a multiple of {BLOCK} in its last dimension; got "
+            f"{tuple(weight_q.shape)}. Quantise this layer by rows."
+        )
     _require_scale("weight_scale", weight_scale, weight_q, granularity)
     if bias is not None:
         _require_tensor("bias", bias, x, LARGE_DTYPES)
         if tuple(bias.shape) != (rows,):
             raise ValueError(f"{_OP}: bias must have shape ({rows},); got {tuple(bias.shape)}.")
+
+
+def require_quantized(x: Tensor, q: Tensor, scale: Tensor | None, granularity: str) -> None:
+    """(q, scale) can be what fp8_quantize makes of x."""
+    assert scale is not None
+    _require_tensor("x.q", q, x, (torch.float8_e4m3fn,))
+    if q.shape != x.shape:
+        raise ValueError(
+            f"{_OP}: x.q must have the shape of x.y, {tuple(x.shape)}; got {tuple(q.shape)}."
+        )
+    _require_scale("x.scale", scale, q, granularity)
 
 
 def require_gradient_weight(
@@ -66,6 +85,11 @@ def require_gradient_weight(
         _require_scale("weight_t[1]", scale, q, granularity)
     if not (torch.is_grad_enabled() and x.requires_grad):
         return
+    if grad == "fp8" and granularity == "block" and weight_q.shape[0] % BLOCK:
+        raise ValueError(
+            f"{_OP}: by blocks grad='fp8' needs a multiple of {BLOCK} in both dimensions of the "
+            f"weight; got {tuple(weight_q.shape)}. Take grad='bf16'."
+        )
     if grad == "bf16" and weight is None:
         raise ValueError(f"{_OP}: x requires grad and grad='bf16': pass weight=W.")
     if grad == "fp8" and weight_t is None:
@@ -114,7 +138,9 @@ def _require_weight(name: str, q: Tensor, x: Tensor) -> None:
 
 def _require_scale(name: str, scale: Tensor, q: Tensor, granularity: str) -> None:
     _require_tensor(name, scale, q, (torch.float32,))
-    wanted = (q.shape[0], 1) if granularity == "row" else (1,)
+    blocks = (q.shape[-1] + BLOCK - 1) // BLOCK
+    spans = {"row": (*q.shape[:-1], 1), "block": (*q.shape[:-1], blocks), "tensor": (1,)}
+    wanted = spans[granularity]
     if tuple(scale.shape) != wanted:
         raise ValueError(
             f"{_OP}: {name} must have shape {wanted} for granularity {granularity!r}; got "

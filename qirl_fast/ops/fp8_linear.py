@@ -1,25 +1,29 @@
 """fp8_linear: y = x W^T + bias with x and W in 8-bit floats, W frozen and quantised once.
 
-    xq, xs = fp8_quantize(x)               on every call
-    y      = (xq Wq^T) xs Ws^T + bias      products of fp8, sums in float32 (torch._scaled_mm)
+    xq, xs = fp8_quantize(x)               on every call, unless x comes quantised
+    y      = (xq Wq^T) xs Ws^T + bias      products of fp8, sums in float32
     dL/dx  = dL/dy W                       grad="bf16": W in high precision
-    dL/dx  = (gq Wtq^T) gs Wts^T           grad="fp8": g = dL/dy quantised (e4m3fn by rows, e5m2 by
-                                           tensor), and W^T, quantised once
+    dL/dx  = (gq Wtq^T) gs Wts^T           grad="fp8": g = dL/dy quantised (e4m3fn by rows and
+                                           blocks, e5m2 by tensor), and W^T, quantised once
 
 Weights have no gradient: that is what makes the transposed activations of fp8 training unnecessary
 (LoRA trains on top; see lora_linear).
 
 Shapes: x [..., K], weight_q [N, K], bias [N], y [..., N]; K and N multiples of 16, for the GEMM.
-Granularity "row": scales [..., 1] and [N, 1], a row of y depends on its row of x alone. "tensor":
-scales [1], one outlier or a different batch changes all rows.
+Granularity "row": scales [..., 1] and [N, 1], a row of y depends on its row of x alone. "block":
+scales [..., K / 128] and [N, K / 128], K a multiple of 128 (N too for grad="fp8"). "tensor": scales
+[1], one outlier or a different batch changes all rows.
 Dtypes: x and y float32 or bfloat16; x is rounded to fp8 (2 to 3 % of each element, e4m3fn), so y
 is that far from the exact product whatever the GEMM does, and rounded once or, with a bias in
 bfloat16, twice to the dtype of x.
-Batch-invariance: by rows bitwise on the CPU, where rows go through the GEMM in tiles of TILE,
-padded (torch._scaled_mm itself is not: its kernel depends on the number of rows). On CUDA the
-quantisation is, and cuBLASLt may choose another kernel for another number of rows: calls of one
-shape give the same bits.
-Source: the rowwise recipe of torchao's float8 and of vLLM; Transformer Engine's current scaling.
+GEMM: cuBLASLt on CUDA, through torch._scaled_mm and, by blocks, torch.nn.functional.scaled_mm
+(sm_90). On a CPU the 8-bit numbers, exact in float32, go through sgemm: torch._scaled_mm is there
+too, 20 times slower.
+Batch-invariance: by rows and blocks bitwise on the CPU, where rows go through the GEMM in tiles of
+TILE, padded. On CUDA the quantisation is, and cuBLASLt may choose another kernel for another number
+of rows: calls of one shape give the same bits.
+Source: the rowwise recipe of torchao's float8 and of vLLM; Transformer Engine's current scaling;
+1 x 128 blocks: DeepSeek-V3, arXiv 2412.19437.
 """
 
 from __future__ import annotations
@@ -34,76 +38,121 @@ from torch.autograd.function import once_differentiable
 
 from qirl_fast.ops._checks import LARGE_DTYPES, REFERENCE_DTYPES
 from qirl_fast.ops._cuda import missing_cuda
-from qirl_fast.ops._fp8_checks import require_frozen, require_gradient_weight, require_linear
+from qirl_fast.ops._fp8_checks import (
+    require_frozen,
+    require_gradient_weight,
+    require_linear,
+    require_quantized,
+)
 from qirl_fast.ops._triton import missing_triton
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
+from qirl_fast.ops.fp8_quantize import BLOCK, Quantized, fp8_quantize_reference
 from qirl_fast.ops.fp8_quantize import OP as QUANTIZE
-from qirl_fast.ops.fp8_quantize import fp8_quantize_reference
 
-TILE = 64  # rows a call of the CPU's GEMM, granularity "row"
+TILE = 64  # rows a call of the CPU's GEMM, where rows do not depend on each other
 
 
 # ---- reference ----------------------------------------------------------------------------------
 def fp8_linear_reference(
-    x: Tensor, weight_q: Tensor, weight_scale: Tensor, bias: Tensor | None, e5m2: bool
-) -> Tensor:
-    """Quantise, dequantise, multiply in float32 (float64 for float64 x)."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    granularity = "row" if weight_scale.ndim == 2 else "tensor"
-    xq, xs = fp8_quantize_reference(x, granularity, e5m2, False)
-    with torch.autocast(x.device.type, enabled=False):
-        y = (xq.to(wide) * xs.to(wide)) @ (weight_q.to(wide) * weight_scale.to(wide)).t()
-    return (y if bias is None else y + bias.to(wide)).to(x.dtype)
-
-
-# ---- cpu, triton, cuda: torch._scaled_mm --------------------------------------------------------
-def _run(
-    backend: str,
     x: Tensor,
+    xq: Tensor | None,
+    xs: Tensor | None,
     weight_q: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
+    granularity: str,
+    e5m2: bool,
+) -> Tensor:
+    """Quantise, dequantise, multiply in float32 (float64 for float64 x)."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if xq is None or xs is None:
+        xq, xs = fp8_quantize_reference(x, granularity, e5m2, False)
+    with torch.autocast(x.device.type, enabled=False):
+        y = dequantized(xq, xs, wide) @ dequantized(weight_q, weight_scale, wide).t()
+    return (y if bias is None else y + bias.to(wide)).to(x.dtype)
+
+
+def dequantized(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """q scale [..., K] in `dtype`; scale [1], [..., 1] or [..., ceil(K / 128)]."""
+    if scale.shape[-1] > 1:
+        scale = scale.repeat_interleave(BLOCK, -1)[..., : q.shape[-1]]
+    return q.to(dtype) * scale.to(dtype)
+
+
+# ---- cpu, triton, cuda --------------------------------------------------------------------------
+def _run(
+    backend: str,
+    x: Tensor,
+    xq: Tensor | None,
+    xs: Tensor | None,
+    weight_q: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    granularity: str,
     e5m2: bool,
 ) -> Tensor:
     """x quantised by that backend of fp8_quantize, then the GEMM."""
-    by_row = weight_scale.ndim == 2
-    x_MK = x.reshape(-1, x.shape[-1])
-    quantize = QUANTIZE.choose_for(backend, x_MK).run
-    xq, xs = quantize(x_MK, "row" if by_row else "tensor", e5m2, False)
-    gemm = _gemm_cuda if x.device.type == "cuda" else _tiled if by_row else _gemm
-    weight_scale = weight_scale.contiguous()  # torch._scaled_mm takes no other
-    ws = weight_scale.t() if by_row else weight_scale
-    with torch.autocast(x.device.type, enabled=False):  # it would reach into _scaled_mm on the CPU
-        y = gemm(xq, xs, weight_q.t(), ws, bias, x.dtype)
+    if xq is None or xs is None:
+        xq, xs = QUANTIZE.choose_for(backend, x).run(x, granularity, e5m2, False)
+    xq = xq.reshape(-1, xq.shape[-1])
+    xs = xs if granularity == "tensor" else xs.reshape(len(xq), -1)
+    gemm = _gemm_cuda if x.device.type == "cuda" else _gemm_cpu
+    with torch.autocast(x.device.type, enabled=False):
+        y = gemm(xq, xs, weight_q, weight_scale, bias, granularity, x.dtype)
     return y.reshape(*x.shape[:-1], weight_q.shape[0])
 
 
-def _gemm(
-    xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype
+def _gemm_cpu(
+    xq: Tensor,
+    xs: Tensor,
+    wq: Tensor,
+    ws: Tensor,
+    bias: Tensor | None,
+    granularity: str,
+    dtype: torch.dtype,
 ) -> Tensor:
-    bias = None if bias is None else bias.to(dtype)
-    return torch._scaled_mm(xq, wq, xs, ws, bias=bias, out_dtype=dtype)
-
-
-def _tiled(
-    xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """_gemm on TILE rows at a time: every row meets the same kernel, whatever the batch."""
-    rows, short = len(xq), -len(xq) % TILE
-    padded = F.pad(xq.view(torch.uint8), (0, 0, 0, short)).view(xq.dtype)
-    scales = F.pad(xs, (0, 0, 0, short), value=1.0)
-    tiles = zip(padded.split(TILE), scales.split(TILE), strict=True)
-    return torch.cat([_gemm(q, s, wq, ws, bias, dtype) for q, s in tiles])[:rows]
+    """[M, N]. Every row meets the same kernel, whatever the batch: TILE rows at a time, padded."""
+    by_block = granularity == "block"
+    w_KN = (dequantized(wq, ws, torch.float32) if by_block else wq.float()).t()
+    rows = len(xq)
+    tile = rows if granularity == "tensor" else TILE
+    y = xq.new_empty((rows, len(wq)), dtype=dtype)
+    for first in range(0, rows, tile):
+        q, last = xq[first : first + tile].float(), min(first + tile, rows)
+        scale = xs if granularity == "tensor" else xs[first:last]
+        if by_block:
+            q = dequantized(q, scale, torch.float32)
+        part = (F.pad(q, (0, 0, 0, tile - len(q))) @ w_KN)[: last - first]
+        if not by_block:
+            part.mul_(scale).mul_(ws.t())
+        y[first:last] = part if bias is None else part.add_(bias)
+    return y
 
 
 def _gemm_cuda(
-    xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, dtype: torch.dtype
+    xq: Tensor,
+    xs: Tensor,
+    wq: Tensor,
+    ws: Tensor,
+    bias: Tensor | None,
+    granularity: str,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """cuBLASLt scales rows only into bfloat16, and adds no float32 bias: float32 comes after."""
+    """[M, N]. cuBLASLt scales rows only into bfloat16, and adds no float32 bias."""
+    w_KN = wq.t()
+    if granularity == "block":
+        kind = F.ScalingType.BlockWise1x128
+        by_column = [s.t().contiguous().t() for s in (xs, ws)]
+        y = F.scaled_mm(
+            xq, w_KN, by_column[0], kind, by_column[1], kind, output_dtype=torch.bfloat16
+        ).to(dtype)
+        return y if bias is None else y + bias.to(dtype)
     if dtype == torch.bfloat16:
-        return _gemm(xq, xs, wq, ws, bias, dtype)
+        bias = None if bias is None else bias.to(dtype)
+        scales = (xs, ws.t()) if granularity == "row" else (xs, ws)
+        return torch._scaled_mm(xq, w_KN, *scales, bias=bias, out_dtype=dtype)
     one = xs.new_ones(())
-    y = torch._scaled_mm(xq, wq, one, one, out_dtype=dtype) * xs * ws
+    y = torch._scaled_mm(xq, w_KN, one, one, out_dtype=dtype) * xs * ws.t()
     return y if bias is None else y + bias
 
 
@@ -120,12 +169,14 @@ OP = Op(
 )
 
 
-def _fake(x: Tensor, weight_q: Tensor, *_: object) -> Tensor:
+def _fake(x: Tensor, xq: Tensor | None, xs: Tensor | None, weight_q: Tensor, *_: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight_q.shape[0]))
 
 
 _fp8_linear = OP.register(
-    "(Tensor x, Tensor weight_q, Tensor weight_scale, Tensor? bias, bool e5m2) -> Tensor", _fake
+    "(Tensor x, Tensor? xq, Tensor? xs, Tensor weight_q, Tensor weight_scale, Tensor? bias,"
+    " str granularity, bool e5m2) -> Tensor",
+    _fake,
 )
 
 
@@ -136,16 +187,19 @@ class _Fp8Linear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        xq: Tensor | None,
+        xs: Tensor | None,
         weight_q: Tensor,
         weight_scale: Tensor,
         bias: Tensor | None,
+        granularity: str,
         weight: Tensor,
         weight_t_scale: Tensor | None,
         backend: str,
     ) -> Tensor:
         ctx.save_for_backward(weight, weight_t_scale)
-        ctx.backend = backend
-        return _fp8_linear(x, weight_q, weight_scale, bias, False, backend)
+        ctx.granularity, ctx.backend = granularity, backend
+        return _fp8_linear(x, xq, xs, weight_q, weight_scale, bias, granularity, False, backend)
 
     @staticmethod
     @once_differentiable
@@ -154,13 +208,15 @@ class _Fp8Linear(torch.autograd.Function):
         if scale is None:
             dx = grad @ weight.to(grad.dtype)
         else:
-            dx = _fp8_linear(grad, weight, scale, None, scale.ndim == 1, ctx.backend)
-        return dx, *(None,) * 6
+            e5m2 = ctx.granularity == "tensor"
+            given = (grad, None, None, weight, scale, None, ctx.granularity, e5m2)
+            dx = _fp8_linear(*given, ctx.backend)
+        return dx, *(None,) * 9
 
 
 # ---- public -------------------------------------------------------------------------------------
 def fp8_linear(
-    x: Tensor,
+    x: Tensor | Quantized,
     weight_q: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None = None,
@@ -172,18 +228,25 @@ def fp8_linear(
 ) -> Tensor:
     """x W^T + bias [..., N] in the dtype of x; see the module docstring.
 
-    x: [..., K], float32 or bfloat16. weight_q, weight_scale: fp8_quantize(W, granularity=...) of
-    W [N, K], in e4m3fn. bias: [N], float32 or bfloat16. granularity: "row" or "tensor", also for x.
+    x: [..., K], float32 or bfloat16; or Quantized(y, q, scale), y with what fp8_quantize or an op's
+    quantize= made of it in this granularity: the gradient goes to y.
+    weight_q, weight_scale: fp8_quantize(W, granularity=...) of W [N, K], in e4m3fn. bias: [N],
+    float32 or bfloat16. granularity: "row", "block" or "tensor", also for x.
     grad: how dx is made when x requires grad. "bf16" needs weight, W itself in float32 or bfloat16;
     "fp8" needs weight_t = fp8_quantize(W, granularity=..., transpose=True).
     Raises ValueError for anything outside this, and where a weight, scale or bias requires grad.
     """
+    x, xq, xs = x if isinstance(x, Quantized) else (x, None, None)
     require_linear(x, weight_q, weight_scale, bias, granularity)
+    if xq is not None:
+        require_quantized(x, xq, xs, granularity)
     require_gradient_weight(x, weight_q, granularity, grad, weight, weight_t)
     backend = forced_backend()
+    given = (x, xq, xs, weight_q, weight_scale, bias, granularity)
     if torch.is_grad_enabled():
         require_frozen(weight_q, weight_scale, bias, weight, weight_t)
         if x.requires_grad:
             back, scale = (weight, None) if weight_t is None or grad == "bf16" else weight_t
-            return _Fp8Linear.apply(x, weight_q, weight_scale, bias, back, scale, backend)
-    return _fp8_linear(x, weight_q, weight_scale, bias, False, backend)
+            out: Tensor = _Fp8Linear.apply(*given, back, scale, backend)
+            return out
+    return _fp8_linear(*given, False, backend)

@@ -24,6 +24,8 @@ Source: Micikevicius et al., arXiv 2209.05433; torch's Tensor.to(float8) for the
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,14 @@ from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 GRANULARITIES = ("row", "tensor", "block")
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 BLOCK = 128  # elements that share a scale, granularity "block"
+
+
+class Quantized(NamedTuple):
+    """y [..., K] with (q, scale) = fp8_quantize(y): what fp8_linear takes in place of y."""
+
+    y: Tensor
+    q: Tensor
+    scale: Tensor
 
 
 def _dtype(e5m2: bool) -> torch.dtype:

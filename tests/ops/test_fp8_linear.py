@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from qirl_fast import ops
-from qirl_fast.ops.fp8_linear import fp8_linear_reference
+from qirl_fast.ops.fp8_linear import dequantized, fp8_linear_reference
 from qirl_fast.ops.fp8_quantize import fp8_quantize_reference
 
 SHAPES = [((1, 16), 16), ((5, 48), 32), ((2, 70, 64), 96), ((130, 272), 48)]
+CASES = [(shape, out, granularity) for granularity in ("row", "tensor") for shape, out in SHAPES]
+CASES += [((7, 128), 32, "block"), ((2, 70, 256), 96, "block")]
 DTYPES = [torch.float32, torch.bfloat16]
-GRANULARITIES = ["row", "tensor"]
+GRANULARITIES = ["row", "tensor", "block"]
 
 
 def inputs(shape, out, dtype, granularity) -> tuple[Tensor, dict[str, object]]:
@@ -31,17 +33,22 @@ def inputs(shape, out, dtype, granularity) -> tuple[Tensor, dict[str, object]]:
     }
 
 
-def eager(x: Tensor, weight_q: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+def reference(x, weight_q, weight_scale, bias, granularity, e5m2=False) -> Tensor:
+    return fp8_linear_reference(x, None, None, weight_q, weight_scale, bias, granularity, e5m2)
+
+
+def eager(x: Tensor, weight_q: Tensor, weight_scale: Tensor, bias, granularity) -> Tensor:
     """In PyTorch at the dtype of x: quantise, dequantise, multiply."""
-    granularity = "row" if weight_scale.ndim == 2 else "tensor"
     xq, xs = fp8_quantize_reference(x, granularity, False, False)
-    x_back, w_back = (xq.float() * xs).to(x.dtype), (weight_q.float() * weight_scale).to(x.dtype)
+    x_back, w_back = (
+        dequantized(q, s, torch.float32).to(x.dtype)
+        for q, s in ((xq, xs), (weight_q, weight_scale))
+    )
     return torch.nn.functional.linear(x_back, w_back, None if bias is None else bias.to(x.dtype))
 
 
-@pytest.mark.parametrize(("shape", "out"), SHAPES)
+@pytest.mark.parametrize(("shape", "out", "granularity"), CASES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("bias_dtype", [None, torch.float32, torch.bfloat16])
 def test_value_matches_float64(shape, out, dtype, granularity, bias_dtype, no_worse):
     x, options = inputs(shape, out, dtype, granularity)
@@ -49,11 +56,43 @@ def test_value_matches_float64(shape, out, dtype, granularity, bias_dtype, no_wo
     bias = None if bias_dtype is None else torch.linspace(-1, 1, out, dtype=bias_dtype)
     y = ops.fp8_linear(x, q, scale, bias, granularity=granularity)
     assert y.dtype == dtype and y.shape == (*shape[:-1], out)
-    truth = fp8_linear_reference(x.double(), q, scale, bias, False)
-    no_worse(y, eager(x, q, scale, bias), truth)
+    truth = reference(x.double(), q, scale, bias, granularity)
+    baseline = eager(x, q, scale, bias, granularity)
+    no_worse(y, baseline, truth)
     with ops.use_backend("reference"):
-        reference = ops.fp8_linear(x, q, scale, bias, granularity=granularity)
-    no_worse(reference, eager(x, q, scale, bias), truth)
+        plain = ops.fp8_linear(x, q, scale, bias, granularity=granularity)
+    no_worse(plain, baseline, truth)
+    quantized = ops.Quantized(x, *ops.fp8_quantize(x, granularity=granularity))
+    assert torch.equal(ops.fp8_linear(quantized, q, scale, bias, granularity=granularity), y)
+
+
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+def test_agrees_with_torch_scaled_mm(granularity):
+    """The GEMM that CUDA runs, as torch has it on a CPU: the same numbers in another order."""
+    x, options = inputs((130, 272), 48, torch.float32, granularity)
+    q, scale = options["weight_q"], options["weight_scale"]
+    xq, xs = ops.fp8_quantize(x, granularity=granularity)
+    theirs = torch._scaled_mm(xq, q.t(), xs, scale.t(), out_dtype=torch.float32)
+    ours = ops.fp8_linear(x, q, scale, granularity=granularity)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("grad", ["bf16", "fp8"])
+def test_gradient_of_a_quantised_input_goes_to_what_it_was(grad):
+    x, options = inputs((5, 48), 32, torch.float32, "row")
+    results = []
+    for quantize in (False, True):
+        leaf = x.clone().requires_grad_()
+        given = ops.Quantized(leaf, *ops.fp8_quantize(x)) if quantize else leaf
+        ops.fp8_linear(given, **options, grad=grad).square().sum().backward()
+        results.append(leaf.grad)
+    assert torch.equal(*results)
+
+
+def test_blocks_of_the_gradient_need_whole_blocks():
+    x, options = inputs((4, 128), 48, torch.float32, "block")
+    with pytest.raises(ValueError, match=r"multiple of 128 in both.*\(48, 128\).*grad='bf16'"):
+        ops.fp8_linear(x.requires_grad_(), **options, grad="fp8")
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -68,8 +107,8 @@ def test_close_to_the_unquantised_product(granularity):
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_gradient(dtype, granularity, backend, no_worse):
-    x, options = inputs((2, 40, 64), 96, dtype, granularity)
-    grad = torch.randn(2, 40, 96, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x, options = inputs((2, 40, 128), 256, dtype, granularity)
+    grad = torch.randn(2, 40, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
     got = {}
     for kind in ("bf16", "fp8"):
         leaf = x.clone().requires_grad_()
@@ -81,16 +120,17 @@ def test_gradient(dtype, granularity, backend, no_worse):
     no_worse(got["bf16"], grad @ w.to(dtype), grad.double() @ w.double())
     q, scale = options["weight_t"]
     e5m2 = granularity == "tensor"
-    truth = fp8_linear_reference(grad.double(), q, scale, None, e5m2)
-    same = fp8_linear_reference(grad, q, scale, None, e5m2)
+    truth = reference(grad.double(), q, scale, None, granularity, e5m2)
+    same = reference(grad, q, scale, None, granularity, e5m2)
     no_worse(got["fp8"], same, truth)
     exact = grad.double() @ w.double()
     assert float((got["fp8"] - exact).norm() / exact.norm()) < (0.08 if e5m2 else 0.05)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_do_not_depend_on_the_batch(dtype, threads):
-    x, options = inputs((200, 256), 64, dtype, "row")
+@pytest.mark.parametrize("granularity", ["row", "block"])
+def test_rows_do_not_depend_on_the_batch(dtype, granularity, threads):
+    x, options = inputs((200, 256), 128, dtype, granularity)
     x.requires_grad_()
     y = ops.fp8_linear(x, **options, grad="fp8")
     y.sum().backward()
@@ -138,12 +178,15 @@ def test_scales_that_are_a_column_of_another_tensor(dtype):
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_opcheck(granularity):
-    x, options = inputs((3, 4, 32), 16, torch.bfloat16, granularity)
+    x, options = inputs((3, 4, 128), 16, torch.bfloat16, granularity)
     permuted = x.transpose(0, 1).contiguous().transpose(0, 1)
     for given in (x, permuted):
         torch.library.opcheck(
             torch.ops.qirl.fp8_linear.default,
-            [given, options["weight_q"], options["weight_scale"], None, False, ""],
+            [
+                *(given, None, None, options["weight_q"], options["weight_scale"], None),
+                *(granularity, False, ""),
+            ],
             test_utils=UTILS,
         )
 
@@ -184,7 +227,16 @@ BAD = {
     "zero rows": (_bad(x=torch.ones(0, 32)), r"x needs shape.*\(0, 32\)"),
     "width": (_bad(x=torch.ones(3, 16)), r"x needs 32 elements.*got \(3, 16\)"),
     "float64": (_bad(x=torch.ones(3, 32).double()), r"takes torch.float32.*got torch.float64"),
-    "granularity": (_bad(granularity="block"), r"granularity must be row or tensor; got 'block'"),
+    "granularity": (_bad(granularity="mx"), r"granularity must be row, tensor, block; got 'mx'"),
+    "narrow blocks": (_bad(granularity="block"), r"multiple of 128.*\(16, 32\).*by rows"),
+    "quantised shape": (
+        _bad(x=ops.Quantized(torch.ones(3, 32), torch.ones(2, 32).to(FP8), torch.ones(3, 1))),
+        r"x.q must have the shape of x.y, \(3, 32\); got \(2, 32\)",
+    ),
+    "quantised otherwise": (
+        _bad(x=ops.Quantized(torch.ones(3, 32), torch.ones(3, 32).to(FP8), torch.ones(1))),
+        r"x.scale must have shape \(3, 1\) for granularity 'row'; got \(1,\)",
+    ),
     "other granularity": (_bad(granularity="tensor"), r"weight_scale must have shape \(1,\)"),
     "bf16 weight": (_bad(weight_q=torch.ones(16, 32).bfloat16()), r"weight_q must be torch.float8"),
     "strided": (_bad(weight_q=torch.ones(32, 16).to(FP8).t()), r"must be a contiguous matrix"),
