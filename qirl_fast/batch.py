@@ -1,7 +1,7 @@
 """One update's samples, the error that stops a step, and what is kept of one for inspection."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +14,14 @@ from qirl_fast.rollout.sample import Trajectory
 
 @dataclass(frozen=True)
 class Batch:
-    """One update's samples: B = prompts x group_size rows, prompt by prompt."""
+    """One update's samples: B rows, as many for each prompt, prompt by prompt."""
 
     prompts: list[Prompt]
     trajectories: list[Trajectory]
     images: np.ndarray  # uint8 [B, H, W, 3]
     scores: Tensor  # float32 [B, K], all judges
     valid: Tensor  # bool [B, K]
+    metrics: dict[str, float] = field(default_factory=dict)  # of how they were drawn
 
 
 class StepFailed(RuntimeError):

@@ -5,7 +5,9 @@ run on them: what autograd saves is counted, not estimated. Left out: the alloca
 libraries' workspaces, and what lives inside a single operation.
 """
 
+import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +16,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from qirl_fast.config import Config, derived
+from qirl_fast.config import Config, derived, trained_group
 from qirl_fast.data.prompts import load_prompts
 from qirl_fast.models import Model, adapter_of
+from qirl_fast.models.fp8 import Layer, plan_layers, use_fp8
 from qirl_fast.models.loading import described_model
 from qirl_fast.models.qwenimage21 import PIXELS_PER_TOKEN
 from qirl_fast.tiny import packaged
@@ -36,6 +39,10 @@ def plan(cfg: Config) -> dict[str, int]:
         f"weights of {name}": item * sum(p.numel() for p in model.parameters())
         for name, model in models.items()
     }
+    fp8 = cfg.model.fp8
+    if fp8 is not None:
+        layers = [math.prod(layer.shape) for layer in fp8_plan(cfg) if layer.fp8]
+        plan["weights in fp8"] = sum(layers) * (2 if fp8.backward == "fp8" else 1)
     prompts = load_prompts(packaged(cfg.data.train))
     length = adapter.prompt_tokens(folder, max((p.prompt for p in prompts), key=len))
     size, rollout = derived(cfg), cfg.rollout
@@ -58,6 +65,16 @@ def plan(cfg: Config) -> dict[str, int]:
     plan["keys and values of the prompts"] = prefix * at_once
     plan["activations of replay"] = saved * at_once
     return plan
+
+
+def fp8_plan(cfg: Config) -> list[Layer]:
+    """The precision of every linear layer, from the config files; ValueError as `plan_layers`."""
+    fp8, folder = cfg.model.fp8, packaged(cfg.model.path)
+    assert fp8 is not None
+    adapter = adapter_of(folder, cfg.model.family)
+    transformer = described_model(adapter.parts["transformer"], folder / "transformer")
+    layers = fp8.layers or adapter.fp8_layers
+    return plan_layers(transformer, layers, fp8.skip, fp8.recipe, fp8.backward)
 
 
 def describe_plan(plan: dict[str, int]) -> str:
@@ -93,11 +110,19 @@ def _replay(cfg: Config, adapter: type[Model], folder: Path, length: int) -> tup
         model.use_rope(length, grid, rope)
         config = transformer.config
         channels_of_text = config.get("context_in_dim") or config.get("joint_attention_dim")
-        groups = -(-rows // cfg.rollout.group_size)
+        group = trained_group(cfg)
+        groups = -(-rows // group)
         embeddings = [torch.empty(length, channels_of_text)] * groups
-        owner = [r // cfg.rollout.group_size for r in range(rows)]
-        count = SavedTensors(transformer.parameters())
-        with count:
+        owner = [r // group for r in range(rows)]
+        weights = list(transformer.parameters())
+        replayed_in: AbstractContextManager[None] = nullcontext()
+        fp8 = cfg.model.fp8
+        if fp8 is not None and fp8.mode == "unified" and fp8.library == "native":
+            use = use_fp8(transformer, fp8_plan(cfg), fp8.recipe, fp8.backward)
+            weights += use.weights()
+            replayed_in = use.on()
+        count = SavedTensors(weights)
+        with count, replayed_in:
             size = (cfg.rollout.height, cfg.rollout.width)
             prefix = model.prefix(embeddings, owner, *size)
             both = cfg.rollout.guidance != 1 and cfg.rollout.ratio_mode == "full"

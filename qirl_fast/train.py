@@ -27,7 +27,8 @@ from qirl_fast.checkpoint import (
 )
 from qirl_fast.config import Config, ConfigError, config_hash, describe, load_config
 from qirl_fast.data.prompts import PromptError
-from qirl_fast.memory import describe_plan, plan
+from qirl_fast.memory import describe_plan, fp8_plan, plan
+from qirl_fast.models.fp8 import describe as describe_layers
 from qirl_fast.report import before_evaluation, draw_samples, write_report
 from qirl_fast.tracking import Tracker, prepare_run_dir
 from qirl_fast.trainer import EvaluationFailed, Trainer
@@ -157,6 +158,8 @@ def main(argv: list[str] | None = None) -> int:
         if "--dry-run" in args:
             print(describe(cfg))
             print(describe_plan(plan(cfg)))
+            if cfg.model.fp8 is not None:
+                print(describe_layers(fp8_plan(cfg), cfg.model.fp8.recipe))
             return 0
         train(cfg)
     except (ConfigError, PromptError, CheckpointError, FileNotFoundError) as error:

@@ -9,6 +9,7 @@ from qirl_fast.config.compare import (
     save_resolved,
 )
 from qirl_fast.config.load import default_recipe, load_config
+from qirl_fast.config.rules import trained_group
 from qirl_fast.config.schema import Config
 from qirl_fast.config.wording import ConfigError
 
@@ -23,4 +24,5 @@ __all__ = [
     "load_config",
     "refuse_changes",
     "save_resolved",
+    "trained_group",
 ]

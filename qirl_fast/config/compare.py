@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from qirl_fast.config.rules import trained_group
 from qirl_fast.config.schema import Config
 from qirl_fast.config.wording import ConfigError
 
@@ -22,7 +23,8 @@ UNHASHED = ("run", "output", "resume", "threads", "tracking")  # change no numbe
 class Derived:
     """Sizes that follow from a recipe; counts, per update unless the name says otherwise."""
 
-    samples: int  # images per update: prompts x group
+    samples: int  # images per update that are trained on: prompts x group
+    explored: int  # images per update drawn to choose those from; 0: none
     minibatch_samples: int  # samples per optimizer step
     chunk_rows: int  # samples of one transformer call; they divide the minibatch
     recorded_steps: int  # stochastic steps stored and replayed per sample
@@ -36,7 +38,10 @@ class Derived:
 def derived(cfg: Config) -> Derived:
     """Return the sizes that follow from cfg."""
     rollout = cfg.rollout
-    samples = cfg.data.prompts_per_step * rollout.group_size
+    group = trained_group(cfg)
+    samples = cfg.data.prompts_per_step * group
+    drawn = cfg.data.prompts_per_step * rollout.group_size
+    explored = drawn if group < rollout.group_size else 0
     recorded = rollout.window.size if rollout.window else 0
     recorded += rollout.sde_steps.count if rollout.sde_steps else 0
     minibatch = samples // cfg.train.updates_per_rollout
@@ -44,14 +49,15 @@ def derived(cfg: Config) -> Derived:
     chunk = max(n for n in range(1, most + 1) if minibatch % n == 0)
     return Derived(
         samples=samples,
+        explored=explored,
         minibatch_samples=minibatch,
         chunk_rows=chunk,
         recorded_steps=recorded,
         replays=samples * recorded,
         replay_rows=chunk * min(cfg.train.replay_steps, recorded),
-        sampled_rows=samples * rollout.steps * (1 if rollout.guidance == 1 else 2),
+        sampled_rows=(samples + explored) * rollout.steps * (1 if rollout.guidance == 1 else 2),
         evaluation_images=cfg.evaluation.prompts * cfg.evaluation.samples_per_prompt,
-        total_samples=samples * cfg.train.steps,
+        total_samples=(samples + explored) * cfg.train.steps,
     )
 
 
@@ -61,7 +67,8 @@ def describe(cfg: Config) -> str:
     rollout, train = cfg.rollout, cfg.train
     rows = [
         f"samples per update      {size.samples} = {cfg.data.prompts_per_step} prompts x "
-        f"{rollout.group_size} samples, {rollout.height} x {rollout.width} px",
+        f"{trained_group(cfg)} samples, {rollout.height} x {rollout.width} px"
+        + (f", the best and worst of {size.explored} drawn in fp8" if size.explored else ""),
         f"optimizer steps         {train.updates_per_rollout} per update, "
         f"{size.minibatch_samples} samples each",
         f"recorded steps          {size.recorded_steps} of {rollout.steps} per sample",

@@ -26,6 +26,7 @@ class CrossError(ValueError):
 def cross_problems(cfg: Config) -> Iterator[Problem]:
     """Yield each broken rule that involves several keys of `cfg`."""
     yield from _rollout_problems(cfg.rollout)
+    yield from _fp8_problems(cfg)
     yield from _batch_problems(cfg)
     yield from _weight_problems(cfg)
 
@@ -86,10 +87,68 @@ def _rollout_problems(rollout: RolloutConfig) -> Iterator[Problem]:
         )
 
 
+def _fp8_problems(cfg: Config) -> Iterator[Problem]:
+    fp8, group = cfg.model.fp8, cfg.rollout.group_size
+    if fp8 is None:
+        return
+    if cfg.model.adapter == "full":
+        yield (
+            ("model.fp8", "model.adapter"),
+            "model.fp8: fp8 weights are frozen and model.adapter is 'full'; set "
+            "model.adapter=lora, or model.fp8=null",
+        )
+    own = ("row", "block", "tensor") if fp8.library == "native" else ("block", "tensor", "delayed")
+    if fp8.recipe not in own:
+        yield (
+            ("model.fp8.recipe", "model.fp8.library"),
+            f"model.fp8.recipe: got {fp8.recipe!r}; with library {fp8.library!r} allowed: "
+            + ", ".join(own),
+        )
+    if fp8.recipe == "delayed" and fp8.mode == "unified":
+        yield (
+            ("model.fp8.recipe", "model.fp8.mode"),
+            "model.fp8.recipe: 'delayed' scales change from call to call, so a replay is not its "
+            "rollout and 'unified' has no ratio of 1; set recipe=tensor, or mode=corrected",
+        )
+    elif fp8.recipe == "delayed" and cfg.rollout.guidance != 1 and not fp8.stateful_scales:
+        yield (
+            ("model.fp8.recipe", "rollout.guidance", "model.fp8.stateful_scales"),
+            f"model.fp8.recipe: 'delayed' with rollout.guidance={cfg.rollout.guidance:g} lets both "
+            "branches move each other's scales; set recipe=tensor, or declare it with "
+            "stateful_scales=true",
+        )
+    if fp8.recipe == "tensor" and fp8.mode == "unified" and cfg.train.replay_steps > 1:
+        yield (
+            ("model.fp8.recipe", "model.fp8.mode", "train.replay_steps"),
+            f"model.fp8.recipe: one scale for all of 'tensor' depends on the batch, and "
+            f"train.replay_steps={cfg.train.replay_steps} replays in another than rollout's; set "
+            "recipe=row, or train.replay_steps=1",
+        )
+    if (fp8.keep is None) == (fp8.mode == "explore"):
+        wanted = f"an even number below rollout.group_size {group}"
+        yield (
+            ("model.fp8.keep", "model.fp8.mode"),
+            f"model.fp8.keep: got {fp8.keep} with mode {fp8.mode!r}; wanted "
+            + (wanted if fp8.mode == "explore" else "null"),
+        )
+    elif fp8.keep is not None and fp8.keep >= group:
+        yield (
+            ("model.fp8.keep", "rollout.group_size"),
+            f"model.fp8.keep: got {fp8.keep} of rollout.group_size {group} samples; allowed: even "
+            f"numbers from 2 to {(group - 1) // 2 * 2}",
+        )
+
+
+def trained_group(cfg: Config) -> int:
+    """Samples of a prompt that are trained on."""
+    fp8 = cfg.model.fp8
+    return fp8.keep if fp8 is not None and fp8.keep is not None else cfg.rollout.group_size
+
+
 def _batch_problems(cfg: Config) -> Iterator[Problem]:
     prompts, group, updates = (
         cfg.data.prompts_per_step,
-        cfg.rollout.group_size,
+        trained_group(cfg),
         cfg.train.updates_per_rollout,
     )
     samples = prompts * group

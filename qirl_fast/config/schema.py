@@ -43,6 +43,39 @@ class LoraConfig(Section):
     )
 
 
+class Fp8Config(Section):
+    """8-bit floats in the transformer's linear layers. How they meet the ratio must be declared."""
+
+    mode: Literal["unified", "explore", "corrected"] = Field(
+        description="unified: rollout and training both in fp8; explore: fp8 draws group_size "
+        "samples, the best and worst are drawn again and trained on without it; corrected: fp8 "
+        "rollout, whose log-probs training computes again without it"
+    )
+    recipe: Literal["row", "block", "tensor", "delayed"] = Field(
+        default="row",
+        description="what shares a scale: a token, 128 channels of one, everything; delayed: "
+        "everything, by the scales of earlier calls (te alone)",
+    )
+    backward: Literal["high", "fp8"] = Field(
+        default="high", description="gradients to activations: in model.dtype, or in fp8"
+    )
+    library: Literal["native", "te"] = Field(
+        default="native", description="own kernels and torch's GEMM, or Transformer Engine"
+    )
+    layers: list[Text] | None = Field(
+        default=None,
+        description="name endings of the linear layers in fp8; null: the family's default",
+    )
+    skip: list[Text] = Field(default=[], description="name endings among them that stay out of it")
+    keep: Annotated[int, Field(ge=2, multiple_of=2)] | None = Field(
+        default=None, description="explore: samples of a prompt trained on, half best, half worst"
+    )
+    stateful_scales: bool = Field(
+        default=False,
+        description="accept that delayed scales depend on the calls before, guidance's among them",
+    )
+
+
 class ModelConfig(Section):
     """The model to train."""
 
@@ -58,6 +91,7 @@ class ModelConfig(Section):
         description="library of the transformer's attention; auto: diffusers' default; another is "
         "an error where it is not installed or does not fit",
     )
+    fp8: Fp8Config | None = Field(default=None, description="null: off")
     adapter: Literal["lora", "full"] = Field(default="lora", description="what is trained")
     lora: LoraConfig = Field(default=LoraConfig(), description="used when adapter is lora")
 

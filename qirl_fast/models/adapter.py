@@ -26,6 +26,19 @@ def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler.from_pretrained(folder)
 
 
+class NotFinite(ValueError):
+    """Latents that hold NaN or infinity: an image of them would look like one."""
+
+
+def require_finite(latents: Tensor) -> None:
+    """NotFinite naming the first row of latents [B, N, Z] that is not finite."""
+    bad = (~latents.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise NotFinite(
+            f"latents are not finite in {len(bad)} of {len(latents)} rows, first {bad[0]}"
+        )
+
+
 class Adapter:
     """A stock pipeline as the trainer sees it; a family adds encode, latent_shape, prefix, join,
     modulation, forward and decode.
@@ -33,6 +46,9 @@ class Adapter:
 
     family: ClassVar[str]
     lora_targets: ClassVar[tuple[str, ...]]
+    fp8_layers: ClassVar[
+        tuple[str, ...]
+    ]  # name endings of what runs in fp8 where that is asked for
     norm_rescaled_guidance: ClassVar[bool]
     text_stream: ClassVar[bool] = False  # a block takes and gives text beside the image
     pipeline_class: ClassVar[Any]

@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from qirl_fast.models.fp8.linear import Fp8Linear
 from qirl_fast.ops.dispatch import forced_backend
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class ForwardGraphs:
         others = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
         layout = tuple((t.shape, t.stride(), t.dtype) for t in tensors)
         backends = (forced_backend(), self._attention())
-        key = (layout, spec, others, self._weights(), self._adapters(), backends)
+        key = (layout, spec, others, self._weights(), self._adapters(), self._fp8(), backends)
         graph = self._graphs.get(key)
         if graph is None:
             # Inputs made in inference mode could not be written to outside of it.
@@ -102,6 +103,11 @@ class ForwardGraphs:
 
     def _weights(self) -> tuple[int, ...]:
         return tuple(p.data_ptr() for p in self._module.parameters())
+
+    def _fp8(self) -> tuple[Hashable, ...]:
+        """Where the fp8 weights lie, of the weights as they are now; None for layers without."""
+        layers = (m for m in self._module.modules() if isinstance(m, Fp8Linear))
+        return tuple(m.quantized()[0][0].data_ptr() if m.active else None for m in layers)
 
     def _attention(self) -> tuple[Hashable, ...]:
         processors = (getattr(m, "processor", None) for m in self._module.modules())

@@ -23,12 +23,9 @@ def linear(layer: Any, x: Tensor | Quantized) -> Tensor:
     PEFT's passes.
     """
     y = x.y if isinstance(x, Quantized) else x
-    if _in_fp8(layer):
-        out: Tensor = layer(x)
-        return out
     adapters = _plain_adapters(layer)
     if adapters is None:
-        out = layer(y)
+        out: Tensor = layer(x if _in_fp8(layer) else y)
         return out
     base = layer.base_layer
     if _in_fp8(base):
@@ -47,17 +44,15 @@ def feed(op: Callable[..., Any], *layers: Any) -> Any:
     if len(wanted) != 1:
         return op()
     granularity = wanted.pop()
-    if granularity != "tensor":
-        return op(quantize=granularity)
     y = op()
     if isinstance(y, Tensor):
-        return quantized(y)
-    return quantized(y[0]), *y[1:]
+        return quantized(y, granularity)
+    return quantized(y[0], granularity), *y[1:]
 
 
-def quantized(y: Tensor) -> Quantized:
-    """y with its fp8 numbers under one scale."""
-    return Quantized(y, *ops.fp8_quantize(y.detach(), granularity="tensor"))
+def quantized(y: Tensor, granularity: str) -> Quantized:
+    """y with its fp8 numbers."""
+    return Quantized(y, *ops.fp8_quantize(y.detach(), granularity=granularity))
 
 
 def _in_fp8(layer: Any) -> bool:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from qirl_fast import ops
-from qirl_fast.models.adapter import Adapter, load_scheduler
+from qirl_fast.models.adapter import Adapter, load_scheduler, require_finite
 from qirl_fast.models.fused.qwenimage import packed_forward
 from qirl_fast.models.graphs import hold
 from qirl_fast.models.loading import load_part
@@ -83,6 +83,7 @@ class QwenImage(Adapter):
 
     family = "qwenimage"
     lora_targets = LORA_TARGETS
+    fp8_layers = tuple(name for name in LORA_TARGETS if name != "img_mlp.net.2")
     norm_rescaled_guidance = True
     text_stream = True
     pipeline_class = QwenImagePipeline
@@ -217,6 +218,7 @@ class QwenImage(Adapter):
 
         Threads take turns: the stock autoencoder keeps state on itself while it decodes.
         """
+        require_finite(latents)
         config, like = self.vae.config, {"device": self.device, "dtype": self.vae.dtype}
         shape = (1, config.z_dim, 1, 1, 1)
         mean = torch.tensor(config.latents_mean, **like).view(shape)

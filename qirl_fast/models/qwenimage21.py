@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import Qwen3VLForConditionalGeneration
 
 from qirl_fast import ops
-from qirl_fast.models.adapter import Adapter, load_scheduler
+from qirl_fast.models.adapter import Adapter, load_scheduler, require_finite
 from qirl_fast.models.fused.qwenimage21 import SharedPrefix
 from qirl_fast.models.graphs import hold
 from qirl_fast.models.loading import load_part
@@ -64,7 +64,7 @@ class QwenImage21(Adapter):
     """The adapter: encode, latent_shape, velocity (with prefix), decode, trainable."""
 
     family = "qwenimage21"
-    lora_targets = LORA_TARGETS
+    lora_targets = fp8_layers = LORA_TARGETS
     norm_rescaled_guidance = False
     pipeline_class = QwenImage21Pipeline
     parts: ClassVar[dict[str, Any]] = {
@@ -226,6 +226,7 @@ class QwenImage21(Adapter):
         The autoencoder is RGBA; RGB is the composite on white, as the stock pipeline documents.
         Threads take turns: the stock autoencoder keeps state on itself while it decodes.
         """
+        require_finite(latents)
         grid = (height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
         config = self.vae.config
         shape = (1, config.z_dim, 1, 1, 1)

@@ -98,10 +98,12 @@ def coefficient_tensors(step: StepCoefficients, rows: int, device: torch.device)
     ]
 
 
-def row_seeds(seed: int, update: int, first: int, count: int, stream: int) -> Tensor:
-    """int64 [count]: seeds of rows `first`...; one sequence for each (seed, update, stream)."""
-    words = np.random.SeedSequence([seed, update, stream]).generate_state(first + count, np.uint64)
-    return torch.from_numpy(words[first:].view(np.int64))
+def row_seeds(seed: int, update: int, numbers: Sequence[int], stream: int) -> Tensor:
+    """int64 [len(numbers)]: seeds of these rows; a sequence for each (seed, update, stream)."""
+    words = np.random.SeedSequence([seed, update, stream]).generate_state(
+        max(numbers) + 1, np.uint64
+    )
+    return torch.from_numpy(words.view(np.int64)[list(numbers)])
 
 
 def initial_noise(seeds: Tensor, shape: tuple[int, int], device: torch.device) -> Tensor:
@@ -157,6 +159,7 @@ def sample_then(
     update: int,
     recorded: Sequence[int] = (),
     shared_noise: bool = False,
+    samples: Sequence[int] | None = None,
 ) -> Iterator[R]:
     """`then` of each chunk of `group_size` samples for each prompt, made by `workers`, in order.
 
@@ -165,21 +168,27 @@ def sample_then(
             unconditional one.
         recorded: steps sampled with `how.dynamics` and kept for replay; the others follow the ODE.
         shared_noise: all samples of a prompt start from one initial noise.
-    The chunks' `rows` cover range(P * group_size) in order.
+        samples: numbers in range(P * group_size), ascending, of those to make; None: all. A sample
+            is the same whichever are made beside it, up to the bits that a matrix product of
+            another shape may change.
+    The chunks' `rows` cover range(len(samples)) in order.
     """
     tokens, channels = model.latent_shape(how.height, how.width)
     sigmas = make_sigmas(how.steps, tokens, scheduler_config)
-    total = len(embeddings) * group_size
+    numbers = range(len(embeddings) * group_size) if samples is None else samples
+    total = len(numbers)
 
     def chunk(first: int) -> R:
         rows = range(first, min(first + how.max_rows, total))
-        used = sorted({r // group_size for r in rows})
-        owner = tuple(used.index(r // group_size) for r in rows)
-        prompts = Prompts(tuple(embeddings[p] for p in used), null, owner)
-        noise_rows = [r // group_size for r in rows] if shared_noise else list(rows)
-        noise_seeds = row_seeds(seed, update, 0, max(noise_rows) + 1, stream=0)[noise_rows]
+        own = [numbers[r] for r in rows]
+        prompt = [number // group_size for number in own]
+        used = sorted(set(prompt))
+        prompts = Prompts(
+            tuple(embeddings[p] for p in used), null, tuple(used.index(p) for p in prompt)
+        )
+        noise_seeds = row_seeds(seed, update, prompt if shared_noise else own, stream=0)
         x = initial_noise(noise_seeds, (tokens, channels), model.device)
-        seeds = row_seeds(seed, update, first, len(rows), stream=1).to(model.device)
+        seeds = row_seeds(seed, update, own, stream=1).to(model.device)
         return then(_sample_chunk(model, prompts, rows, x, seeds, how, sigmas, tuple(recorded)))
 
     return workers.map(chunk, range(0, total, how.max_rows))

@@ -195,7 +195,7 @@ def test_images_are_the_stock_pipelines(model, stock, prompts) -> None:
     config = model.pipeline.scheduler.config
     how = Sampling(SIZE, SIZE, 6, Guidance(2.5, model.norm_rescaled_guidance))
     (chunk,) = sample(model, text, null, how, config, group_size=2, seed=0, update=0)
-    start = initial_noise(row_seeds(0, 0, 0, 2, stream=0), (TOKENS, CHANNELS), model.device)
+    start = initial_noise(row_seeds(0, 0, range(2), stream=0), (TOKENS, CHANNELS), model.device)
     given = {
         "prompt": [prompts[0]] * 2,
         "negative_prompt": [" "] * 2,

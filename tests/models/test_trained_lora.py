@@ -82,7 +82,7 @@ def test_the_stock_pipeline_draws_the_same(
     how = Sampling(64, 64, 5, Guidance(scale))
     config = model.pipeline.scheduler.config
     (ours,) = sample(model, text, null, how, config, group_size=2, seed=0, update=0)
-    start = initial_noise(row_seeds(0, 0, 0, 2, stream=0), (16, 16), torch.device("cpu"))
+    start = initial_noise(row_seeds(0, 0, range(2), stream=0), (16, 16), torch.device("cpu"))
     pipeline = new_stock_pipeline(weights)
     settings = {"num_inference_steps": 5, "height": 64, "width": 64, "output_type": "latent"}
     untrained = draw(pipeline, prompts[0], start, scale, **settings)
@@ -127,7 +127,7 @@ def stock_alignment(pipeline: Any, cfg: Config) -> float:
     """Mean alignment on the held-out prompts, from the initial latents of our own evaluation."""
     e = cfg.evaluation
     rows = load_prompts(packaged(cfg.data.heldout))[: e.prompts]
-    seeds = row_seeds(e.seed, 0, 0, len(rows) * e.samples_per_prompt, stream=0)
+    seeds = row_seeds(e.seed, 0, range(len(rows) * e.samples_per_prompt), stream=0)
     tokens = cfg.rollout.height // 16 * (cfg.rollout.width // 16)
     start = initial_noise(seeds, (tokens, 16), torch.device("cpu"))
     scores = []

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qirl_fast.models.fp8.linear import Fp8Linear
 from qirl_fast.models.fp8.plan import RECIPES, Layer, describe, plan_layers
@@ -29,6 +29,11 @@ class Fp8:
 
     def __init__(self, transformer: nn.Module, layers: Sequence[Any], library: str):
         self._transformer, self._layers, self._library = transformer, layers, library
+
+    def weights(self) -> list[Tensor]:
+        """All that the layers hold in fp8, scales among it."""
+        pairs = [pair for layer in self._layers for pair in layer.quantized()]
+        return [t for pair in pairs if pair is not None for t in pair]
 
     @contextmanager
     def on(self) -> Iterator[None]:

@@ -25,6 +25,8 @@ class Fp8Linear(nn.Linear):
     granularity: str  # "row", "block" or "tensor", see ops.fp8_linear
     backward: str  # of the gradient to the input: "high", in the weight's dtype, or "fp8"
     active: bool  # False: the plain layer
+    _assigned: int  # how often a weight was put in its place
+    _made: tuple[tuple[Any, ...], Tensor, tuple[Pair, Pair | None]] | None
 
     @staticmethod
     def convert(layer: nn.Linear, granularity: str, backward: str) -> Fp8Linear:
@@ -58,8 +60,7 @@ class Fp8Linear(nn.Linear):
         if made is None or made[0] != version:
             # Held on to, the storage's address is no other's while it is compared with.
             made = self._made = (version, weight.detach(), self._quantize())
-        result: tuple[Pair, Pair | None] = made[2]
-        return result
+        return made[2]
 
     def _quantize(self) -> tuple[Pair, Pair | None]:
         # Made in inference mode they could not be saved for a backward pass later.

@@ -10,7 +10,8 @@ Source: diffusers `transformer_qwenimage.py`.
 Shapes: B samples, S image tokens, L text tokens, D channels, H heads of Dh.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ from torch.nn import functional as F
 
 from qirl_fast import ops
 from qirl_fast.models.fused.attention import attend
-from qirl_fast.models.lora import linear
-from qirl_fast.ops import Stream
+from qirl_fast.models.lora import feed, linear
+from qirl_fast.ops import Quantized, Stream
 
 
 def problems(transformer: Any) -> list[str]:
@@ -83,17 +84,14 @@ def block_forward(
     img1, img2 = _halves(modulation[:samples], t0, modulate_index)
     txt1, txt2 = _halves(self.txt_mod(temb[:samples]), None, None)
 
-    y_image = ops.norm_modulate(image, **_norm(img1), eps=self.img_norm1.eps)
-    y_text = ops.norm_modulate(text, **_norm(txt1), eps=self.txt_norm1.eps)
+    attn = self.attn
+    y_image = _normed(image, img1, self.img_norm1, attn.to_q, attn.to_k, attn.to_v)
+    y_text = _normed(text, txt1, self.txt_norm1, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
     u_image, u_text = _attention(
-        self.attn, y_image, y_text, image_rotary_emb, encoder_hidden_states_mask
+        attn, y_image, y_text, image_rotary_emb, encoder_hidden_states_mask
     )
-    y_image, image = ops.gate_residual_norm_modulate(
-        image, u_image, **(_gate(img1) | _norm(img2)), eps=self.img_norm2.eps
-    )
-    y_text, text = ops.gate_residual_norm_modulate(
-        text, u_text, **(_gate(txt1) | _norm(txt2)), eps=self.txt_norm2.eps
-    )
+    y_image, image = _gated(image, u_image, img1, img2, self.img_norm2, self.img_mlp)
+    y_text, text = _gated(text, u_text, txt1, txt2, self.txt_norm2, self.txt_mlp)
     image = ops.gate_residual(image, _mlp(self.img_mlp, y_image), **_gate(img2))
     text = ops.gate_residual(text, _mlp(self.txt_mlp, y_text), **_gate(txt2))
     return text, image
@@ -127,10 +125,26 @@ def _gate(rows: Rows) -> Rows:
     return {n: v for n, v in rows.items() if n.startswith("gate") or n == "t0"}
 
 
+def _normed(x: Tensor, rows: Rows, norm: Any, *into: Any) -> Tensor | Quantized:
+    """The norm whose output goes into these layers."""
+    y: Tensor | Quantized = feed(partial(ops.norm_modulate, x, **_norm(rows), eps=norm.eps), *into)
+    return y
+
+
+def _gated(
+    x: Tensor, u: Tensor, first: Rows, second: Rows, norm: Any, mlp: Any
+) -> tuple[Tensor | Quantized, Tensor]:
+    """(what goes into the MLP, x + gate u)."""
+    rows = _gate(first) | _norm(second)
+    run = partial(ops.gate_residual_norm_modulate, x, u, **rows, eps=norm.eps)
+    y, out = feed(run, mlp.net[0].proj)
+    return y, out
+
+
 def _attention(
     attn: Any,
-    image: Tensor,
-    text: Tensor,
+    image: Tensor | Quantized,
+    text: Tensor | Quantized,
     rope: tuple[Tensor, Tensor] | None,
     text_valid: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -152,15 +166,16 @@ def _attention(
         eps=attn.norm_q.eps,
     )
     mask = None
+    length = text_q.shape[1]
     if text_valid is not None:  # every image token may be looked at
-        mask = F.pad(text_valid.bool(), (0, image.shape[1]), value=True)[:, None, None, :]
+        mask = F.pad(text_valid.bool(), (0, q.shape[1] - length), value=True)[:, None, None, :]
     heads = attend(attn, q, k, v, mask).flatten(2)
-    length = text.shape[1]
     return linear(attn.to_out[0], heads[:, length:]), linear(attn.to_add_out, heads[:, :length])
 
 
-def _mlp(mlp: Any, y: Tensor) -> Tensor:
-    return linear(mlp.net[2], ops.gelu(linear(mlp.net[0].proj, y)))
+def _mlp(mlp: Any, y: Tensor | Quantized) -> Tensor:
+    hidden = partial(ops.gelu, linear(mlp.net[0].proj, y))
+    return linear(mlp.net[2], feed(hidden, mlp.net[2]))
 
 
 def packed_forward(
@@ -190,7 +205,7 @@ def packed_forward(
     head = attn.inner_dim // attn.heads
     img1, img2 = _halves(img_rows, None, None)
     halves = [_halves(rows, None, None) for rows in txt_rows.split(runs)]
-    y_image = ops.norm_modulate(image, **_norm(img1), eps=block.img_norm1.eps)
+    y_image = _normed(image, img1, block.img_norm1, attn.to_q, attn.to_k, attn.to_v)
     y_texts = [
         ops.norm_modulate(text, **_norm(first), eps=block.txt_norm1.eps)
         for text, (first, _) in zip(texts, halves, strict=True)
@@ -200,7 +215,7 @@ def packed_forward(
         for to in (attn.to_q, attn.to_k, attn.to_v)
     ]
     theirs = [
-        [part.unflatten(-1, (-1, head)) for part in _together(to, y_texts)]
+        [part.unflatten(-1, (-1, head)) for part in _together(partial(linear, to), y_texts)]
         for to in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
     ]
     weights = (attn.norm_added_q.weight, attn.norm_added_k.weight)
@@ -216,21 +231,19 @@ def packed_forward(
         image_heads.append(heads[:, length:])
         text_heads.append(heads[:, :length])
     u_image = linear(attn.to_out[0], torch.cat(image_heads))
-    y_image, image = ops.gate_residual_norm_modulate(
-        image, u_image, **(_gate(img1) | _norm(img2)), eps=block.img_norm2.eps
-    )
+    y_image, image = _gated(image, u_image, img1, img2, block.img_norm2, block.img_mlp)
     image = ops.gate_residual(image, _mlp(block.img_mlp, y_image), **_gate(img2))
     if last:
         return image, texts
     y_texts, texts_after = [], []
-    u_texts = _together(attn.to_add_out, text_heads)
+    u_texts = _together(partial(linear, attn.to_add_out), text_heads)
     for text, u, (first, second) in zip(texts, u_texts, halves, strict=True):
         y, after = ops.gate_residual_norm_modulate(
             text, u, **(_gate(first) | _norm(second)), eps=block.txt_norm2.eps
         )
         y_texts.append(y)
         texts_after.append(after)
-    hidden = _together(block.txt_mlp.net[0].proj, y_texts, ops.gelu, block.txt_mlp.net[2])
+    hidden = _together(partial(_mlp, block.txt_mlp), y_texts)
     texts = tuple(
         ops.gate_residual(text, u, **_gate(second))
         for text, u, (_, second) in zip(texts_after, hidden, halves, strict=True)
@@ -238,11 +251,9 @@ def packed_forward(
     return image, texts
 
 
-def _together(layer: Any, parts: Sequence[Tensor], *then: Any) -> list[Tensor]:
-    """A linear layer, and what follows it, on the tokens of all parts [b_i, L_i, D] at once."""
-    y = linear(layer, torch.cat([part.flatten(0, 1) for part in parts])[None])
-    for step in then:
-        y = linear(step, y) if isinstance(step, nn.Module) else step(y)
+def _together(run: Callable[[Tensor], Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
+    """`run` on the tokens of all parts [b_i, L_i, D] at once."""
+    y = run(torch.cat([part.flatten(0, 1) for part in parts])[None])
     sizes = [part.shape[:2] for part in parts]
     split = y[0].split([b * length for b, length in sizes])
     return [part.unflatten(0, size) for part, size in zip(split, sizes, strict=True)]

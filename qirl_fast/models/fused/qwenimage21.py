@@ -9,6 +9,7 @@ Shapes: B samples, S tokens of this pass, D channels, H heads of Dh.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from qirl_fast import ops
 from qirl_fast.models.fused.attention import Segments, attend, attend_segments
-from qirl_fast.models.lora import linear
+from qirl_fast.models.lora import feed, linear
+from qirl_fast.ops import Quantized
 
 
 @dataclass(frozen=True)
@@ -95,27 +97,30 @@ def block_forward(
         first = {"t0": t0, "scale_t0": scale1_t0}
         second = {"t0": t0, "gate_t0": gate1_t0, "scale_t0": scale2_t0}
         third = {"t0": t0, "gate_t0": gate2_t0}
-    y = ops.norm_modulate(x, scale1, eps=self.img_norm1.eps, **first)
-    q, k, v = project(self.attn, y, rotary_emb)
+    attn, mlp = self.attn, self.img_mlp
+    norm = partial(ops.norm_modulate, x, scale1, eps=self.img_norm1.eps, **first)
+    q, k, v = project(attn, feed(norm, attn.to_q, attn.to_k, attn.to_v), rotary_emb)
     if isinstance(layer_cache, SharedPrefix):
-        heads = layer_cache.attend(self.attn, q, k, v)
+        heads = layer_cache.attend(attn, q, k, v)
     else:
         k, v = _through_cache(k, v, layer_cache, kv_cache_mode, cache_write_slice)
         heads = (
-            attend(self.attn, q, k, v, attention_mask)
+            attend(attn, q, k, v, attention_mask)
             if segments is None
-            else attend_segments(self.attn, q, k, v, segments, key_valid)
+            else attend_segments(attn, q, k, v, segments, key_valid)
         )
-    u = linear(self.attn.to_out[0], heads.flatten(2))
-    y, x = ops.gate_residual_norm_modulate(
-        x, u, gate1, scale2, eps=self.img_norm2.eps, tanh=True, **second
+    u = linear(attn.to_out[0], heads.flatten(2))
+    eps = self.img_norm2.eps
+    gated = partial(
+        ops.gate_residual_norm_modulate, x, u, gate1, scale2, eps=eps, tanh=True, **second
     )
-    mlp = self.img_mlp
-    u = linear(mlp.out, ops.swiglu(linear(mlp.gate_layer, y), linear(mlp.proj, y)))
+    y, x = feed(gated, mlp.gate_layer, mlp.proj)
+    hidden = partial(ops.swiglu, linear(mlp.gate_layer, y), linear(mlp.proj, y))
+    u = linear(mlp.out, feed(hidden, mlp.out))
     return ops.gate_residual(x, u, gate2, tanh=True, **third)
 
 
-def project(attn: Any, y: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def project(attn: Any, y: Tensor | Quantized, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """q, k (normalised and rotated) and v, each [B, S, H, Dh]. rope: complex64 [S, Dh / 2]."""
     head = attn.inner_dim // attn.heads
     q, k, v = (linear(to, y).unflatten(-1, (-1, head)) for to in (attn.to_q, attn.to_k, attn.to_v))
