@@ -7,7 +7,7 @@ from qirl_fast.ops.dispatch import BackendError, use_backend
 from qirl_fast.ops.flow_logp import flow_logp
 from qirl_fast.ops.flow_step import flow_step
 from qirl_fast.ops.fp8_linear import fp8_linear
-from qirl_fast.ops.fp8_quantize import fp8_quantize
+from qirl_fast.ops.fp8_quantize import Quantized, fp8_quantize
 from qirl_fast.ops.gate_residual import gate_residual
 from qirl_fast.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from qirl_fast.ops.gelu import gelu
@@ -28,6 +28,7 @@ __all__ = [
     "GroupAdvantage",
     "NftLoss",
     "PolicyLoss",
+    "Quantized",
     "Stream",
     "VelocityLoss",
     "awm_logp",
