@@ -63,6 +63,24 @@ def _codes(x, inverse, E5M2: tl.constexpr):
 
 
 @triton.jit
+def store_quantized(
+    y, q_ptr, scale_ptr, row, first, width, UNIT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """For other kernels: the e4m3fn codes and scales of elements `first` on of a row.
+
+    y: [BLOCK] in float32, as rounded to its own dtype. A scale for every UNIT elements: 128, of
+    which `first` is a multiple, or BLOCK, which holds the whole row.
+    """
+    at = first + tl.arange(0, BLOCK)
+    spans = tl.reshape(tl.where(at < width, y, 0.0), (BLOCK // UNIT, UNIT))
+    scale = _scale(tl.max(_finite_magnitude(spans), axis=1), False)
+    codes = tl.reshape(_codes(spans, _inverse(scale)[:, None], False), (BLOCK,))
+    tl.store((q_ptr + row * width) + at, codes, mask=at < width)
+    span, count = first // UNIT + tl.arange(0, BLOCK // UNIT), (width + UNIT - 1) // UNIT
+    tl.store((scale_ptr + row * count) + span, scale, mask=span < count)
+
+
+@triton.jit
 def rows_kernel(
     x_ptr,
     q_ptr,
@@ -197,6 +215,37 @@ def row_config(width):
     """(BLOCK, warps): 16 elements a thread, what a 128-bit store of codes takes."""
     block = min(max(triton.next_power_of_2(width), 512), ONE_PASS)
     return block, max(1, min(block // 512, 16))
+
+
+def outputs(y, quantize):
+    """Empty q and scale for y, as the ops with `quantize` return them."""
+    if not quantize:
+        return y.new_empty(0, dtype=torch.float8_e4m3fn), y.new_empty(0, dtype=torch.float32)
+    units = triton.cdiv(y.shape[-1], SPAN) if quantize == "block" else 1
+    q = y.new_empty(y.shape, dtype=torch.float8_e4m3fn)
+    return q, y.new_empty((*y.shape[:-1], units), dtype=torch.float32)
+
+
+def pointers(q, scale, y):
+    """q as bytes and scale, as a kernel takes them; y and y stand in for what is not wanted."""
+    return (q.view(torch.uint8), scale) if q.numel() else (y, y)
+
+
+def unit_of(quantize, block):
+    """UNIT of store_quantized(); 0: nothing is quantised."""
+    return {"": 0, "row": block, "block": SPAN}[quantize]
+
+
+def pointwise_plan(op, width, quantize, block, warps):
+    """(BLOCK, warps) of an op that takes `block` elements a program unless rows share a scale."""
+    if quantize != "row":
+        return block, warps
+    if width > ONE_PASS:
+        raise ValueError(
+            f"{op}: with quantize='row' the triton backend takes rows of at most {ONE_PASS}; "
+            f"got {width}."
+        )
+    return row_config(width)
 
 
 def _matrix(x):

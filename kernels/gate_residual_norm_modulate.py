@@ -11,9 +11,11 @@ import triton
 import triton.language as tl
 
 from qirl_fast.kernels.budget import Case
+from qirl_fast.kernels.fp8_quantize import outputs, pointers, store_quantized, unit_of
 from qirl_fast.kernels.gate_residual import factor_of, gate_residual_backward, tanh_slope
 from qirl_fast.kernels.norm_modulate import (
     CHUNK,
+    FP32,
     column_sums,
     marks,
     moments,
@@ -41,6 +43,8 @@ def forward_kernel(
     out_ptr,
     mean_ptr,
     rstd_ptr,
+    q_ptr,
+    q_scale_ptr,
     gate_stride,
     scale_stride,
     shift_stride,
@@ -56,8 +60,10 @@ def forward_kernel(
     RMS: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     HAS_T0: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """UNIT: elements that share a scale where y is wanted in fp8 too, else 0."""
     row = tl.program_id(0).to(tl.int64)
     b = row // tokens
     i = tl.arange(0, BLOCK)
@@ -83,7 +89,10 @@ def forward_kernel(
             shift_ptr, shift_stride, shift_t0_ptr, shift_t0_stride, b, taken, HAS_T0
         )
         y = y + tl.load(shift_row + i, mask=inside, other=0.0).to(tl.float32)
-    tl.store((y_ptr + row * width) + i, y.to(stored.dtype), mask=inside)
+    y = y.to(stored.dtype)
+    tl.store((y_ptr + row * width) + i, y, mask=inside)
+    if UNIT:
+        store_quantized(y.to(tl.float32), q_ptr, q_scale_ptr, row, 0, width, UNIT, BLOCK)
     tl.store(rstd_ptr + row, rstd)
     if not RMS:
         tl.store(mean_ptr + row, mean)
@@ -184,30 +193,33 @@ def backward_kernel(
 
 # ---- launchers ----------------------------------------------------------------------------------
 def gate_residual_norm_modulate(
-    residual, u, gate, scale, shift, t0, gate_t0, scale_t0, shift_t0, tanh, rms, eps
+    residual, u, gate, scale, shift, t0, gate_t0, scale_t0, shift_t0, tanh, rms, eps, quantize
 ):
-    """(y, out, mean, rstd)."""
+    """(y, out, mean, rstd, q, scale of q)."""
     residual, u = residual.contiguous(), u.contiguous()
     samples, tokens, width = residual.shape
     block, warps = plan("gate_residual_norm_modulate", width, residual.element_size())
     y, out = torch.empty_like(residual), torch.empty_like(residual)
     rstd = residual.new_empty(samples, tokens, dtype=torch.float32)
     mean = rstd.new_empty(0) if rms else torch.empty_like(rstd)
+    q, q_scale = outputs(y, quantize)
     pairs = ((gate, gate_t0), (scale, scale_t0), (shift, shift_t0))
     first, second, strides, strides_t0 = zip(*(rows_t0(*p, residual) for p in pairs), strict=True)
     marked, *mark_strides = marks(t0, residual)
     forward_kernel[(samples * tokens,)](
         *(residual, u, *first, *second, marked, y, out, rstd if rms else mean, rstd),
+        *pointers(q, q_scale, y),
         *(*strides, *strides_t0, *mark_strides, tokens, width, eps),
         TANH=tanh,
         RMS=rms,
         HAS_SHIFT=shift is not None,
         HAS_T0=t0 is not None,
+        UNIT=unit_of(quantize, block),
         BLOCK=block,
         num_warps=warps,
         enable_fp_fusion=False,
     )
-    return y, out, mean, rstd
+    return y, out, mean, rstd, q, q_scale
 
 
 def gate_residual_norm_modulate_backward(*inputs_and_flags):
@@ -279,13 +291,13 @@ def fused_backward(
 
 
 # ---- budget -------------------------------------------------------------------------------------
-def _case(kernel, dtype, width, flags, registers):
+def _case(kernel, dtype, width, flags, registers, narrow=0):
     kinds = {}
     for name in kernel.arg_names:
-        if name in ("mean_ptr", "rstd_ptr", "partial_ptr"):
+        if name in FP32:
             kinds[name] = "*fp32"
         elif name.endswith("_ptr"):
-            kinds[name] = "*u8" if name == "t0_ptr" else f"*{dtype}"
+            kinds[name] = "*u8" if name in ("t0_ptr", "q_ptr") else f"*{dtype}"
         elif name in ("tokens", "width", "chunks"):
             kinds[name] = "i32"
         elif name.islower():
@@ -293,7 +305,9 @@ def _case(kernel, dtype, width, flags, registers):
     block, warps = plan("", width, 2 if dtype == "bf16" else 4)
     constexprs = {"TANH": True, "RMS": False, "HAS_T0": True, "BLOCK": block, **flags}
     aligned = [n for n in kinds if n.endswith(("_ptr", "_stride")) or n == "width"]
-    return Case(kernel, kinds, constexprs, warps, registers, divisible=tuple(aligned))
+    return Case(
+        kernel, kinds, constexprs, warps, registers, divisible=tuple(aligned), narrow=narrow
+    )
 
 
 _WANT = {"HAS_DOUT": True, "WANT_DU": True, "WANT_GATE": True, "WANT_MOD": True, "TOKENS": CHUNK}
@@ -301,7 +315,11 @@ _NORM = {**_WANT, "WANT_DU": False, "WANT_GATE": False}
 BUDGET = []
 for _dtype in ("bf16", "fp32"):
     for _width in (3072, 8192):
-        BUDGET += [
-            _case(forward_kernel, _dtype, _width, {"HAS_SHIFT": True}, 96),
-            _case(backward_kernel, _dtype, _width, _WANT if _width <= FUSED else _NORM, 192),
-        ]
+        _wanted = _WANT if _width <= FUSED else _NORM
+        BUDGET.append(_case(backward_kernel, _dtype, _width, _wanted, 192))
+        for _quantize in ("", "row", "block"):
+            _unit = unit_of(_quantize, plan("", _width, 2)[0])
+            _flags = {"HAS_SHIFT": True, "UNIT": _unit}
+            BUDGET.append(
+                _case(forward_kernel, _dtype, _width, _flags, 96, narrow=4 if _unit else 0)
+            )

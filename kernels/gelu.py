@@ -7,6 +7,14 @@ import triton
 import triton.language as tl
 
 from qirl_fast.kernels.budget import Case
+from qirl_fast.kernels.fp8_quantize import (
+    outputs,
+    pointers,
+    pointwise_plan,
+    row_config,
+    store_quantized,
+    unit_of,
+)
 
 BLOCK = 2048
 WARPS = 4
@@ -28,14 +36,29 @@ def _block(width, blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(x_ptr, y_ptr, x_stride, width, blocks, BLOCK: tl.constexpr):
+def forward_kernel(
+    x_ptr,
+    y_ptr,
+    q_ptr,
+    q_scale_ptr,
+    x_stride,
+    width,
+    blocks,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """UNIT: elements that share a scale where y is wanted in fp8 too, else 0."""
     row, i, inside_row = _block(width, blocks, BLOCK)
     stored = tl.load(x_ptr + row * x_stride + i, mask=inside_row, other=0.0)
     x = stored.to(tl.float32)
     above = tl.where(x < -9.9, -9.9, x)
     inside = tl.where(above > 9.9, 9.9, above)
     y = above / (1.0 + _decay(inside, inside * inside))
-    tl.store(y_ptr + row * width + i, y.to(stored.dtype), mask=inside_row)
+    y = y.to(stored.dtype)
+    tl.store(y_ptr + row * width + i, y, mask=inside_row)
+    if UNIT:
+        first = (tl.program_id(0).to(tl.int64) % blocks) * BLOCK
+        store_quantized(y.to(tl.float32), q_ptr, q_scale_ptr, row, first, width, UNIT, BLOCK)
 
 
 @triton.jit
@@ -55,24 +78,30 @@ def backward_kernel(dy_ptr, x_ptr, dx_ptr, dy_stride, x_stride, width, blocks, B
 
 
 # ---- launchers ----------------------------------------------------------------------------------
-def _matrices(*tensors):
-    """One row of everything when all are contiguous; else [rows, K] with dense rows."""
-    if all(t.is_contiguous() for t in tensors):
+def _matrices(*tensors, rows=False):
+    """One row of everything when all are contiguous and not `rows`; else [rows, K], rows dense."""
+    if not rows and all(t.is_contiguous() for t in tensors):
         return [t.reshape(1, -1) for t in tensors]
     views = [t.reshape(-1, t.shape[-1]) for t in tensors]
     return [v if v.stride(1) == 1 or v.shape[1] == 1 else v.contiguous() for v in views]
 
 
-def gelu(x):
-    """y in the shape and dtype of x."""
+def gelu(x, quantize):
+    """(y, q, scale): y in the shape and dtype of x."""
     y = x.new_empty(x.shape)
-    (x,) = _matrices(x)
+    q, scale = outputs(y, quantize)
+    (x,) = _matrices(x, rows=quantize != "")
     rows, width = x.shape
-    blocks = triton.cdiv(width, BLOCK)
+    block, warps = pointwise_plan("gelu", width, quantize, BLOCK, WARPS)
+    blocks = triton.cdiv(width, block)
     forward_kernel[(rows * blocks,)](
-        x, y, x.stride(0), width, blocks, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False
+        *(x, y, *pointers(q, scale, y), x.stride(0), width, blocks),
+        UNIT=unit_of(quantize, block),
+        BLOCK=block,
+        num_warps=warps,
+        enable_fp_fusion=False,
     )
-    return y
+    return y, q, scale
 
 
 def gelu_backward(grad, x):
@@ -97,23 +126,30 @@ def gelu_backward(grad, x):
 
 
 # ---- budget -------------------------------------------------------------------------------------
-def _case(kernel, dtype, pointers, strides):
+def _case(kernel, dtype, pointers, strides, quantize="", width=0, **limits):
+    """quantize, width: of a forward kernel that also writes fp8."""
+    kinds = dict.fromkeys(pointers, f"*{dtype}")
+    block, warps = row_config(width) if quantize == "row" else (BLOCK, WARPS)
+    constexprs = {"BLOCK": block}
+    if kernel is forward_kernel:
+        kinds |= {"q_ptr": "*u8", "q_scale_ptr": "*fp32"}
+        constexprs["UNIT"] = unit_of(quantize, block)
     sizes = dict.fromkeys((*strides, "width"), "i64")
+    aligned = (*kinds, *sizes)
+    limits = {"registers": 48, **limits}
     return Case(
-        kernel,
-        {**dict.fromkeys(pointers, f"*{dtype}"), **sizes, "blocks": "i32"},
-        {"BLOCK": BLOCK},
-        WARPS,
-        registers=48,
-        divisible=(*pointers, *sizes),
+        kernel, {**kinds, **sizes, "blocks": "i32"}, constexprs, warps, divisible=aligned, **limits
     )
 
 
-BUDGET = [
-    _case(kernel, dtype, pointers, strides)
-    for dtype in ("bf16", "fp32")
-    for kernel, pointers, strides in (
-        (forward_kernel, ("x_ptr", "y_ptr"), ("x_stride",)),
-        (backward_kernel, ("dy_ptr", "x_ptr", "dx_ptr"), ("dy_stride", "x_stride")),
-    )
-]
+_FORWARD = ("x_ptr", "y_ptr"), ("x_stride",)
+_BACKWARD = ("dy_ptr", "x_ptr", "dx_ptr"), ("dy_stride", "x_stride")
+BUDGET = []
+for _dtype in ("bf16", "fp32"):
+    BUDGET += [
+        _case(forward_kernel, _dtype, *_FORWARD),
+        _case(backward_kernel, _dtype, *_BACKWARD),
+        _case(forward_kernel, _dtype, *_FORWARD, "block", registers=96, narrow=4),
+        _case(forward_kernel, _dtype, *_FORWARD, "row", 3072, registers=96, narrow=4),
+        _case(forward_kernel, _dtype, *_FORWARD, "row", 12288, registers=128, narrow=4),
+    ]

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from qirl_fast.kernels.budget import Case
+from qirl_fast.kernels.fp8_quantize import outputs, pointers, store_quantized, unit_of
 
 CHUNK = 16  # tokens a program of the backward adds up: enough programs for one long sample
 WIDEST = 8192
@@ -59,6 +60,8 @@ def forward_kernel(
     y_ptr,
     mean_ptr,
     rstd_ptr,
+    q_ptr,
+    q_scale_ptr,
     scale_stride,
     shift_stride,
     scale_t0_stride,
@@ -71,8 +74,10 @@ def forward_kernel(
     RMS: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     HAS_T0: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """UNIT: elements that share a scale where y is wanted in fp8 too, else 0."""
     row = tl.program_id(0).to(tl.int64)
     b = row // tokens
     i = tl.arange(0, BLOCK)
@@ -93,7 +98,10 @@ def forward_kernel(
             shift_ptr, shift_stride, shift_t0_ptr, shift_t0_stride, b, taken, HAS_T0
         )
         y = y + tl.load(shift_row + i, mask=inside, other=0.0).to(tl.float32)
-    tl.store((y_ptr + row * width) + i, y.to(stored.dtype), mask=inside)
+    y = y.to(stored.dtype)
+    tl.store((y_ptr + row * width) + i, y, mask=inside)
+    if UNIT:
+        store_quantized(y.to(tl.float32), q_ptr, q_scale_ptr, row, 0, width, UNIT, BLOCK)
     tl.store(rstd_ptr + row, rstd)
     if not RMS:
         tl.store(mean_ptr + row, mean)
@@ -222,14 +230,15 @@ def column_sums(partial):
     return out
 
 
-def norm_modulate(x, scale, shift, t0, scale_t0, shift_t0, rms, eps):
-    """(y, mean, rstd)."""
+def norm_modulate(x, scale, shift, t0, scale_t0, shift_t0, rms, eps, quantize):
+    """(y, mean, rstd, q, scale of q)."""
     x = x.contiguous()
     samples, tokens, width = x.shape
     block, warps = plan("norm_modulate", width, x.element_size())
     y = torch.empty_like(x)
     rstd = x.new_empty(samples, tokens, dtype=torch.float32)
     mean = rstd.new_empty(0) if rms else torch.empty_like(rstd)
+    q, q_scale = outputs(y, quantize)
     scale, scale_t0, *scale_strides = rows_t0(scale, scale_t0, x)
     has_shift = shift is not None
     shift, shift_t0, *shift_strides = rows_t0(shift, shift_t0, x)
@@ -237,15 +246,17 @@ def norm_modulate(x, scale, shift, t0, scale_t0, shift_t0, rms, eps):
     marked, *mark_strides = marks(t0, x)
     rows = (scale, shift, scale_t0, shift_t0, marked)
     forward_kernel[(samples * tokens,)](
-        *(x, *rows, y, rstd if rms else mean, rstd, *strides, *mark_strides, tokens, width, eps),
+        *(x, *rows, y, rstd if rms else mean, rstd, *pointers(q, q_scale, y)),
+        *(*strides, *mark_strides, tokens, width, eps),
         RMS=rms,
         HAS_SHIFT=has_shift,
         HAS_T0=t0 is not None,
+        UNIT=unit_of(quantize, block),
         BLOCK=block,
         num_warps=warps,
         enable_fp_fusion=False,
     )
-    return y, mean, rstd
+    return y, mean, rstd, q, q_scale
 
 
 def norm_modulate_backward(dy, x, mean, rstd, scale, t0, scale_t0, rms, want_mod, has_shift):
@@ -283,12 +294,16 @@ _FORWARD = ("x_ptr", "y_ptr"), ("scale_ptr", "shift_ptr", "scale_t0_ptr", "shift
 _BACKWARD = ("dy_ptr", "x_ptr", "dx_ptr"), ("scale_ptr", "scale_t0_ptr")
 
 
-def case(kernel, dtype, pointers, sizes, constexprs, width, registers):
+FP32 = ("mean_ptr", "rstd_ptr", "partial_ptr", "q_scale_ptr")
+
+
+def case(kernel, dtype, pointers, sizes, constexprs, width, registers, narrow=0):
     """A kernel of this family: pointers = (large, modulation); statistics and sums are fp32."""
     large, rows = pointers
     names = kernel.arg_names
     kinds = dict.fromkeys((*large, *rows), f"*{dtype}")
-    kinds |= {n: "*fp32" for n in names if n in ("mean_ptr", "rstd_ptr", "partial_ptr")}
+    kinds |= {n: "*fp32" for n in names if n in FP32}
+    kinds |= {"q_ptr": "*u8"} if "q_ptr" in names else {}
     strides = [n for n in names if n.endswith("_stride")]
     kinds |= {"t0_ptr": "*u8", "t0_sample": "i64", "t0_token": "i64", **sizes}
     kinds |= dict.fromkeys(strides, "i64")
@@ -301,6 +316,7 @@ def case(kernel, dtype, pointers, sizes, constexprs, width, registers):
         warps,
         registers,
         divisible=tuple(aligned),
+        narrow=narrow,
     )
 
 
@@ -319,13 +335,14 @@ BUDGET = [
 for _dtype in ("bf16", "fp32"):
     for _width in (3072, 8192):
         _sizes = {"tokens": "i32", "width": "i32"}
+        _forward = (forward_kernel, _dtype, _FORWARD, {**_sizes, "eps": "fp32"})
         BUDGET += [
-            case(
-                *(forward_kernel, _dtype, _FORWARD, {**_sizes, "eps": "fp32"}),
-                *({**_FLAGS, "HAS_SHIFT": True}, _width, 96),
-            ),
             case(
                 *(backward_kernel, _dtype, _BACKWARD, {**_sizes, "chunks": "i32"}),
                 *({**_FLAGS, "WANT_MOD": True, "TOKENS": CHUNK}, _width, 128),
             ),
         ]
+        for _quantize in ("", "row", "block"):
+            _unit = unit_of(_quantize, plan("", _width, 2)[0])
+            _flags = {**_FLAGS, "HAS_SHIFT": True, "UNIT": _unit}
+            BUDGET.append(case(*_forward, _flags, _width, 96, narrow=4 if _unit else 0))

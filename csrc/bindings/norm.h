@@ -35,7 +35,7 @@ inline NormArgs norm_args(const ThreeRows& rows, const ThreeRows& rows_t0, const
 // x alone: norm_modulate; u without y: gate_residual; both: the two in one pass.
 inline NormArgs norm_forward_args(const Rows& x, const Rows& u, const ThreeRows& rows,
                                   const ThreeRows& rows_t0, const T0& t0, uintptr_t y,
-                                  uintptr_t out, uintptr_t mean, uintptr_t rstd,
+                                  uintptr_t out, uintptr_t mean, uintptr_t rstd, const Fp8& fp8,
                                   const NormSizes& sizes, bool tanh, double eps) {
   NormArgs a = norm_args(rows, rows_t0, t0, sizes, tanh);
   a.x = address_of(x);
@@ -46,6 +46,7 @@ inline NormArgs norm_forward_args(const Rows& x, const Rows& u, const ThreeRows&
   a.out = as_pointer(out);
   a.mean = as_pointer<float>(mean);
   a.rstd = as_pointer<float>(rstd);
+  a.fp8 = fp8_out(fp8);
   a.eps = (float)eps;
   return a;
 }

@@ -2,70 +2,22 @@
 #include "cpu/fp8_quantize.h"
 
 #include "cpu/dtype.h"
-#include "cpu/vec.h"
-#include "math/fp8.h"
+#include "cpu/fp8_row.h"
 
 namespace qirl {
 namespace QIRL_ISA {
 namespace {
-
-constexpr uint32_t kInf = 0x7f800000u;
-
-QIRL_HD U larger(U a, U b) { return a > b ? a : b; }
-QIRL_HD U magnitude_bits(F x) { return (U)x & 0x7fffffffu; }
-QIRL_HD U finite_or_zero(U bits) { return bits < kInf ? bits : U{}; }
-
-QIRL_HD uint32_t largest_lane(U value) {
-  uint32_t most = 0;
-  for (int i = 0; i < kLanes; ++i) most = value[i] > most ? value[i] : most;
-  return most;
-}
-
-// Bits of the largest finite |x|. Magnitudes compare as integers; a maximum has no order to keep.
-template <class T>
-QIRL_HD uint32_t largest_of(const T* x, int64_t size) {
-  U all[2] = {};
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= size; i += 2 * kLanes) {
-    all[0] = larger(all[0], magnitude_bits(load(x + i)));
-    all[1] = larger(all[1], magnitude_bits(load(x + i + kLanes)));
-  }
-  for (; i < size; i += kLanes) {
-    const int n = (int)(size - i < kLanes ? size - i : kLanes);
-    all[0] = larger(all[0], magnitude_bits(load_n(x + i, n)));
-  }
-  const uint32_t most = largest_lane(larger(all[0], all[1]));
-  if (most < kInf) return most;
-  U finite = {};
-  for_vectors(size, [&](int64_t at, int n) {
-    finite = larger(finite, finite_or_zero(magnitude_bits(load_n(x + at, n))));
-  });
-  return largest_lane(finite);
-}
-
-template <class Format>
-QIRL_HD float scale_of(uint32_t amax_bits) {
-  return fp8_scale<Format>(ScalarOps::from_bits(amax_bits));
-}
-
-template <class Format, class T>
-QIRL_HD void convert(const T* x, uint8_t* q, int64_t size, float scale) {
-  const F inverse = splat(1.0f / scale);
-  for_vectors(size, [&](int64_t i, int n) {
-    store_bytes_n(q + i, fp8_bits<Ops, Format>(load_n(x + i, n), inverse), n);
-  });
-}
 
 template <class Format, class T>
 QIRL_HD void quantize_rows(const Fp8Args& a, int64_t begin, int64_t end) {
   const int64_t units = (a.width + a.unit - 1) / a.unit;
   for (int64_t row = begin; row < end; ++row) {
     const T* x = (const T*)a.x + row * a.x_stride;
-    for (int64_t u = 0; u < units; ++u) {
-      const int64_t at = u * a.unit, left = a.width - at, size = left < a.unit ? left : a.unit;
-      float* scale = a.whole ? a.scale : a.scale + row * units + u;
-      if (!a.whole) *scale = scale_of<Format>(largest_of(x + at, size));
-      convert<Format>(x + at, a.q + row * a.width + at, size, *scale);
+    uint8_t* q = a.q + row * a.width;
+    if (a.whole) {
+      convert<Format>(x, q, a.width, *a.scale);
+    } else {
+      quantize_row<Format>(x, q, a.scale + row * units, a.width, a.unit);
     }
   }
 }

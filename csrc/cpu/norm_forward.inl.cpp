@@ -1,4 +1,5 @@
 // norm_modulate, gate_residual and the two in one pass.
+#include "cpu/fp8_row.h"
 #include "cpu/norm_rows.h"
 
 namespace qirl {
@@ -8,7 +9,8 @@ namespace {
 QIRL_HD float scalar_sqrt(float value) { return __builtin_sqrtf(value); }
 
 // The token is read again for the squared deviations (LayerNorm only) and for the result: x itself,
-// or the gated sum, which the first pass also writes to scratch.
+// or the gated sum, which the first pass also writes to scratch. A y that is wanted in 8-bit floats
+// too stays in scratch until it has them: what streamed stores write is not in the cache.
 template <bool kGated, bool kNorm, bool kSplit, class T, class V>
 QIRL_HD void forward_token(const NormArgs& a, const NormScratch<kSplit>& scratch, int64_t token,
                            bool at_t0) {
@@ -52,7 +54,8 @@ QIRL_HD void forward_token(const NormArgs& a, const NormScratch<kSplit>& scratch
   a.rstd[token] = rstd;
   const F rstd_v = splat(rstd);
   const float *factor = scratch.row(at_t0, kScale), *shift = scratch.row(at_t0, kShift);
-  T* y = element<T>(a.y, at);
+  const bool quantize = a.fp8.q != nullptr, stream = a.stream && !quantize;
+  T* y = quantize ? kept : element<T>(a.y, at);
   for_pairs<1>(a.width, [&](int64_t i, int n, int) {
     const Pair v = load_pair<kSplit>(again + i, n);
     const Pair by = scratch_pair(factor + i), add = scratch_pair(shift + i);
@@ -60,8 +63,10 @@ QIRL_HD void forward_token(const NormArgs& a, const NormScratch<kSplit>& scratch
       const F xhat = norm_hat(part_of(v, k), mean_v, rstd_v);
       return norm_modulated(xhat, part_of(by, k), part_of(add, k));
     });
-    store_pair<kSplit>(y + i, round_pair<kSplit>(y, value), n, a.stream);
+    store_pair<kSplit>(y + i, round_pair<kSplit>(y, value), n, stream);
   });
+  if (!quantize) return;
+  store_quantized(kept, (T*)a.y, a.fp8, token, a.width, 0, a.width, a.stream);
 }
 
 template <bool kGated, bool kNorm>

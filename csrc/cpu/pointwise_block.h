@@ -1,7 +1,10 @@
 // The loop over blocks of the pointwise kernels.
 #pragma once
 
+#include <stdlib.h>
+
 #include "cpu/dtype.h"
+#include "cpu/fp8_row.h"
 #include "cpu/pointwise.h"
 #include "cpu/vec.h"
 
@@ -51,24 +54,44 @@ QIRL_HD void map_span(const bf16* const* in, bf16* const* out, int64_t size, boo
   map_vectors<kIn, kOut>(in, out, i, size, stream, body);
 }
 
-// body(in, out): reads one vector of each of kIn inputs, writes one of each of kOut outputs.
-template <int kIn, int kOut, class T, class Body>
-QIRL_HD void map_blocks_of(const PointwiseArgs& a, int64_t begin, int64_t end, Body body) {
-  const int64_t per_row = (a.width + kPointwiseBlock - 1) / kPointwiseBlock;
-  int64_t row = begin / per_row, start = (begin % per_row) * kPointwiseBlock;
+// body(row, start, size) for each task's block.
+template <class Body>
+QIRL_HD void for_blocks(const PointwiseArgs& a, int64_t begin, int64_t end, Body body) {
+  const int64_t per_row = (a.width + a.block - 1) / a.block;
+  int64_t row = begin / per_row, start = (begin % per_row) * a.block;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t left = a.width - start;
-    const T* in[kIn];
-    T* out[kOut];
-    for (int k = 0; k < kIn; ++k) in[k] = (const T*)a.in[k] + row * a.in_stride[k] + start;
-    for (int k = 0; k < kOut; ++k) out[k] = (T*)a.out[k] + row * a.width + start;
-    map_span<kIn, kOut>(in, out, left < kPointwiseBlock ? left : kPointwiseBlock, a.stream, body);
-    start += kPointwiseBlock;
+    body(row, start, left < a.block ? left : a.block);
+    start += a.block;
     if (start >= a.width) {
       start = 0;
       ++row;
     }
   }
+}
+
+// body(in, out): reads one vector of each of kIn inputs, writes one of each of kOut outputs. An
+// output that is wanted in 8-bit floats too waits in scratch for its scale.
+template <int kIn, int kOut, class T, class Body>
+QIRL_HD void map_blocks_of(const PointwiseArgs& a, int64_t begin, int64_t end, Body body) {
+  T* scratch = nullptr;
+  if (kOut == 1 && a.fp8.q != nullptr) {
+    scratch = (T*)aligned_alloc(64, (sizeof(T) * a.block + 63) / 64 * 64);
+    if (scratch == nullptr) abort();
+  }
+  for_blocks(a, begin, end, [&](int64_t row, int64_t start, int64_t size) {
+    const T* in[kIn];
+    T* out[kOut];
+    for (int k = 0; k < kIn; ++k) in[k] = (const T*)a.in[k] + row * a.in_stride[k] + start;
+    for (int k = 0; k < kOut; ++k) {
+      out[k] = scratch ? scratch : (T*)a.out[k] + row * a.width + start;
+    }
+    map_span<kIn, kOut>(in, out, size, a.stream && !scratch, body);
+    if (scratch) {
+      store_quantized(scratch, (T*)a.out[0], a.fp8, row, a.width, start, size, a.stream);
+    }
+  });
+  free(scratch);
   if (a.stream) stream_fence();
 }
 

@@ -127,6 +127,19 @@ QIRL_HD void store_bytes(uint8_t* p, U value) {
 #endif
 }
 
+// Bytes, a lane each.
+QIRL_HD U load_bytes(const uint8_t* p) {
+#if QIRL_ISA_LEVEL == 2
+  return (U)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif QIRL_ISA_LEVEL == 1
+  return (U)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  U wide;
+  for (int i = 0; i < kLanes; ++i) wide[i] = p[i];
+  return wide;
+#endif
+}
+
 // Largest alignment a streamed store can ask for.
 constexpr uintptr_t kStreamAlign = 64;
 
@@ -339,6 +352,13 @@ QIRL_HD void store_bytes_n(uint8_t* p, U value, int n) {
 }
 
 // body(i, n) for each vector of a span: its first index and how many lanes are in use.
+QIRL_HD U load_bytes_n(const uint8_t* p, int n) {
+  if (n == kLanes) return load_bytes(p);
+  uint8_t padded[kLanes] = {};
+  for (int i = 0; i < n; ++i) padded[i] = p[i];
+  return load_bytes(padded);
+}
+
 template <class Body>
 QIRL_HD void for_vectors(int64_t size, Body body) {
   int64_t i = 0;

@@ -50,4 +50,22 @@ QIRL_HD typename V::U fp8_bits(typename V::F x, typename V::F inverse_scale) {
   return q | sign;
 }
 
+// The float that the low byte of q stands for; exact.
+template <class V, class Format>
+QIRL_HD typename V::F fp8_value(typename V::U q) {
+  using F = typename V::F;
+  using U = typename V::U;
+  constexpr uint32_t kOne = 1u << Format::kMantissa;  // the smallest normal number
+  const U magnitude = q & 0x7fu;
+  const F normal =
+      V::from_bits((magnitude << (23 - Format::kMantissa)) + ((127u - Format::kBias) << 23));
+  const F whole = V::from_bits(magnitude | 0x4b000000u) - 8388608.0f;  // 2^23: magnitude as a float
+  const F denormal = whole * (Format::kSmallestNormal / kOne);
+  U bits = choose(magnitude < kOne, V::bits(denormal), V::bits(normal));
+  if (Format::kInfBits == 0x7cu) bits = choose(magnitude == 0x7cu, (q ^ q) | 0x7f800000u, bits);
+  bits =
+      choose(magnitude > (Format::kInfBits == 0x7cu ? 0x7cu : 0x7eu), (q ^ q) | 0x7fc00000u, bits);
+  return V::from_bits(bits | ((q & 0x80u) << 24));
+}
+
 }  // namespace qirl

@@ -1,6 +1,7 @@
 // What the launchers of norm_modulate and the gated residuals take, on the CPU and on the GPU.
 #pragma once
 
+#include "math/fp8_out.h"
 #include "math/portable.h"
 
 namespace qirl {
@@ -23,6 +24,7 @@ struct NormArgs {
   const void* dout;  // backward of a gate; null with a norm: absent
   void* y;           // forward: of the norm; backward: dx or dresidual
   void* out;         // forward: residual + f u; backward: du, null: not wanted
+  Fp8Out fp8;        // forward of a norm: y again
   float* mean;       // [samples, tokens]; null for RMSNorm
   float* rstd;
   NormRow rows[2][kNormRows];

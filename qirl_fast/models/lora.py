@@ -44,15 +44,17 @@ def feed(op: Callable[..., Any], *layers: Any) -> Any:
     if len(wanted) != 1:
         return op()
     granularity = wanted.pop()
+    if granularity != "tensor":
+        return op(quantize=granularity)
     y = op()
     if isinstance(y, Tensor):
-        return quantized(y, granularity)
-    return quantized(y[0], granularity), *y[1:]
+        return quantized(y)
+    return quantized(y[0]), *y[1:]
 
 
-def quantized(y: Tensor, granularity: str) -> Quantized:
-    """y with its fp8 numbers."""
-    return Quantized(y, *ops.fp8_quantize(y.detach(), granularity=granularity))
+def quantized(y: Tensor) -> Quantized:
+    """y with its fp8 numbers under one scale."""
+    return Quantized(y, *ops.fp8_quantize(y.detach(), granularity="tensor"))
 
 
 def _in_fp8(layer: Any) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qirl_fast.ops._checks import DTYPE_CODE, rows_of
 from qirl_fast.ops._compiled import CPU, CUDA, Compiled
+from qirl_fast.ops._quantized import fp8_of, fp8_outputs
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,9 @@ def _forward(
     tanh: bool = False,
     rms: bool = False,
     eps: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, out, mean, rstd; those the op does not have are empty."""
+    quantize: str = "",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, out, mean, rstd, q, scale of q; those the op does not have are empty."""
     _require_width(kernels, norm, x.shape[-1])
     x, u = x.contiguous(), None if u is None else u.contiguous()
     rows, rows_t0 = _ready(rows), _ready(rows_t0)
@@ -76,6 +78,7 @@ def _forward(
     out = x.new_empty(0 if u is None else x.shape)
     mean = x.new_empty(x.shape[:2] if norm and not rms else 0, dtype=torch.float32)
     rstd = x.new_empty(x.shape[:2] if norm else 0, dtype=torch.float32)
+    q, q_scale = fp8_outputs(y, quantize)
     on = kernels.on
     with on.device(x):
         on.module().norm_forward(
@@ -85,12 +88,13 @@ def _forward(
             [rows_of(r) for r in rows_t0],
             _t0_of(t0),
             *(t.data_ptr() if t.numel() else 0 for t in (y, out, mean, rstd)),
+            fp8_of(q, q_scale, quantize),
             (*x.shape, kernels.chunk_alone),
             tanh,
             eps,
             on.last(x),
         )
-    return y, out, mean, rstd
+    return y, out, mean, rstd, q, q_scale
 
 
 def _backward(
@@ -164,10 +168,13 @@ def _norm_modulate(
     shift_t0: Tensor | None,
     rms: bool,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    quantize: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, rows_t0 = (None, scale, shift), (None, scale_t0, shift_t0)
-    y, _, mean, rstd = _forward(kernels, x, None, rows, rows_t0, t0, norm=True, rms=rms, eps=eps)
-    return y, mean, rstd
+    y, _, mean, rstd, q, q_scale = _forward(
+        kernels, x, None, rows, rows_t0, t0, norm=True, rms=rms, eps=eps, quantize=quantize
+    )
+    return y, mean, rstd, q, q_scale
 
 
 def _norm_modulate_backward(
@@ -257,9 +264,22 @@ def _gate_residual_norm_modulate(
     tanh: bool,
     rms: bool,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    quantize: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, rows_t0 = (gate, scale, shift), (gate_t0, scale_t0, shift_t0)
-    return _forward(kernels, residual, u, rows, rows_t0, t0, norm=True, tanh=tanh, rms=rms, eps=eps)
+    return _forward(
+        kernels,
+        residual,
+        u,
+        rows,
+        rows_t0,
+        t0,
+        norm=True,
+        tanh=tanh,
+        rms=rms,
+        eps=eps,
+        quantize=quantize,
+    )
 
 
 def _gate_residual_norm_modulate_backward(

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qirl_fast import _cpu
 from qirl_fast.ops._checks import LARGE_DTYPES, REFERENCE_DTYPES
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._fp8_checks import (
@@ -68,11 +69,11 @@ def fp8_linear_reference(
     if xq is None or xs is None:
         xq, xs = fp8_quantize_reference(x, granularity, e5m2, False)
     with torch.autocast(x.device.type, enabled=False):
-        y = dequantized(xq, xs, wide) @ dequantized(weight_q, weight_scale, wide).t()
+        y = _dequantized(xq, xs, wide) @ _dequantized(weight_q, weight_scale, wide).t()
     return (y if bias is None else y + bias.to(wide)).to(x.dtype)
 
 
-def dequantized(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _dequantized(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """q scale [..., K] in `dtype`; scale [1], [..., 1] or [..., ceil(K / 128)]."""
     if scale.shape[-1] > 1:
         scale = scale.repeat_interleave(BLOCK, -1)[..., : q.shape[-1]]
@@ -94,7 +95,7 @@ def _run(
     """x quantised by that backend of fp8_quantize, then the GEMM."""
     if xq is None or xs is None:
         xq, xs = QUANTIZE.choose_for(backend, x).run(x, granularity, e5m2, False)
-    xq = xq.reshape(-1, xq.shape[-1])
+    xq = xq.reshape(-1, xq.shape[-1]).contiguous()
     xs = xs if granularity == "tensor" else xs.reshape(len(xq), -1)
     gemm = _gemm_cuda if x.device.type == "cuda" else _gemm_cpu
     with torch.autocast(x.device.type, enabled=False):
@@ -112,21 +113,29 @@ def _gemm_cpu(
     dtype: torch.dtype,
 ) -> Tensor:
     """[M, N]. Every row meets the same kernel, whatever the batch: TILE rows at a time, padded."""
-    by_block = granularity == "block"
-    w_KN = (dequantized(wq, ws, torch.float32) if by_block else wq.float()).t()
     rows = len(xq)
     tile = rows if granularity == "tensor" else TILE
+    w_KN = _widened(wq, ws).t()
+    start = w_KN.new_zeros(len(wq)) if bias is None else bias.float()
     y = xq.new_empty((rows, len(wq)), dtype=dtype)
     for first in range(0, rows, tile):
-        q, last = xq[first : first + tile].float(), min(first + tile, rows)
-        scale = xs if granularity == "tensor" else xs[first:last]
-        if by_block:
-            q = dequantized(q, scale, torch.float32)
-        part = (F.pad(q, (0, 0, 0, tile - len(q))) @ w_KN)[: last - first]
-        if not by_block:
-            part.mul_(scale).mul_(ws.t())
-        y[first:last] = part if bias is None else part.add_(bias)
+        last = min(first + tile, rows)
+        part = _widened(xq[first:last], xs if granularity == "tensor" else xs[first:last])
+        if last - first < tile:
+            part = F.pad(part, (0, 0, 0, tile - (last - first)))
+        y[first:last] = torch.addmm(start, part, w_KN)[: last - first]
     return y
+
+
+def _widened(q: Tensor, scale: Tensor) -> Tensor:
+    """q scale in float32 [rows, K] of contiguous matrices on a CPU. C++ kernel, csrc/cpu/fp8_linear.inl.cpp."""
+    out = q.new_empty(q.shape, dtype=torch.float32)
+    unit = {1: 0, 2: q.shape[1] if scale.shape[-1] == 1 else BLOCK}[scale.ndim]
+    threads = torch.get_num_threads()
+    scale = scale.contiguous()
+    given = (q.data_ptr(), scale.data_ptr(), out.data_ptr(), *q.shape, unit)
+    _cpu.fp8_widen(*given, q.dtype == torch.float8_e5m2, threads)
+    return out
 
 
 def _gemm_cuda(

@@ -48,7 +48,11 @@ BLOCK = 128  # elements that share a scale, granularity "block"
 
 
 class Quantized(NamedTuple):
-    """y [..., K] with (q, scale) = fp8_quantize(y): what fp8_linear takes in place of y."""
+    """y and its fp8 form, y ~ q scale: what an op returns that is asked to `quantize` its result.
+
+    y: [..., K]. q: float8_e4m3fn, contiguous, in the shape of y. scale: float32 [..., 1] for "row",
+    [..., ceil(K / 128)] for "block". Gradients flow through y alone.
+    """
 
     y: Tensor
     q: Tensor
@@ -79,11 +83,12 @@ def fp8_quantize_reference(
     infinite = spans if e5m2 else spans * float("nan")
     clamped = torch.where(spans.isinf(), infinite, scaled.clamp(-largest, largest))
     q = clamped.to(dtype).flatten(-2)[..., : x.numel() if granularity == "tensor" else length]
-    return q.reshape(x.shape), scale.flatten() if granularity == "tensor" else scale.squeeze(-1)
+    scale = scale.flatten() if granularity == "tensor" else scale.squeeze(-1)
+    return q.reshape(x.shape).contiguous(), scale.contiguous()
 
 
 # ---- cpu, cuda ----------------------------------------------------------------------------------
-def _outputs(
+def empty_outputs(
     x: Tensor, granularity: str, e5m2: bool, transpose: bool
 ) -> tuple[Tensor, Tensor, int]:
     """Empty q and scale, and the elements a scale (0: all)."""
@@ -99,7 +104,7 @@ def fp8_quantize_cpu(
     x: Tensor, granularity: str, e5m2: bool, transpose: bool
 ) -> tuple[Tensor, Tensor]:
     """C++ kernel, csrc/cpu/fp8_quantize.inl.cpp."""
-    q, scale, unit = _outputs(x, granularity, e5m2, transpose)
+    q, scale, unit = empty_outputs(x, granularity, e5m2, transpose)
     x = matrix(x)
     _cpu.fp8_quantize(
         rows_of(x),
@@ -118,7 +123,7 @@ def fp8_quantize_cuda(
     x: Tensor, granularity: str, e5m2: bool, transpose: bool
 ) -> tuple[Tensor, Tensor]:
     """CUDA kernel, csrc/cuda/fp8_quantize.cu."""
-    q, scale, unit = _outputs(x, granularity, e5m2, transpose)
+    q, scale, unit = empty_outputs(x, granularity, e5m2, transpose)
     x = matrix(x)
     amax = x.new_empty(x.shape[0] if unit == 0 else 0, dtype=torch.float32)
     with device_of(x):
@@ -155,7 +160,7 @@ OP = Op(
 
 
 def _fake(x: Tensor, granularity: str, e5m2: bool, transpose: bool) -> tuple[Tensor, Tensor]:
-    return _outputs(x, granularity, e5m2, transpose)[:2]
+    return empty_outputs(x, granularity, e5m2, transpose)[:2]
 
 
 _fp8_quantize = OP.register(

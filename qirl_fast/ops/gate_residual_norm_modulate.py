@@ -11,13 +11,15 @@ Gradients: the two chained in float32, with d out (from norm_modulate) + dout no
     dscale = sum_S dy xhat,  dshift = sum_S dy
 Saved: out, the gates and scales, mean and rstd in float32 and, where a gate trains, u. dout may be
 absent.
+quantize="row" or "block": y is returned in fp8 (e4m3fn) too, made in the same pass: the bits of
+fp8_quantize(y, granularity=quantize). Gradients flow through y and out alone.
 Source: diffusers, transformer_qwenimage.py and transformer_qwenimage21.py (the block's forward),
 which round every intermediate.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -45,8 +47,10 @@ from qirl_fast.ops._norm_reference import (
     rows_of_tokens,
     sums_over_tokens,
 )
+from qirl_fast.ops._quantized import and_quantized, fp8_outputs, quantized, require_quantize
 from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
+from qirl_fast.ops.fp8_quantize import Quantized
 from qirl_fast.ops.gate_residual import gate_residual_reference
 from qirl_fast.ops.norm_modulate import norm_modulate_reference
 
@@ -119,7 +123,7 @@ OP = Op(
     "gate_residual_norm_modulate",
     {
         "reference": Backend(
-            gate_residual_norm_modulate_reference, ("cpu", "cuda"), REFERENCE_DTYPES
+            and_quantized(gate_residual_norm_modulate_reference), ("cpu", "cuda"), REFERENCE_DTYPES
         ),
         "cpu": Backend(gate_residual_norm_modulate_cpu, ("cpu",), LARGE_DTYPES),
         "triton": Backend(
@@ -153,12 +157,12 @@ OP_BACKWARD = Op(
 )
 
 
-def _fake(residual: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rms = args[-2]
+def _fake(residual: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    rms, _, quantize = args[-3:]
     stats = torch.promote_types(residual.dtype, torch.float32)
     rstd = residual.new_empty(residual.shape[:-1], dtype=stats)
-    out = residual.new_empty(residual.shape)
-    return residual.new_empty(out.shape), out, rstd.new_empty(0 if rms else rstd.shape), rstd
+    y, out = residual.new_empty(residual.shape), residual.new_empty(residual.shape)
+    return y, out, rstd.new_empty(0 if rms else rstd.shape), rstd, *fp8_outputs(y, quantize)
 
 
 def _backward_fake(grad_y: Tensor, grad_out: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
@@ -183,8 +187,8 @@ def _backward_fake(grad_y: Tensor, grad_out: Tensor | None, *args: Any) -> tuple
 
 _forward = OP.register(
     "(Tensor residual, Tensor u, Tensor gate, Tensor scale, Tensor? shift, Tensor? t0,"
-    " Tensor? gate_t0, Tensor? scale_t0, Tensor? shift_t0, bool tanh, bool rms, float eps)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? gate_t0, Tensor? scale_t0, Tensor? shift_t0, bool tanh, bool rms, float eps,"
+    " str quantize) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
     (0, 1, 2, 3, 4, 6, 7, 8),
 )
@@ -200,21 +204,25 @@ _backward = OP_BACKWARD.register(
 
 class _GateResidualNormModulate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         *inputs, trains_gate = args
-        (_, u, gate, scale, shift, t0, gate_t0, scale_t0, shift_t0, tanh, rms, _, backend) = inputs
-        y, out, mean, rstd = _forward(*inputs)
+        _, u, gate, scale, shift, t0, gate_t0, scale_t0, shift_t0, *options, backend = inputs
+        tanh, rms, *_ = options
+        y, out, mean, rstd, *fp8 = _forward(*inputs)
         kept_u = u if trains_gate else None  # the gate's gradient alone reads it
         ctx.save_for_backward(out, kept_u, mean, rstd, gate, scale, t0, gate_t0, scale_t0)
         ctx.options, ctx.backend, ctx.u_dtype = (tanh, rms), backend, u.dtype
         rows = (gate, gate_t0, scale, shift, scale_t0, shift_t0)
         ctx.dtypes = [None if t is None else t.dtype for t in rows]
+        ctx.mark_non_differentiable(*fp8)
         ctx.set_materialize_grads(False)
-        return y, out
+        return y, out, *fp8
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor | None, grad_out: Tensor | None) -> tuple[Any, ...]:
+    def backward(
+        ctx: Any, grad_y: Tensor | None, grad_out: Tensor | None, *_: None
+    ) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad
         out, u, *saved = ctx.saved_tensors  # once: checkpointing allows no second reading
         if grad_y is None and grad_out is None:
@@ -240,10 +248,11 @@ class _GateResidualNormModulate(torch.autograd.Function):
         )
         du = du if needs[1] else None
         rows = (dgate, dscale, dshift, None, dgate_t0, dscale_t0, dshift_t0)
-        return dresidual, du, *rows, None, None, None, None, None
+        return dresidual, du, *rows, *[None] * 6
 
 
 # ---- public -------------------------------------------------------------------------------------
+@overload
 def gate_residual_norm_modulate(
     residual: Tensor,
     u: Tensor,
@@ -258,13 +267,49 @@ def gate_residual_norm_modulate(
     gate_t0: Tensor | None = None,
     scale_t0: Tensor | None = None,
     shift_t0: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    quantize: None = None,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def gate_residual_norm_modulate(
+    residual: Tensor,
+    u: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    shift: Tensor | None = None,
+    *,
+    norm: str = "layer",
+    eps: float = 1e-6,
+    tanh: bool = False,
+    t0: Tensor | None = None,
+    gate_t0: Tensor | None = None,
+    scale_t0: Tensor | None = None,
+    shift_t0: Tensor | None = None,
+    quantize: str,
+) -> tuple[Quantized, Tensor]: ...
+def gate_residual_norm_modulate(
+    residual: Tensor,
+    u: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    shift: Tensor | None = None,
+    *,
+    norm: str = "layer",
+    eps: float = 1e-6,
+    tanh: bool = False,
+    t0: Tensor | None = None,
+    gate_t0: Tensor | None = None,
+    scale_t0: Tensor | None = None,
+    shift_t0: Tensor | None = None,
+    quantize: str | None = None,
+) -> tuple[Tensor | Quantized, Tensor]:
     """(y, out): out = residual + f(gate) u and y = n(out) (1 + scale) + shift.
 
     residual, u: [B, S, D] or [B, D], float32 or bfloat16 each; y and out are as residual.
     gate, scale, shift: [B, D], float32 or bfloat16 each; no shift is a shift of 0.
     norm: 'layer' or 'rms'. eps: finite and >= 0. tanh: pass the gate through tanh.
     t0: bool [S] or [B, S]; True tokens take gate_t0, scale_t0 and shift_t0 [B, D] instead.
+    quantize: "row" or "block" returns (Quantized(y, q, scale), out): q float8_e4m3fn in y's shape,
+        scale float32 [..., 1] or [..., ceil(D / 128)].
     Raises ValueError for shapes, dtypes, devices or names outside this.
     """
     op = "gate_residual_norm_modulate"
@@ -276,13 +321,15 @@ def gate_residual_norm_modulate(
     require_modulation(op, t0, residual, **firsts, **at_t0)
     t0 = tokens_at_t0(op, t0, residual)
     rows = (gate, scale, shift, t0, gate_t0, scale_t0, shift_t0)
-    options = (tanh, norm == "rms", eps, forced_backend())
+    granularity = require_quantize(op, quantize)
+    options = (tanh, norm == "rms", eps, granularity, forced_backend())
     args = (as_tokens(residual), as_tokens(u), *rows, *options)
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (residual, u, *rows)
     ):
         trains_gate = any(t is not None and t.requires_grad for t in (gate, gate_t0))
-        y, out = _GateResidualNormModulate.apply(*args, trains_gate)
+        y, out, q, q_scale = _GateResidualNormModulate.apply(*args, trains_gate)
     else:
-        y, out, _, _ = _forward(*args)
-    return y.reshape(residual.shape), out.reshape(residual.shape)
+        y, out, _, _, q, q_scale = _forward(*args)
+    y, out = y.reshape(residual.shape), out.reshape(residual.shape)
+    return (quantized(y, q, q_scale) if granularity else y), out

@@ -8,6 +8,8 @@ Shapes: x, y [..., K], any number of dimensions; read without a copy when the la
 and the others have one stride.
 Dtypes: float32 or bfloat16; computed in float32 and rounded once. The gradient has the dtype of x.
 Backward recomputes everything from x: nothing else is saved.
+quantize="row" or "block": y is returned in fp8 (e4m3fn) too, made in the same pass: the bits of
+fp8_quantize(y, granularity=quantize). Gradients flow through y alone.
 Source: Hendrycks and Gimpel, arXiv 1606.08415; equals torch.nn.functional.gelu(x,
 approximate="tanh") and diffusers' gelu-approximate. Differs: the left tail keeps its relative
 accuracy (PyTorch's 1 + tanh cancels below x = -3) down to -9.9; below, where |y| < 2e-36, y stays
@@ -17,7 +19,7 @@ at its value there, for -inf too (NaN in PyTorch), and no finite x gives a non-f
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -29,12 +31,20 @@ from qirl_fast.ops._checks import (
     LARGE_DTYPES,
     REFERENCE_DTYPES,
     matrices,
+    matrix,
     require_rows,
     rows_of,
 )
 from qirl_fast.ops._cuda import missing_cuda
+from qirl_fast.ops._quantized import (
+    and_quantized,
+    fp8_of,
+    fp8_outputs,
+    require_quantize,
+)
 from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
+from qirl_fast.ops.fp8_quantize import Quantized
 
 
 # ---- reference ----------------------------------------------------------------------------------
@@ -56,12 +66,14 @@ def gelu_backward_reference(grad: Tensor, x: Tensor) -> Tensor:
 
 
 # ---- cpu ----------------------------------------------------------------------------------------
-def gelu_cpu(x: Tensor) -> Tensor:
+def gelu_cpu(x: Tensor, quantize: str) -> tuple[Tensor, Tensor, Tensor]:
     """C++ kernel, csrc/cpu/gelu.inl.cpp."""
     y = x.new_empty(x.shape)
-    (x,) = matrices(x)
-    _cpu.gelu(rows_of(x), y.data_ptr(), *x.shape, torch.get_num_threads())
-    return y
+    q, scale = fp8_outputs(y, quantize)
+    (x,) = [matrix(x)] if quantize else matrices(x)
+    fp8 = fp8_of(q, scale, quantize)
+    _cpu.gelu(rows_of(x), y.data_ptr(), fp8, *x.shape, torch.get_num_threads())
+    return y, q, scale
 
 
 def gelu_backward_cpu(grad: Tensor, x: Tensor) -> Tensor:
@@ -77,7 +89,7 @@ _DEFAULT = {"cpu": "cpu", "cuda": "reference"}
 OP = Op(
     "gelu",
     {
-        "reference": Backend(gelu_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
+        "reference": Backend(and_quantized(gelu_reference), ("cpu", "cuda"), REFERENCE_DTYPES),
         "cpu": Backend(gelu_cpu, ("cpu",), LARGE_DTYPES),
         "triton": Backend(triton_launcher("gelu", "gelu"), ("cuda",), LARGE_DTYPES, missing_triton),
         "cuda": Backend(gelu_cuda, ("cuda",), LARGE_DTYPES, missing_cuda),
@@ -98,41 +110,52 @@ OP_BACKWARD = Op(
 )
 
 
-def _fake(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
+def _fake(x: Tensor, quantize: str) -> tuple[Tensor, Tensor, Tensor]:
+    y = x.new_empty(x.shape)
+    return y, *fp8_outputs(y, quantize)
 
 
 def _backward_fake(grad: Tensor, x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-_gelu = OP.register("(Tensor x) -> Tensor", _fake)
+_gelu = OP.register("(Tensor x, str quantize) -> (Tensor, Tensor, Tensor)", _fake)
 _gelu_backward = OP_BACKWARD.register("(Tensor grad, Tensor x) -> Tensor", _backward_fake, (0, 1))
 
 
 class _Gelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, backend: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, quantize: str, backend: str) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x)
         ctx.backend = backend
-        return _gelu(x, backend)
+        y, *fp8 = _gelu(x, quantize, backend)
+        ctx.mark_non_differentiable(*fp8)
+        ctx.set_materialize_grads(False)
+        return y, *fp8
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        return _gelu_backward(grad, x, ctx.backend), None
+        dx = None if grad is None else _gelu_backward(grad, x, ctx.backend)
+        return dx, None, None
 
 
 # ---- public -------------------------------------------------------------------------------------
-def gelu(x: Tensor) -> Tensor:
+@overload
+def gelu(x: Tensor, quantize: None = None) -> Tensor: ...
+@overload
+def gelu(x: Tensor, quantize: str) -> Quantized: ...
+def gelu(x: Tensor, quantize: str | None = None) -> Tensor | Quantized:
     """GELU (tanh approximation) of x [..., K], in its dtype; see the module docstring.
 
     x: float32 or bfloat16, at least one dimension and one element. Differentiable in x.
-    Raises ValueError for shapes or dtypes outside this.
+    quantize: "row" or "block" returns Quantized(y, q, scale): q float8_e4m3fn in the shape of x,
+        scale float32 [..., 1] or [..., ceil(K / 128)].
+    Raises ValueError for shapes, dtypes or names outside this.
     """
     require_rows("gelu", "x", x)
-    backend = forced_backend()
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _Gelu.apply(x, backend)
-    return _gelu(x, backend)
+    granularity = require_quantize("gelu", quantize)
+    run = _Gelu.apply if torch.is_grad_enabled() and x.requires_grad else _gelu
+    y, q, scale = run(x, granularity, forced_backend())
+    return Quantized(y, q, scale) if granularity else y

@@ -17,13 +17,15 @@ Gradients: to x and to the rows, each in its own dtype. With xhat = n(x), g = dy
 Saved: x, and mean and rstd in float32. Sums over tokens: chunks of 64 tokens of one sample in
 float32, then the chunks in order (compensated on the CPU), so they do not depend on threads or
 batch.
+quantize="row" or "block": y is returned in fp8 (e4m3fn) too, made in the same pass: the bits of
+fp8_quantize(y, granularity=quantize). Gradients flow through y alone.
 Source: diffusers, transformer_qwenimage.py and transformer_qwenimage21.py (_modulate). They round
 after the norm, after 1 + scale and after the product; here there is one rounding.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -53,8 +55,10 @@ from qirl_fast.ops._norm_reference import (
     sums_over_tokens,
     widened,
 )
+from qirl_fast.ops._quantized import and_quantized, fp8_outputs, quantized, require_quantize
 from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
+from qirl_fast.ops.fp8_quantize import Quantized
 
 
 # ---- reference ----------------------------------------------------------------------------------
@@ -113,7 +117,9 @@ _DEFAULT = {"cpu": "cpu", "cuda": "reference"}
 OP = Op(
     "norm_modulate",
     {
-        "reference": Backend(norm_modulate_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
+        "reference": Backend(
+            and_quantized(norm_modulate_reference), ("cpu", "cuda"), REFERENCE_DTYPES
+        ),
         "cpu": Backend(norm_modulate_cpu, ("cpu",), LARGE_DTYPES),
         "triton": Backend(
             triton_launcher("norm_modulate", "norm_modulate"),
@@ -151,9 +157,11 @@ def _fake(
     shift_t0: Tensor | None,
     rms: bool,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    quantize: str,
+) -> tuple[Tensor, ...]:
     rstd = x.new_empty(x.shape[:-1], dtype=widened(x))
-    return x.new_empty(x.shape), rstd.new_empty(0 if rms else rstd.shape), rstd
+    y, mean = x.new_empty(x.shape), rstd.new_empty(0 if rms else rstd.shape)
+    return y, mean, rstd, *fp8_outputs(y, quantize)
 
 
 def _backward_fake(
@@ -183,7 +191,7 @@ def _backward_fake(
 
 _norm_modulate = OP.register(
     "(Tensor x, Tensor scale, Tensor? shift, Tensor? t0, Tensor? scale_t0, Tensor? shift_t0,"
-    " bool rms, float eps) -> (Tensor, Tensor, Tensor)",
+    " bool rms, float eps, str quantize) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
     (0, 1, 2, 4, 5),
 )
@@ -207,18 +215,24 @@ class _NormModulate(torch.autograd.Function):
         shift_t0: Tensor | None,
         rms: bool,
         eps: float,
+        quantize: str,
         backend: str,
-    ) -> Tensor:
-        y, mean, rstd = _norm_modulate(x, scale, shift, t0, scale_t0, shift_t0, rms, eps, backend)
+    ) -> tuple[Tensor, ...]:
+        rows = (scale, shift, t0, scale_t0, shift_t0)
+        y, mean, rstd, *fp8 = _norm_modulate(x, *rows, rms, eps, quantize, backend)
         ctx.save_for_backward(x, mean, rstd, scale, t0, scale_t0)
         ctx.rms, ctx.backend = rms, backend
         ctx.dtypes = [None if t is None else t.dtype for t in (scale, shift, scale_t0, shift_t0)]
-        return y
+        ctx.mark_non_differentiable(*fp8)
+        ctx.set_materialize_grads(False)
+        return y, *fp8
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
+        if grad is None:
+            return (None,) * len(needs)
         want_shift = needs[2] or needs[5]
         dx, dscale, dshift, dscale_t0, dshift_t0 = _norm_modulate_backward(
             grad,
@@ -232,10 +246,11 @@ class _NormModulate(torch.autograd.Function):
             gradient_for(t, dtype)
             for t, dtype in zip((dscale, dshift, dscale_t0, dshift_t0), ctx.dtypes, strict=True)
         )
-        return dx, dscale, dshift, None, dscale_t0, dshift_t0, None, None, None
+        return dx, dscale, dshift, None, dscale_t0, dshift_t0, None, None, None, None
 
 
 # ---- public -------------------------------------------------------------------------------------
+@overload
 def norm_modulate(
     x: Tensor,
     scale: Tensor,
@@ -246,13 +261,41 @@ def norm_modulate(
     t0: Tensor | None = None,
     scale_t0: Tensor | None = None,
     shift_t0: Tensor | None = None,
-) -> Tensor:
+    quantize: None = None,
+) -> Tensor: ...
+@overload
+def norm_modulate(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor | None = None,
+    *,
+    norm: str = "layer",
+    eps: float = 1e-6,
+    t0: Tensor | None = None,
+    scale_t0: Tensor | None = None,
+    shift_t0: Tensor | None = None,
+    quantize: str,
+) -> Quantized: ...
+def norm_modulate(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor | None = None,
+    *,
+    norm: str = "layer",
+    eps: float = 1e-6,
+    t0: Tensor | None = None,
+    scale_t0: Tensor | None = None,
+    shift_t0: Tensor | None = None,
+    quantize: str | None = None,
+) -> Tensor | Quantized:
     """n(x) (1 + scale) + shift, in the shape and dtype of x; see the module docstring.
 
     x: [B, S, D] or [B, D], float32 or bfloat16.
     scale, shift: [B, D], float32 or bfloat16 each; no shift is a shift of 0.
     norm: 'layer' or 'rms'. eps: added to the variance (or mean square), finite and >= 0.
     t0: bool [S] or [B, S]; True tokens take scale_t0 and shift_t0 [B, D] instead.
+    quantize: "row" or "block" returns Quantized(y, q, scale): q float8_e4m3fn in the shape of x,
+        scale float32 [..., 1] or [..., ceil(D / 128)].
     Raises ValueError for shapes, dtypes, devices or names outside this.
     """
     op = "norm_modulate"
@@ -260,9 +303,13 @@ def norm_modulate(
     require_norm(op, norm, eps)
     require_modulation(op, t0, x, scale=scale, shift=shift, scale_t0=scale_t0, shift_t0=shift_t0)
     t0 = tokens_at_t0(op, t0, x)
-    args = (as_tokens(x), scale, shift, t0, scale_t0, shift_t0, norm == "rms", eps)
-    backend = forced_backend()
+    granularity = require_quantize(op, quantize)
+    options = (norm == "rms", eps, granularity, forced_backend())
+    args = (as_tokens(x), scale, shift, t0, scale_t0, shift_t0, *options)
     rows = (x, scale, shift, scale_t0, shift_t0)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in rows):
-        return _NormModulate.apply(*args, backend).reshape(x.shape)
-    return _norm_modulate(*args, backend)[0].reshape(x.shape)
+        y, q, q_scale = _NormModulate.apply(*args)
+    else:
+        y, _, _, q, q_scale = _norm_modulate(*args)
+    y = y.reshape(x.shape)
+    return quantized(y, q, q_scale) if granularity else y

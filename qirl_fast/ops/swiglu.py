@@ -8,6 +8,8 @@ without a copy when the last dimension is contiguous and the others have one str
 Dtypes: float32 or bfloat16, gate and up alike; computed in float32 and rounded once (eager PyTorch
 rounds silu(gate) to the storage dtype first). Gradients have the dtype of their tensor.
 Backward recomputes everything from gate and up, in one pass for both gradients.
+quantize="row" or "block": y is returned in fp8 (e4m3fn) too, made in the same pass: the bits of
+fp8_quantize(y, granularity=quantize). Gradients flow through y alone.
 Source: Shazeer, arXiv 2002.05202; the order of QwenImage21SwiGLUFeedForward in diffusers,
 activation(gate_layer(x)) * proj(x). Differs: below gate = -85, where |silu| < 2e-35, silu stays at
 its value there, for -inf too (NaN in PyTorch).
@@ -15,7 +17,7 @@ its value there, for -inf too (NaN in PyTorch).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -27,13 +29,21 @@ from qirl_fast.ops._checks import (
     LARGE_DTYPES,
     REFERENCE_DTYPES,
     matrices,
+    matrix,
     require_like,
     require_rows,
     rows_of,
 )
 from qirl_fast.ops._cuda import missing_cuda
+from qirl_fast.ops._quantized import (
+    and_quantized,
+    fp8_of,
+    fp8_outputs,
+    require_quantize,
+)
 from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
+from qirl_fast.ops.fp8_quantize import Quantized
 
 
 # ---- reference ----------------------------------------------------------------------------------
@@ -54,12 +64,19 @@ def swiglu_backward_reference(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[T
 
 
 # ---- cpu ----------------------------------------------------------------------------------------
-def swiglu_cpu(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu_cpu(gate: Tensor, up: Tensor, quantize: str) -> tuple[Tensor, Tensor, Tensor]:
     """C++ kernel, csrc/cpu/swiglu.inl.cpp."""
     y = gate.new_empty(gate.shape)
-    gate, up = matrices(gate, up)
-    _cpu.swiglu(rows_of(gate), rows_of(up), y.data_ptr(), *gate.shape, torch.get_num_threads())
-    return y
+    q, scale = fp8_outputs(y, quantize)
+    gate, up = [matrix(gate), matrix(up)] if quantize else matrices(gate, up)
+    _cpu.swiglu(
+        *map(rows_of, (gate, up)),
+        y.data_ptr(),
+        fp8_of(q, scale, quantize),
+        *gate.shape,
+        torch.get_num_threads(),
+    )
+    return y, q, scale
 
 
 def swiglu_backward_cpu(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,7 +98,7 @@ _DEFAULT = {"cpu": "cpu", "cuda": "reference"}
 OP = Op(
     "swiglu",
     {
-        "reference": Backend(swiglu_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
+        "reference": Backend(and_quantized(swiglu_reference), ("cpu", "cuda"), REFERENCE_DTYPES),
         "cpu": Backend(swiglu_cpu, ("cpu",), LARGE_DTYPES),
         "triton": Backend(
             triton_launcher("swiglu", "swiglu"), ("cuda",), LARGE_DTYPES, missing_triton
@@ -104,15 +121,18 @@ OP_BACKWARD = Op(
 )
 
 
-def _fake(gate: Tensor, up: Tensor) -> Tensor:
-    return gate.new_empty(gate.shape)
+def _fake(gate: Tensor, up: Tensor, quantize: str) -> tuple[Tensor, Tensor, Tensor]:
+    y = gate.new_empty(gate.shape)
+    return y, *fp8_outputs(y, quantize)
 
 
 def _backward_fake(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
-_swiglu = OP.register("(Tensor gate, Tensor up) -> Tensor", _fake, (0, 1))
+_swiglu = OP.register(
+    "(Tensor gate, Tensor up, str quantize) -> (Tensor, Tensor, Tensor)", _fake, (0, 1)
+)
 _swiglu_backward = OP_BACKWARD.register(
     "(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)", _backward_fake, (0, 1, 2)
 )
@@ -120,29 +140,43 @@ _swiglu_backward = OP_BACKWARD.register(
 
 class _Swiglu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, backend: str) -> Tensor:
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor, quantize: str, backend: str
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(gate, up)
         ctx.backend = backend
-        return _swiglu(gate, up, backend)
+        y, *fp8 = _swiglu(gate, up, quantize, backend)
+        ctx.mark_non_differentiable(*fp8)
+        ctx.set_materialize_grads(False)
+        return y, *fp8
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None
         gate, up = ctx.saved_tensors
-        return *_swiglu_backward(grad, gate, up, ctx.backend), None
+        return *_swiglu_backward(grad, gate, up, ctx.backend), None, None
 
 
 # ---- public -------------------------------------------------------------------------------------
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+@overload
+def swiglu(gate: Tensor, up: Tensor, quantize: None = None) -> Tensor: ...
+@overload
+def swiglu(gate: Tensor, up: Tensor, quantize: str) -> Quantized: ...
+def swiglu(gate: Tensor, up: Tensor, quantize: str | None = None) -> Tensor | Quantized:
     """silu(gate) * up [..., F], in the dtype of gate; see the module docstring.
 
     gate, up: float32 or bfloat16 of one shape, dtype and device, at least one dimension and one
     element; the halves of one [..., 2F] tensor serve as they are. Differentiable in both.
-    Raises ValueError for shapes, dtypes or devices outside this.
+    quantize: "row" or "block" returns Quantized(y, q, scale): q float8_e4m3fn in the shape of gate,
+        scale float32 [..., 1] or [..., ceil(F / 128)].
+    Raises ValueError for shapes, dtypes, devices or names outside this.
     """
     require_rows("swiglu", "gate", gate)
     require_like("swiglu", "up", up, "gate", gate, dtype=True)
-    backend = forced_backend()
-    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        return _Swiglu.apply(gate, up, backend)
-    return _swiglu(gate, up, backend)
+    granularity = require_quantize("swiglu", quantize)
+    trains = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
+    run = _Swiglu.apply if trains else _swiglu
+    y, q, scale = run(gate, up, granularity, forced_backend())
+    return Quantized(y, q, scale) if granularity else y

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qirl_fast import ops
-from qirl_fast.ops.fp8_linear import dequantized, fp8_linear_reference
+from qirl_fast.ops.fp8_linear import _dequantized, fp8_linear_reference
 from qirl_fast.ops.fp8_quantize import fp8_quantize_reference
 
 SHAPES = [((1, 16), 16), ((5, 48), 32), ((2, 70, 64), 96), ((130, 272), 48)]
@@ -41,7 +41,7 @@ def eager(x: Tensor, weight_q: Tensor, weight_scale: Tensor, bias, granularity) 
     """In PyTorch at the dtype of x: quantise, dequantise, multiply."""
     xq, xs = fp8_quantize_reference(x, granularity, False, False)
     x_back, w_back = (
-        dequantized(q, s, torch.float32).to(x.dtype)
+        _dequantized(q, s, torch.float32).to(x.dtype)
         for q, s in ((xq, xs), (weight_q, weight_scale))
     )
     return torch.nn.functional.linear(x_back, w_back, None if bias is None else bias.to(x.dtype))

@@ -342,9 +342,10 @@ def test_opcheck(split):
     check(q.gate_residual.default, (r, u, gate, t0, gate_t0, True, ""))
     for du, dgate in ((True, True), (True, False), (False, True)):
         check(q.gate_residual_backward.default, (r, u, gate, t0, gate_t0, True, du, dgate, ""))
-    args = (r, u, gate, scale, shift, t0, gate_t0, scale_t0, shift_t0, True, not split, 1e-6, "")
+    rows = (gate, scale, shift, t0, gate_t0, scale_t0, shift_t0)
+    args = (r, u, *rows, True, not split, 1e-6, "", "")
     check(q.gate_residual_norm_modulate.default, args)
-    y, out, mean, rstd = q.gate_residual_norm_modulate.default(*args)
+    y, out, mean, rstd, *_ = q.gate_residual_norm_modulate.default(*args)
     saved = (out, u, mean, rstd, gate, scale, t0, gate_t0, scale_t0, True, not split)
     for wants in ((True, True, True, True), (False, False, False, False)):
         for dout in (r, None):

@@ -175,7 +175,7 @@ def test_opcheck(op):
     tensors = inputs(op, (3, 4, 6), torch.bfloat16)
     permuted = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]
     for given in (tensors, permuted):
-        torch.library.opcheck(getattr(torch.ops.qirl, op).default, [*given, ""])
+        torch.library.opcheck(getattr(torch.ops.qirl, op).default, [*given, "", ""])
         torch.library.opcheck(
             getattr(torch.ops.qirl, f"{op}_backward").default,
             [torch.ones_like(given[0]), *given, ""],

@@ -249,9 +249,9 @@ def test_opcheck(rms, split):
     if not split:
         scale_t0 = shift_t0 = None
     for tokens in (x, x.transpose(1, 2).contiguous().transpose(1, 2)):
-        args = (tokens, scale, shift, t0, scale_t0, shift_t0, rms, 1e-6, "")
+        args = (tokens, scale, shift, t0, scale_t0, shift_t0, rms, 1e-6, "", "")
         torch.library.opcheck(torch.ops.qirl.norm_modulate.default, args)
-        _, mean, rstd = torch.ops.qirl.norm_modulate.default(*args)
+        _, mean, rstd, *_ = torch.ops.qirl.norm_modulate.default(*args)
         for mod, shifted in ((True, True), (True, False), (False, False)):
             torch.library.opcheck(
                 torch.ops.qirl.norm_modulate_backward.default,

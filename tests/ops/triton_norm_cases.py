@@ -82,7 +82,7 @@ def test_norm_modulate(shape, kind, rms, has_shift):
         shift = shift_t0 = None
     args = (x, scale, shift, t0, scale_t0, shift_t0, rms, EPS)
     wanted = norm_modulate_reference(*double(args))
-    check(norm_kernels.norm_modulate(*args), wanted)
+    check(norm_kernels.norm_modulate(*args, "")[:3], wanted)
     mean, rstd = (t.float() for t in wanted[1:])
     for want_mod in (False, True):
         args = (dy, x, mean, rstd, scale, t0, scale_t0, rms, want_mod, has_shift)
@@ -117,12 +117,12 @@ def test_gate_residual_norm_modulate(shape, kind, rms, tanh):
     if not has_shift:
         first[2] = second[2] = None
     flags = (tanh, rms, EPS)
-    got = fused_kernels.gate_residual_norm_modulate(residual, u, *first, t0, *second, *flags)
+    args = (residual, u, *first, t0, *second, *flags)
+    got = fused_kernels.gate_residual_norm_modulate(*args, "")[:4]
     out = gate_kernels.gate_residual(residual, u, first[0], t0, second[0], tanh)
     assert torch.equal(got[1], out)
-    apart = norm_kernels.norm_modulate(out, *first[1:], t0, *second[1:], rms, EPS)
+    apart = norm_kernels.norm_modulate(out, *first[1:], t0, *second[1:], rms, EPS, "")[:3]
     assert all(torch.equal(a, b) for a, b in zip((got[0], *got[2:]), apart, strict=True))
-    args = (residual, u, *first, t0, *second, *flags)
     check(got, gate_residual_norm_modulate_reference(*double(args)))
     for grad_out, *wants in ((dout, 1, 1, 1), (None, 1, 1, 0), (dout, 0, 0, 1), (dout, 0, 0, 0)):
         args = (dy, grad_out, out, u, *got[2:], *first[:2], t0, *second[:2], tanh, rms)
@@ -142,14 +142,15 @@ def test_tanh_of_the_gate_is_accurate_and_keeps_nan():
 
 
 def test_a_row_too_wide_is_refused():
+    wide = (normal(1, 1, 8193), normal(1, 8193), *[None] * 4, False, EPS, "")
     with pytest.raises(ValueError, match="at most 8192; got 8193"):
-        norm_kernels.norm_modulate(normal(1, 1, 8193), normal(1, 8193), *[None] * 4, False, EPS)
+        norm_kernels.norm_modulate(*wide)
 
 
 def test_nan_stays_in_its_token_and_sums():
     x = normal(1, 20, 48)
     x[0, 3, 5] = math.nan
-    y, mean, rstd = norm_kernels.norm_modulate(x, normal(1, 48), *[None] * 4, False, EPS)
+    y, mean, rstd, *_ = norm_kernels.norm_modulate(x, normal(1, 48), *[None] * 4, False, EPS, "")
     assert torch.equal(y.isnan().any(-1), torch.arange(20)[None] == 3)
     args = (torch.ones_like(x), x, mean, rstd, normal(1, 48), None, None, False, True, False)
     dx, dscale, *_ = norm_kernels.norm_modulate_backward(*args)

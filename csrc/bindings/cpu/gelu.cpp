@@ -5,8 +5,8 @@
 namespace qirl {
 namespace {
 
-void forward(const Rows& x, uintptr_t y, int64_t rows, int64_t width, int threads) {
-  run_pointwise(gelu_kernels, {x}, {y}, rows, width, threads);
+void forward(const Rows& x, uintptr_t y, const Fp8& fp8, int64_t rows, int64_t width, int threads) {
+  run_pointwise(gelu_kernels, {x}, {y}, rows, width, threads, fp8);
 }
 
 void backward(const Rows& dy, const Rows& x, uintptr_t dx, int64_t rows, int64_t width,

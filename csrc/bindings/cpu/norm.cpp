@@ -19,8 +19,9 @@ void run(const Kernel (&table)[kIsaCount], NormArgs& a, int out_dtype, int threa
 
 void forward(const Rows& x, const Rows& u, const ThreeRows& rows, const ThreeRows& rows_t0,
              const T0& t0, uintptr_t y, uintptr_t out, uintptr_t mean, uintptr_t rstd,
-             const NormSizes& sizes, bool tanh, double eps, int threads) {
-  NormArgs a = norm_forward_args(x, u, rows, rows_t0, t0, y, out, mean, rstd, sizes, tanh, eps);
+             const Fp8& fp8, const NormSizes& sizes, bool tanh, double eps, int threads) {
+  NormArgs a =
+      norm_forward_args(x, u, rows, rows_t0, t0, y, out, mean, rstd, fp8, sizes, tanh, eps);
   py::gil_scoped_release released;
   run(a.u == nullptr   ? norm_modulate_kernels
       : a.y == nullptr ? gate_residual_kernels

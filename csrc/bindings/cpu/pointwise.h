@@ -9,10 +9,10 @@
 
 namespace qirl {
 
-// Inputs of one dtype, contiguous outputs.
+// Inputs of one dtype, contiguous outputs; fp8: the one output again.
 inline void run_pointwise(const Kernel (&table)[kIsaCount], std::initializer_list<Rows> inputs,
                           std::initializer_list<uintptr_t> outputs, int64_t rows, int64_t width,
-                          int threads) {
+                          int threads, const Fp8& fp8 = {}) {
   PointwiseArgs a{};
   int count = 0;
   for (const Rows& in : inputs) {
@@ -21,6 +21,8 @@ inline void run_pointwise(const Kernel (&table)[kIsaCount], std::initializer_lis
   }
   a.rows = rows;
   a.width = width;
+  a.fp8 = fp8_out(fp8);
+  a.block = a.fp8.q != nullptr && a.fp8.unit == width ? width : kPointwiseBlock;
   a.dtype = dtype_of(*inputs.begin());
   a.stream = true;
   count = 0;
@@ -28,8 +30,8 @@ inline void run_pointwise(const Kernel (&table)[kIsaCount], std::initializer_lis
     a.out[count] = as_pointer(out);
     a.stream = a.stream && stream_to(a.out[count++], width * dtype_bytes(a.dtype), rows);
   }
-  const int64_t tasks = rows * ((width + kPointwiseBlock - 1) / kPointwiseBlock);
-  const int64_t task_size = width < kPointwiseBlock ? width : kPointwiseBlock;
+  const int64_t tasks = rows * ((width + a.block - 1) / a.block);
+  const int64_t task_size = width < a.block ? width : a.block;
   py::gil_scoped_release released;
   run_kernel(table, &a, tasks, (4 * kPointwiseBlock + task_size - 1) / task_size, threads);
 }

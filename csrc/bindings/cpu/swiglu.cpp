@@ -5,9 +5,9 @@
 namespace qirl {
 namespace {
 
-void forward(const Rows& gate, const Rows& up, uintptr_t y, int64_t rows, int64_t width,
-             int threads) {
-  run_pointwise(swiglu_kernels, {gate, up}, {y}, rows, width, threads);
+void forward(const Rows& gate, const Rows& up, uintptr_t y, const Fp8& fp8, int64_t rows,
+             int64_t width, int threads) {
+  run_pointwise(swiglu_kernels, {gate, up}, {y}, rows, width, threads, fp8);
 }
 
 void backward(const Rows& dy, const Rows& gate, const Rows& up, uintptr_t dgate, uintptr_t dup,

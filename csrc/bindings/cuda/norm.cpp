@@ -8,9 +8,9 @@ namespace {
 
 void forward(const Rows& x, const Rows& u, const ThreeRows& rows, const ThreeRows& rows_t0,
              const T0& t0, uintptr_t y, uintptr_t out, uintptr_t mean, uintptr_t rstd,
-             const NormSizes& sizes, bool tanh, double eps, uintptr_t stream) {
+             const Fp8& fp8, const NormSizes& sizes, bool tanh, double eps, uintptr_t stream) {
   check("norm_forward", norm_forward(norm_forward_args(x, u, rows, rows_t0, t0, y, out, mean, rstd,
-                                                       sizes, tanh, eps),
+                                                       fp8, sizes, tanh, eps),
                                      as_pointer(stream)));
 }
 

@@ -1,0 +1,79 @@
+// A row in 8-bit floats: the scales of its spans and the codes.
+#pragma once
+
+#include "cpu/vec.h"
+#include "math/fp8.h"
+#include "math/fp8_out.h"
+
+namespace qirl {
+namespace QIRL_ISA {
+
+constexpr uint32_t kInf = 0x7f800000u;
+
+QIRL_HD U larger(U a, U b) { return a > b ? a : b; }
+QIRL_HD U magnitude_bits(F x) { return (U)x & 0x7fffffffu; }
+QIRL_HD U finite_or_zero(U bits) { return bits < kInf ? bits : U{}; }
+
+QIRL_HD uint32_t largest_lane(U value) {
+  uint32_t most = 0;
+  for (int i = 0; i < kLanes; ++i) most = value[i] > most ? value[i] : most;
+  return most;
+}
+
+// Bits of the largest finite |x|. Magnitudes compare as integers; a maximum has no order to keep.
+template <class T>
+QIRL_HD uint32_t largest_of(const T* x, int64_t size) {
+  U all[2] = {};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= size; i += 2 * kLanes) {
+    all[0] = larger(all[0], magnitude_bits(load(x + i)));
+    all[1] = larger(all[1], magnitude_bits(load(x + i + kLanes)));
+  }
+  for (; i < size; i += kLanes) {
+    const int n = (int)(size - i < kLanes ? size - i : kLanes);
+    all[0] = larger(all[0], magnitude_bits(load_n(x + i, n)));
+  }
+  const uint32_t most = largest_lane(larger(all[0], all[1]));
+  if (most < kInf) return most;
+  U finite = {};
+  for_vectors(size, [&](int64_t at, int n) {
+    finite = larger(finite, finite_or_zero(magnitude_bits(load_n(x + at, n))));
+  });
+  return largest_lane(finite);
+}
+
+template <class Format>
+QIRL_HD float scale_of(uint32_t amax_bits) {
+  return fp8_scale<Format>(ScalarOps::from_bits(amax_bits));
+}
+
+template <class Format, class T>
+QIRL_HD void convert(const T* x, uint8_t* q, int64_t size, float scale) {
+  const F inverse = splat(1.0f / scale);
+  for_vectors(size, [&](int64_t i, int n) {
+    store_bytes_n(q + i, fp8_bits<Ops, Format>(load_n(x + i, n), inverse), n);
+  });
+}
+
+// One scale for every `unit` elements.
+template <class Format, class T>
+QIRL_HD void quantize_row(const T* x, uint8_t* q, float* scale, int64_t width, int64_t unit) {
+  for (int64_t at = 0; at < width; at += unit, ++scale) {
+    const int64_t size = width - at < unit ? width - at : unit;
+    *scale = scale_of<Format>(largest_of(x + at, size));
+    convert<Format>(x + at, q + at, size, *scale);
+  }
+}
+
+// Elements [start, start + size) of a row of y, ready in `x`, to y and to its 8-bit form; `start`
+// is a multiple of the unit.
+template <class T>
+QIRL_HD void store_quantized(const T* x, T* y, const Fp8Out& fp8, int64_t row, int64_t width,
+                             int64_t start, int64_t size, bool stream) {
+  const int64_t at = row * width + start, units = (width + fp8.unit - 1) / fp8.unit;
+  for_vectors(size, [&](int64_t i, int n) { store_n(y + at + i, load_n(x + i, n), n, stream); });
+  quantize_row<E4m3fn>(x, fp8.q + at, fp8.scale + row * units + start / fp8.unit, size, fp8.unit);
+}
+
+}  // namespace QIRL_ISA
+}  // namespace qirl
