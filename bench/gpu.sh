@@ -5,7 +5,8 @@
 #   bench/gpu.sh [OUT]   default: build/gpu
 # Needs nvcc, torch with CUDA, triton, and the build tools (scikit-build-core, pybind11, cmake,
 # ninja); for block and step diffusers, transformers and peft too; no network.
-# Environment: PYTHON, LIMIT_S (540), QIRL_COMMIT where there is no .git.
+# Environment: PYTHON, LIMIT_S (540), QIRL_COMMIT where there is no .git; TE_WHEELS, a folder that
+# bench/te.sh filled, to install Transformer Engine from before its tests.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -43,6 +44,13 @@ part build 200 "$python" -m pip install --no-build-isolation --no-deps --no-inde
 part tests 150 "$python" -m pytest -q --confcutdir=tests/ops -p no:cacheprovider \
   ${workers[@]+"${workers[@]}"} -m gpu --junitxml="$out/tests.xml" tests/ops/test_gpu.py
 part graphs 40 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/models/test_graphs.py
+[ -z "${TE_WHEELS:-}" ] ||
+  part te-install 300 env PYTHON="$python" bench/te.sh install "$TE_WHEELS"
+if timeout 60 "$python" -c 'import transformer_engine.pytorch' 2>/dev/null; then
+  part te 60 "$python" -m pytest -q -p no:cacheprovider -rs -m gpu tests/models/test_fp8_te.py
+else
+  echo "te 0 absent" >>"$out/parts.txt"
+fi
 part ops 200 "$python" -m bench ops --device cuda --seconds 0.5 --no-compile --out "$out/ops.json"
 export QIRL_BACKEND=triton  # the kernels under test: CUDA tensors go to the reference by default
 part block 40 "$python" -m bench block --device cuda --out "$out/block.json"
