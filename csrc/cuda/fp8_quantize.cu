@@ -4,60 +4,16 @@
 // elements of a row, or 64 columns when the transpose is wanted.
 #include "cuda/fp8_quantize.h"
 
+#include "cuda/fp8.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/reduce.cuh"
-#include "cuda/vec.cuh"
-#include "math/fp8.h"
 
 namespace qirl::cuda {
 namespace {
 
 constexpr int kThreads = 256, kPerThread = 16, kChunk = kThreads * kPerThread;
-constexpr int kSpan = 128, kSpanLanes = kSpan / kPerThread, kSpans = kThreads / kSpanLanes;
+constexpr int kSpan = kFp8Span, kSpanLanes = kSpan / kPerThread, kSpans = kThreads / kSpanLanes;
 constexpr int kTile = 64, kColumns = 8, kColumnGroups = kTile / kColumns;
 constexpr int kTileRows = kThreads / kColumnGroups;
-
-__device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
-
-__device__ __forceinline__ uint32_t finite_magnitude(float x) {
-  const uint32_t bits = ScalarOps::bits(x) & 0x7fffffffu;
-  return bits < 0x7f800000u ? bits : 0u;
-}
-
-template <int N>
-__device__ __forceinline__ uint32_t largest_of(const float (&x)[N]) {
-  uint32_t most = 0;
-#pragma unroll
-  for (int i = 0; i < N; ++i) most = larger(most, finite_magnitude(x[i]));
-  return most;
-}
-
-template <class Format>
-__device__ __forceinline__ float scale_of(uint32_t amax_bits) {
-  return fp8_scale<Format>(ScalarOps::from_bits(amax_bits));
-}
-
-__device__ __forceinline__ void store_codes(uint8_t* p, int64_t n, const uint32_t (&words)[4]) {
-  if (n >= kPerThread && ((uintptr_t)p & 15) == 0) {
-    *(uint4*)p = make_uint4(words[0], words[1], words[2], words[3]);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    if (i < n) p[i] = (uint8_t)(words[i / 4] >> (8 * (i % 4)));
-  }
-}
-
-template <class Format>
-__device__ __forceinline__ void convert(uint8_t* q, int64_t n, const float (&x)[kPerThread],
-                                        float inverse) {
-  uint32_t words[4] = {};
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    words[i / 4] |= fp8_bits<ScalarOps, Format>(x[i], inverse) << (8 * (i % 4));
-  }
-  store_codes(q, n, words);
-}
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) amax_kernel(Fp8Args args) {
@@ -189,7 +145,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int i = 0; i < kPerThread; ++i) words[i / 4] |= (uint32_t)codes[i] << (8 * (i % 4));
       const int64_t m = m0 + out_row;
-      store_codes(args.q + (k0 + out_column) * args.rows + m, last - m, words);
+      store_codes<kPerThread>(args.q + (k0 + out_column) * args.rows + m, last - m, words);
     }
   }
 }

@@ -23,7 +23,7 @@ struct GeluBackward {
 
 }  // namespace
 
-int gelu(const PointwiseArgs& args, void* stream) { return run_pointwise<Gelu>(args, stream); }
+int gelu(const PointwiseArgs& args, void* stream) { return run_quantized<Gelu>(args, stream); }
 
 int gelu_backward(const PointwiseArgs& args, void* stream) {
   return run_pointwise<GeluBackward>(args, stream);

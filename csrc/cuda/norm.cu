@@ -8,9 +8,8 @@
 // adds the blocks' sums. Without a norm a row may be cut into several blocks.
 #include "cuda/norm.h"
 
+#include "cuda/fp8.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/reduce.cuh"
-#include "cuda/vec.cuh"
 #include "math/norm.h"
 
 namespace qirl::cuda {
@@ -26,21 +25,6 @@ struct Columns {
   __device__ __forceinline__ Columns(const NormArgs& a, int64_t block)
       : start((block * blockDim.x + threadIdx.x) * kN), left(a.width - start) {}
 };
-
-// Sums over the whole block, K at once, in an order that the block's size alone fixes.
-template <int K>
-QIRL_DEVICE void row_sum(float (&value)[K]) {
-  __shared__ float partial[kMostThreads / 32][K];
-  warp_sum(value);
-  __syncthreads();  // a previous call's results have been read
-  if (threadIdx.x % 32 == 0) {
-    for (int k = 0; k < K; ++k) partial[threadIdx.x / 32][k] = value[k];
-  }
-  __syncthreads();
-  const bool mine = threadIdx.x % 32 < blockDim.x / 32;
-  for (int k = 0; k < K; ++k) value[k] = mine ? partial[threadIdx.x % 32][k] : 0.0f;
-  warp_sum(value);
-}
 
 QIRL_DEVICE void load_row(const NormRow& row, int64_t sample, const Columns& c, float (&v)[kN]) {
   if (row.p == nullptr) {
@@ -64,6 +48,19 @@ QIRL_DEVICE void load_gate(const NormArgs& a, int set, int64_t sample, const Col
 
 QIRL_DEVICE int set_of(const NormArgs& a, int64_t sample, int64_t token) {
   return a.t0 != nullptr && a.t0[sample * a.t0_sample + token * a.t0_token] != 0;
+}
+
+// This thread's part of a row of y, already rounded, in 8-bit floats.
+QIRL_DEVICE void store_quantized(const Fp8Out& fp8, int64_t token, int64_t width, const Columns& c,
+                                 const float (&y)[kN]) {
+  constexpr int kLanes = kFp8Span / kN;
+  const bool whole = fp8.unit == width;
+  const uint32_t most = largest_of(y);
+  const float scale = scale_of<E4m3fn>(whole ? row_max(most) : warp_max<kLanes>(most));
+  const int64_t spans = whole ? 1 : (width + kFp8Span - 1) / kFp8Span;
+  const bool first = whole ? threadIdx.x == 0 : threadIdx.x % kLanes == 0 && c.left > 0;
+  if (first) fp8.scale[token * spans + (whole ? 0 : c.start / kFp8Span)] = scale;
+  convert<E4m3fn>(fp8.q + token * width + c.start, c.left, y, 1.0f / scale);
 }
 
 template <bool kGated, bool kNorm, class T, class V, int kThreads>
@@ -110,6 +107,10 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(NormArgs a, unsigned 
       x[i] = norm_modulated(norm_hat(x[i], mean, rstd), 1.0f + scale[i], shift[i]);
     }
     store_vec_n((T*)a.y + at, c.left, x);
+    if (a.fp8.q != nullptr) {
+      round_row<T>(c.left, x);
+      store_quantized(a.fp8, token, a.width, c, x);
+    }
   }
 }
 

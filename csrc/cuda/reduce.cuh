@@ -60,6 +60,22 @@ QIRL_DEVICE void block_reduce(T (&value)[K], Combine combine) {
   }
 }
 
+// A block of blockDim.x threads, whole warps; K results at once. The warps' results are reduced as
+// the lanes' are; T{} stands in for warps that are not there, and is to leave a result as it is.
+template <class T, int K, class Combine>
+QIRL_DEVICE void row_reduce(T (&value)[K], Combine combine) {
+  __shared__ T partial[32][K];
+  warp_reduce(value, combine);
+  __syncthreads();  // a previous call's results have been read
+  if (threadIdx.x % 32 == 0) {
+    for (int k = 0; k < K; ++k) partial[threadIdx.x / 32][k] = value[k];
+  }
+  __syncthreads();
+  const bool mine = threadIdx.x % 32 < blockDim.x / 32;
+  for (int k = 0; k < K; ++k) value[k] = mine ? partial[threadIdx.x % 32][k] : T{};
+  warp_reduce(value, combine);
+}
+
 template <int kWidth = 32, class T, int K>
 QIRL_DEVICE void warp_sum(T (&value)[K]) {
   warp_reduce<kWidth>(value, Add{});
@@ -88,6 +104,17 @@ template <int kWidth = 32, class T>
 QIRL_DEVICE T warp_max(T value) {
   T one[1] = {value};
   warp_reduce<kWidth>(one, Max{});
+  return one[0];
+}
+
+template <int K>
+QIRL_DEVICE void row_sum(float (&value)[K]) {
+  row_reduce(value, Add{});
+}
+
+QIRL_DEVICE uint32_t row_max(uint32_t value) {
+  uint32_t one[1] = {value};
+  row_reduce(one, Max{});
   return one[0];
 }
 

@@ -24,7 +24,7 @@ struct SwigluBackward {
 
 }  // namespace
 
-int swiglu(const PointwiseArgs& args, void* stream) { return run_pointwise<Swiglu>(args, stream); }
+int swiglu(const PointwiseArgs& args, void* stream) { return run_quantized<Swiglu>(args, stream); }
 
 int swiglu_backward(const PointwiseArgs& args, void* stream) {
   return run_pointwise<SwigluBackward>(args, stream);

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qirl_fast.ops._checks import matrices, rows_of
+from qirl_fast.ops._checks import matrices, matrix, rows_of
 from qirl_fast.ops._cuda import cuda_module, device_of, stream_of
+from qirl_fast.ops._quantized import fp8_of, fp8_outputs
 
 
-def gelu_cuda(x: Tensor) -> Tensor:
+def gelu_cuda(x: Tensor, quantize: str) -> tuple[Tensor, Tensor, Tensor]:
     """CUDA kernel, csrc/cuda/gelu.cu."""
     y = x.new_empty(x.shape)
-    (m,) = matrices(x)
+    q, scale = fp8_outputs(y, quantize)
+    (m,) = [matrix(x)] if quantize else matrices(x)
+    fp8 = fp8_of(q, scale, quantize)
     with device_of(x):
-        cuda_module().gelu(rows_of(m), y.data_ptr(), *m.shape, stream_of(x))
-    return y
+        cuda_module().gelu(rows_of(m), y.data_ptr(), fp8, *m.shape, stream_of(x))
+    return y, q, scale
 
 
 def gelu_backward_cuda(grad: Tensor, x: Tensor) -> Tensor:
@@ -26,13 +29,15 @@ def gelu_backward_cuda(grad: Tensor, x: Tensor) -> Tensor:
     return dx
 
 
-def swiglu_cuda(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu_cuda(gate: Tensor, up: Tensor, quantize: str) -> tuple[Tensor, Tensor, Tensor]:
     """CUDA kernel, csrc/cuda/swiglu.cu."""
     y = gate.new_empty(gate.shape)
-    g, u = matrices(gate, up)
+    q, scale = fp8_outputs(y, quantize)
+    g, u = [matrix(gate), matrix(up)] if quantize else matrices(gate, up)
+    fp8 = fp8_of(q, scale, quantize)
     with device_of(gate):
-        cuda_module().swiglu(rows_of(g), rows_of(u), y.data_ptr(), *g.shape, stream_of(gate))
-    return y
+        cuda_module().swiglu(*map(rows_of, (g, u)), y.data_ptr(), fp8, *g.shape, stream_of(gate))
+    return y, q, scale
 
 
 def swiglu_backward_cuda(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:

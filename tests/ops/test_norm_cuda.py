@@ -84,7 +84,7 @@ def test_norm_modulate(shape, kind, dtype, rms):
     x, dy = normal(*shape, dtype=dtype) + 0.5, normal(*shape, seed=1, dtype=dtype)
     args = (x, *first[1:], t0, *second[1:], rms, EPS)
     wanted = norm_modulate_reference(*double(args))
-    check(compiled.norm_modulate_cuda(*args), wanted)
+    check(compiled.norm_modulate_cuda(*args, "")[:3], wanted)
     stats = [t.float() for t in wanted[1:]]
     for want_mod in (True, False):
         args = (dy, x, *stats, first[1], t0, second[1], rms, want_mod, has_shift)
@@ -118,10 +118,10 @@ def test_gate_residual_norm_modulate(shape, kind, rms, tanh):
     if not has_shift:
         first[2] = second[2] = None
     args = (residual, u, *first, t0, *second, tanh, rms, EPS)
-    got = compiled.gate_residual_norm_modulate_cuda(*args)
+    got = compiled.gate_residual_norm_modulate_cuda(*args, "")[:4]
     out = compiled.gate_residual_cuda(residual, u, first[0], t0, second[0], tanh)
     assert torch.equal(got[1], out)
-    apart = compiled.norm_modulate_cuda(out, *first[1:], t0, *second[1:], rms, EPS)
+    apart = compiled.norm_modulate_cuda(out, *first[1:], t0, *second[1:], rms, EPS, "")[:3]
     assert all(torch.equal(a, b) for a, b in zip((got[0], *got[2:]), apart, strict=True))
     if shape[-1] > 1:  # the LayerNorm of one element has no width to lean on
         check(got, gate_residual_norm_modulate_reference(*double(args)))
@@ -180,7 +180,7 @@ def test_nan_stays_in_its_token_and_reaches_the_sums():
     x = normal(1, 20, 48)
     x[0, 3, 5] = math.nan
     scale = normal(1, 48)
-    y, mean, rstd = compiled.norm_modulate_cuda(x, scale, *[None] * 4, False, EPS)
+    y, mean, rstd, *_ = compiled.norm_modulate_cuda(x, scale, *[None] * 4, False, EPS, "")
     assert torch.equal(y.isnan().any(-1), torch.arange(20)[None] == 3)
     args = (torch.ones_like(x), x, mean, rstd, scale, None, None, False, True, False)
     dx, dscale, *_ = compiled.norm_modulate_backward_cuda(*args)
@@ -188,7 +188,7 @@ def test_nan_stays_in_its_token_and_reaches_the_sums():
 
 
 def test_a_row_too_wide_is_refused():
-    wide = (normal(1, 1, 8193), normal(1, 8193), *[None] * 4, False, EPS)
+    wide = (normal(1, 1, 8193), normal(1, 8193), *[None] * 4, False, EPS, "")
     with pytest.raises(ValueError, match="cuda backend takes rows of at most 8192; got 8193"):
         compiled.norm_modulate_cuda(*wide)
     u, gate = normal(1, 1, 8193), normal(1, 8193)

@@ -57,6 +57,38 @@ def test_gelu_and_swiglu_match_the_cpu_kernels(dtype, halves):
         check(got, wanted)
 
 
+def check_quantized(results, plain, quantize):
+    """y is the y without quantize; (q, scale) are the CPU kernel's of that y, bit for bit."""
+    y, q, scale = results
+    assert torch.equal(y.nan_to_num(), plain.nan_to_num()) and q.is_contiguous()
+    wanted, wanted_scale = ops.fp8_quantize(plain, granularity=quantize)
+    nan = wanted.float().isnan()
+    assert torch.equal(q.float().isnan(), nan) and torch.equal(scale, wanted_scale)
+    assert torch.equal(q.view(torch.uint8)[~nan], wanted.view(torch.uint8)[~nan])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (2, 3, 700), (2, 2051), (1, 16384)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantize", ["row", "block"])
+@pytest.mark.parametrize("halves", [False, True])
+def test_gelu_and_swiglu_in_fp8_too(shape, dtype, quantize, halves):
+    fused = normal(*shape[:-1], 2 * shape[-1]).to(dtype)
+    fused.view(-1)[:3:2] = torch.tensor([math.nan, math.inf]) if shape[-1] > 1 else 0.0
+    gate, up = fused.chunk(2, dim=-1)
+    if not halves:
+        gate, up = gate.contiguous(), up.contiguous()
+    check_quantized(gelu_kernels.gelu(gate, quantize), gelu_kernels.gelu(gate, "")[0], quantize)
+    plain, *_ = swiglu_kernels.swiglu(gate, up, "")
+    check_quantized(swiglu_kernels.swiglu(gate, up, quantize), plain, quantize)
+
+
+def test_a_row_too_wide_for_one_scale_is_refused():
+    x = normal(1, 16385)
+    with pytest.raises(ValueError, match=r"gelu: with quantize='row' .* at most 16384; got 16385"):
+        gelu_kernels.gelu(x, "row")
+    check_quantized(gelu_kernels.gelu(x, "block"), gelu_kernels.gelu(x, "")[0], "block")
+
+
 @pytest.mark.parametrize("shape", [(3, 17), (2, 3, 700), (70, 130), (1, 40000)])
 @pytest.mark.parametrize("granularity", ["row", "tensor", "block"])
 @pytest.mark.parametrize("transpose", [False, True])

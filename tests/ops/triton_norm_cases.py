@@ -12,6 +12,7 @@ import math
 import pytest
 import torch
 
+from qirl_fast import ops
 from qirl_fast.kernels import gate_residual as gate_kernels
 from qirl_fast.kernels import gate_residual_norm_modulate as fused_kernels
 from qirl_fast.kernels import norm_modulate as norm_kernels
@@ -129,6 +130,33 @@ def test_gate_residual_norm_modulate(shape, kind, rms, tanh):
         args = (*args, *map(bool, wants), has_shift)
         wanted = gate_residual_norm_modulate_backward_reference(*double(args))
         check(fused_kernels.gate_residual_norm_modulate_backward(*args), wanted)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 2, 1100)])
+@pytest.mark.parametrize("kind", [None, "tokens"])
+@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_in_fp8_too(shape, kind, rms, dtype):
+    """The other results are those without quantize; (q, scale) are fp8_quantize's of that y."""
+    t0, first, second = inputs(shape, kind, 3)
+    residual, u = (normal(*shape, seed=k).to(dtype) for k in range(2))
+    residual[0, 0, 0] = math.nan
+    fused = (residual, u, *first, t0, *second, not rms, rms, EPS)
+    plain = (residual, *first[1:], t0, *second[1:], rms, EPS)
+    for op, args in (
+        (fused_kernels.gate_residual_norm_modulate, fused),
+        (norm_kernels.norm_modulate, plain),
+    ):
+        wanted = op(*args, "")[:-2]
+        for quantize in ("row", "block"):
+            *results, q, scale = op(*args, quantize)
+            pairs = zip(results, wanted, strict=True)
+            assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
+            q_wanted, scale_wanted = ops.fp8_quantize(wanted[0], granularity=quantize)
+            nan = q_wanted.float().isnan()
+            assert q.is_contiguous() and torch.equal(scale, scale_wanted)
+            assert torch.equal(q.float().isnan(), nan)
+            assert torch.equal(q.view(torch.uint8)[~nan], q_wanted.view(torch.uint8)[~nan])
 
 
 def test_tanh_of_the_gate_is_accurate_and_keeps_nan():

@@ -5,8 +5,9 @@
 namespace qirl::cuda {
 namespace {
 
-void forward(const Rows& x, uintptr_t y, int64_t rows, int64_t width, uintptr_t stream) {
-  check("gelu", gelu(pointwise_args({x}, {y}, rows, width), as_pointer(stream)));
+void forward(const Rows& x, uintptr_t y, const Fp8& fp8, int64_t rows, int64_t width,
+             uintptr_t stream) {
+  check("gelu", gelu(pointwise_args({x}, {y}, rows, width, fp8), as_pointer(stream)));
 }
 
 void backward(const Rows& dy, const Rows& x, uintptr_t dx, int64_t rows, int64_t width,

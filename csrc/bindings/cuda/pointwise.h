@@ -8,10 +8,10 @@
 
 namespace qirl::cuda {
 
-// Inputs of one dtype, contiguous outputs.
+// Inputs of one dtype, contiguous outputs; fp8: the one output again.
 inline PointwiseArgs pointwise_args(std::initializer_list<Rows> inputs,
                                     std::initializer_list<uintptr_t> outputs, int64_t rows,
-                                    int64_t width) {
+                                    int64_t width, const Fp8& fp8 = {}) {
   PointwiseArgs args{};
   int count = 0;
   for (const Rows& in : inputs) {
@@ -22,6 +22,7 @@ inline PointwiseArgs pointwise_args(std::initializer_list<Rows> inputs,
   for (const uintptr_t out : outputs) args.out[count++] = as_pointer(out);
   args.rows = rows;
   args.width = width;
+  args.fp8 = fp8_out(fp8);
   args.dtype = dtype_of(*inputs.begin());
   return args;
 }

@@ -5,9 +5,10 @@
 namespace qirl::cuda {
 namespace {
 
-void forward(const Rows& gate, const Rows& up, uintptr_t y, int64_t rows, int64_t width,
-             uintptr_t stream) {
-  check("swiglu", swiglu(pointwise_args({gate, up}, {y}, rows, width), as_pointer(stream)));
+void forward(const Rows& gate, const Rows& up, uintptr_t y, const Fp8& fp8, int64_t rows,
+             int64_t width, uintptr_t stream) {
+  const PointwiseArgs args = pointwise_args({gate, up}, {y}, rows, width, fp8);
+  check("swiglu", swiglu(args, as_pointer(stream)));
 }
 
 void backward(const Rows& dy, const Rows& gate, const Rows& up, uintptr_t dgate, uintptr_t dup,
