@@ -1,4 +1,4 @@
-"""ops: against eager PyTorch, torch.compile, others, a copy; block: a block; step: a GRPO step."""
+"""ops: against eager PyTorch, torch.compile, others, a copy; block; step: a GRPO step; fp8."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from bench import base
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("what", choices=["ops", "block", "step"])
+    parser.add_argument("what", choices=["ops", "block", "step", "fp8"])
     parser.add_argument("--op", nargs="+", metavar="OP", help="only these ops")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], metavar="DTYPE")
@@ -36,6 +36,8 @@ def main() -> None:
     base.use_site()
     if options.what == "step":
         _step(options)
+    elif options.what == "fp8":
+        _fp8(options)
     elif options.what == "block":
         _block(options)
     else:
@@ -83,6 +85,16 @@ def _step(options: argparse.Namespace) -> None:
     if options.out:
         options.out.with_suffix(".md").write_text(step.markdown(result))
         step.plot(result, options.out.with_suffix(".png"))
+
+
+def _fp8(options: argparse.Namespace) -> None:
+    from bench import fp8
+
+    chosen = fp8.Options(device=options.device, px=options.px or 128, out=options.out)
+    result = fp8.run(chosen, say=lambda text: print(text, flush=True))
+    if options.out:
+        options.out.with_suffix(".md").write_text(fp8.markdown(result))
+        fp8.plot(result, options.out.with_suffix(".png"))
 
 
 def _block(options: argparse.Namespace) -> None:

@@ -70,7 +70,8 @@ def loop(cfg: Config, run_dir: Path, fresh: bool) -> Path:
     except BaseException as error:
         if fresh:
             shutil.rmtree(run_dir)  # nothing was computed: the mended command finds its place free
-        if isinstance(error, (ValueError, OSError)):  # refused by model, prompts, checkpoint, disk
+        # Refused by model, prompts, checkpoint, disk; or a library that was asked for is missing.
+        if isinstance(error, ValueError | OSError | ImportError):
             raise ConfigError([str(error)]) from error
         raise
     with Tracker(run_dir, cfg, step=step) as tracker:

@@ -128,7 +128,7 @@ def _gemm_cpu(
 
 
 def _widened(q: Tensor, scale: Tensor) -> Tensor:
-    """q scale in float32 [rows, K] of contiguous matrices on a CPU. C++ kernel, csrc/cpu/fp8_linear.inl.cpp."""
+    """q scale in float32 [rows, K], dense, on a CPU: C++, csrc/cpu/fp8_linear.inl.cpp."""
     out = q.new_empty(q.shape, dtype=torch.float32)
     unit = {1: 0, 2: q.shape[1] if scale.shape[-1] == 1 else BLOCK}[scale.ndim]
     threads = torch.get_num_threads()

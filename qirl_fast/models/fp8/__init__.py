@@ -39,7 +39,7 @@ class Fp8:
     def on(self) -> Iterator[None]:
         """Inside, the planned layers compute in fp8, with and without gradient, in every thread."""
         if self._library == "te":
-            from qirl_fast.models.fp8 import te
+            import qirl_fast.models.fp8.te as te
 
             with te.autocast(self._transformer, True):
                 yield
@@ -79,7 +79,7 @@ def use_fp8(
     require_device(next(transformer.parameters()).device, recipe)
     names = [layer.name for layer in plan if layer.fp8]
     if library == "te":
-        from qirl_fast.models.fp8 import te
+        import qirl_fast.models.fp8.te as te
 
         te.convert(transformer, names, TE_RECIPES[recipe])
         return Fp8(transformer, (), library)
