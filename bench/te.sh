@@ -17,7 +17,7 @@ needs=(einops onnx onnxscript pydantic importlib-metadata pyyaml ninja setuptool
 loose=(nvdlfw-inspect nvidia-cudnn-frontend) # for these pip would fetch torch and cutlass
 
 download() {
-  local folder=$1 cuda=${TE_CUDA:-13} target platforms=() glibc stub
+  local folder=$1 cuda=${TE_CUDA:-13} target platforms=() glibc
   target=${TE_PYTHON:-$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')}
   for glibc in _2_28 _2_27 _2_24 _2_17 2014; do
     platforms+=(--platform "manylinux${glibc}_x86_64")
@@ -29,7 +29,7 @@ download() {
 
   # pip asks a source for its metadata, which here wants torch and CUDA: these are stand-ins.
   stub=$(mktemp -d)
-  trap "rm -rf '$stub'" EXIT
+  trap 'rm -rf "$stub"' EXIT
   mkdir -p "$stub/torch/utils" "$stub/cuda/bin" "$stub/cuda/include"
   printf '__version__ = "0"\nclass version: cuda = "%s.0"\n' "$cuda" >"$stub/torch/__init__.py"
   printf '%s\n' 'from setuptools import Extension as CppExtension' \
@@ -43,9 +43,10 @@ download() {
   du -ch "$folder"/* | sort -h
 }
 
+begun=
 fail() {
   printf 'Transformer Engine is not installed: %s\n' "$1" >&2
-  "$python" -m pip uninstall -q -y transformer-engine transformer-engine-torch \
+  [ -z "$begun" ] || "$python" -m pip uninstall -q -y transformer-engine transformer-engine-torch \
     transformer-engine-cu12 transformer-engine-cu13 2>/dev/null || true
   exit 1
 }
@@ -82,6 +83,7 @@ install() {
   local pip=("$python" -m pip install -q --no-index --find-links "$folder" --no-build-isolation)
   "${pip[@]}" "${needs[@]}" || fail "what it needs does not install"
   "${pip[@]}" --no-deps "${loose[@]}" || fail "what it needs does not install"
+  begun=yes
   trap 'fail "stopped"' TERM INT
   # FORCE_BUILD: or it would ask GitHub first. NCCL_EP, for mixtures of experts, wants a newer NCCL.
   CPATH=$include${CPATH:+:$CPATH} NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_WITH_NCCL_EP=0 \

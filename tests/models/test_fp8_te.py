@@ -440,7 +440,11 @@ def loaded(layer: nn.Module) -> None:
     layer.load_state_dict({n: -0.5 * t for n, t in layer.state_dict().items()})
 
 
-@pytest.mark.parametrize("change", [changed_in_place, exchanged, loaded])
+def replaced(layer: nn.Module) -> None:
+    layer.weight = nn.Parameter(layer.weight * -0.5, requires_grad=False)
+
+
+@pytest.mark.parametrize("change", [changed_in_place, exchanged, loaded, replaced])
 def test_a_changed_weight_is_quantised_again(
     device: str, recipe: str, layer: Any, change: Callable[[Any], None]
 ) -> None:
@@ -478,6 +482,15 @@ def test_delayed_scales_move_with_regions_in_grad_mode(stand_in: None) -> None:
     assert PERMITTED[0] < errors[3] < PERMITTED[1]
 
 
+def test_delayed_weights_are_scaled_before_the_first_region(stand_in: None) -> None:
+    layer, x = one_layer(), draw(16, WIDTH)
+    layer[0].weight.mul_(2**-6)
+    layer[0].bias.zero_()
+    te.convert(layer, ["0"], "delayed")
+    with torch.no_grad(), te.autocast(layer, True):
+        assert PERMITTED[0] < error(layer(x), F.linear(x, layer[0].weight)) < PERMITTED[1]
+
+
 def test_a_region_is_left_as_it_was_found(stand_in: None) -> None:
     layer, x = one_layer(), draw(16, WIDTH)
     te.convert(layer, ["0"], "current")
@@ -497,6 +510,7 @@ def test_a_copy_has_weights_of_its_own(device: str, layer: Any) -> None:
     with te.autocast(layer, True):
         ours = layer(x)
     other = copy.deepcopy(layer)
+    assert "engine" not in vars(other[0])
     changed_in_place(other[0])
     other[0].bias.mul_(-0.5)
     with te.autocast(other, True):
