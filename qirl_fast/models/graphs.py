@@ -107,7 +107,7 @@ class ForwardGraphs:
     def _fp8(self) -> tuple[Hashable, ...]:
         """Where the fp8 weights lie, of the weights as they are now; None for layers without."""
         layers = (m for m in self._module.modules() if isinstance(m, Fp8Linear))
-        return tuple(m.quantized()[0][0].data_ptr() if m.active else None for m in layers)
+        return tuple(m.quantized()[0][0].data_ptr() if m.in_fp8 else None for m in layers)
 
     def _attention(self) -> tuple[Hashable, ...]:
         processors = (getattr(m, "processor", None) for m in self._module.modules())

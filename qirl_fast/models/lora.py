@@ -24,6 +24,8 @@ def linear(layer: Any, x: Tensor | Quantized) -> Tensor:
     """
     y = x.y if isinstance(x, Quantized) else x
     adapters = _plain_adapters(layer)
+    if isinstance(getattr(layer, "base_layer", None), Fp8Linear):
+        layer.base_layer.merged = tuple(layer.merged_adapters)
     if adapters is None:
         out: Tensor = layer(x if _in_fp8(layer) else y)
         return out
@@ -58,7 +60,7 @@ def quantized(y: Tensor) -> Quantized:
 
 
 def _in_fp8(layer: Any) -> bool:
-    return isinstance(layer, Fp8Linear) and layer.active and not _hooked(layer)
+    return isinstance(layer, Fp8Linear) and layer.in_fp8 and not _hooked(layer)
 
 
 def _add_adapters(y: Tensor, x: Tensor, adapters: list[Adapter]) -> Tensor:

@@ -27,7 +27,7 @@ class ModulationCache:
         """Args: modules: what `compute` reads weights of; compute: a level to its rows [1, D_i]."""
         self._modules, self._compute = modules, compute
         self._kept: dict[float, tuple[Tensor, ...]] = {}
-        self._version: tuple[tuple[int, int], ...] = ()
+        self._version: tuple[tuple[object, ...], ...] = ()
         self._held: list[Tensor] = []
         self.computed = 0  # levels computed so far
 
@@ -45,7 +45,10 @@ class ModulationCache:
             return self._compute(level)
         # In-place changes move the version; exchanged weights (p.data = ...) lie elsewhere, as the
         # old ones are held on to.
-        version = tuple((p.untyped_storage()._cdata, p._version) for p in weights)
+        version = (
+            tuple((p.untyped_storage()._cdata, p._version) for p in weights),
+            tuple(getattr(part, "in_fp8", False) for part in parts),
+        )
         if version != self._version or len(self._kept) >= self.LEVELS:
             self._kept, self._version = {}, version
             self._held = [p.detach() for p in weights]

@@ -127,6 +127,7 @@ def sample(
     update: int,
     recorded: Sequence[int] = (),
     shared_noise: bool = False,
+    samples: Sequence[int] | None = None,
 ) -> Iterator[Trajectory]:
     """Trajectories of `group_size` samples for each prompt by chunks: see `sample_then`."""
     return sample_then(
@@ -142,6 +143,7 @@ def sample(
         update=update,
         recorded=recorded,
         shared_noise=shared_noise,
+        samples=samples,
     )
 
 

@@ -44,14 +44,14 @@ class Fp8:
             with te.autocast(self._transformer, True):
                 yield
             return
-        before = [layer.active for layer in self._layers]
+        before = [layer.in_fp8 for layer in self._layers]
         for layer in self._layers:
-            layer.active = True
+            layer.in_fp8 = True
         try:
             yield
         finally:
             for layer, was in zip(self._layers, before, strict=True):
-                layer.active = was
+                layer.in_fp8 = was
 
 
 def use_fp8(

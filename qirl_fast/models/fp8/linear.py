@@ -18,29 +18,32 @@ class Fp8Linear(nn.Linear):
     """An nn.Linear on which `convert` was called: the same parameters, names and hooks.
 
     The weight is quantised at the first forward and again when it is another one: changed in place,
-    exchanged, moved, or put there anew, as FSDP2 does at every all-gather. Inside torch.compile it
-    is quantised at every call: a graph cannot ask whether it has changed.
+    exchanged, moved, or put there anew, as FSDP2 does at every all-gather. What writes through
+    `weight.data` cannot be seen: PEFT's merging of an adapter does, and `models.lora.linear` tells
+    of it in `merged`. Inside torch.compile the weight is quantised at every call: a graph cannot
+    ask whether it has changed.
     """
 
     granularity: str  # "row", "block" or "tensor", see ops.fp8_linear
     backward: str  # of the gradient to the input: "high", in the weight's dtype, or "fp8"
-    active: bool  # False: the plain layer
+    in_fp8: bool  # False: the plain layer
+    merged: tuple[str, ...]  # adapters added into the weight, of which its version knows nothing
     _assigned: int  # how often a weight was put in its place
     _made: tuple[tuple[Any, ...], Tensor, tuple[Pair, Pair | None]] | None
 
     @staticmethod
     def convert(layer: nn.Linear, granularity: str, backward: str) -> Fp8Linear:
-        """The layer itself, with fp8 off until `active` is set."""
+        """The layer itself, with fp8 off until `in_fp8` is set."""
         layer.__class__ = Fp8Linear
         own: Any = layer
-        own.granularity, own.backward, own.active = granularity, backward, False
-        own._assigned, own._made = 0, None
+        own.granularity, own.backward, own.in_fp8 = granularity, backward, False
+        own.merged, own._assigned, own._made = (), 0, None
         out: Fp8Linear = own
         return out
 
     def restore(self) -> nn.Linear:
         """The layer itself, as it was before `convert`."""
-        for name in ("granularity", "backward", "active", "_assigned", "_made"):
+        for name in ("granularity", "backward", "in_fp8", "merged", "_assigned", "_made"):
             vars(self).pop(name)
         self.__class__ = nn.Linear  # type: ignore[assignment]
         return self
@@ -55,7 +58,8 @@ class Fp8Linear(nn.Linear):
         if torch.compiler.is_compiling():
             return self._quantize()
         weight = self.weight
-        version = (weight.untyped_storage()._cdata, weight._version, weight.dtype, self._assigned)
+        storage = weight.untyped_storage()._cdata
+        version = (storage, weight._version, weight.dtype, self._assigned, self.merged)
         made = self._made
         if made is None or made[0] != version:
             # Held on to, the storage's address is no other's while it is compared with.
@@ -73,7 +77,7 @@ class Fp8Linear(nn.Linear):
 
     def forward(self, input: Tensor | Quantized) -> Tensor:
         """x [..., in] -> [..., out] in the dtype of x; x may come quantised in our granularity."""
-        if not self.active:
+        if not self.in_fp8:
             x = input.y if isinstance(input, Quantized) else input
             return F.linear(x, self.weight, self.bias)
         if self.weight.requires_grad and torch.is_grad_enabled():

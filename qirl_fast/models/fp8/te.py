@@ -94,6 +94,11 @@ class TeLinear(nn.Linear):
     engine: Any = None  # te.Linear on this layer's parameters, made when it is needed
     quantised: Any = None  # (storage, version) of the weight that the engine holds in FP8
 
+    @property
+    def in_fp8(self) -> bool:
+        """Whether it computes in FP8 now."""
+        return self.mode.on
+
     def forward(self, input: Tensor) -> Tensor:
         if not self.mode.on or not input.numel():
             return super().forward(input)
