@@ -149,7 +149,7 @@ for _dtype in ("bf16", "fp32"):
     BUDGET += [
         _case(forward_kernel, _dtype, *_FORWARD),
         _case(backward_kernel, _dtype, *_BACKWARD),
-        _case(forward_kernel, _dtype, *_FORWARD, "block", registers=96, narrow=4),
-        _case(forward_kernel, _dtype, *_FORWARD, "row", 3072, registers=96, narrow=4),
-        _case(forward_kernel, _dtype, *_FORWARD, "row", 12288, registers=128, narrow=4),
+        _case(forward_kernel, _dtype, *_FORWARD, "block", registers=96, narrow=1),
+        _case(forward_kernel, _dtype, *_FORWARD, "row", 3072, registers=96, narrow=1),
+        _case(forward_kernel, _dtype, *_FORWARD, "row", 12288, registers=128, narrow=1),
     ]

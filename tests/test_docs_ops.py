@@ -36,6 +36,12 @@ def test_the_example_runs(op):
     exec(compile(EXAMPLES[op], f"docs/ops.md, {op}", "exec"), {})
 
 
+def test_the_example_of_outputs_in_fp8_runs():
+    example = re.search(r"^## Outputs in fp8\n.*?^```python\n(.*?)^```", TEXT, re.DOTALL | re.M)
+    assert example is not None
+    exec(compile(example[1], "docs/ops.md, outputs in fp8", "exec"), {})
+
+
 @pytest.mark.parametrize("op", ROWS)
 def test_the_row_names_the_backends_it_has(op):
     if op not in PUBLIC:

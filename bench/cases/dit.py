@@ -17,6 +17,12 @@ def _modulated(x, scale, shift):
     return norm * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
+def _fp8(y):
+    """The three passes over y that follow an op when nothing is fused: amax, scale, cast."""
+    scale = (y.abs().amax(-1, keepdim=True).float() / 448.0).clamp(min=2.0**-126)
+    return (y.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
+
+
 def _liger_layer_norm(x, scale, shift):
     """LayerNorm's affine is the modulation of a batch of one."""
     from liger_kernel.ops.layer_norm import LigerLayerNormFunction
@@ -44,6 +50,30 @@ def norm_modulate(shape: Shape, make: Make) -> Case:
         3 * size_of(x),
         leaves=(0, 1, 2),
         rivals=rivals if shape[0] == 1 else {},
+    )
+
+
+def norm_modulate_fp8(shape: Shape, make: Make) -> Case:
+    """y in fp8 too, for the linear layer behind."""
+    x = make.large(*shape)
+    scale, shift = (make.large(shape[0], shape[-1]) for _ in range(2))
+
+    def ours(x, scale, shift):
+        return ops.norm_modulate(x, scale, shift, quantize="row")
+
+    def eager(x, scale, shift):
+        y = _modulated(x, scale, shift)
+        return y, *_fp8(y)
+
+    # A y that lies between two codes may round to either: one fp8 step of 1/8.
+    return Case(
+        "norm_modulate, fp8",
+        shape,
+        (x, scale, shift),
+        ours,
+        eager,
+        2 * size_of(x) + x.numel(),
+        tolerance=2**-3,
     )
 
 
@@ -165,6 +195,21 @@ def swiglu(shape: Shape, make: Make) -> Case:
     )
 
 
+def swiglu_fp8(shape: Shape, make: Make) -> Case:
+    """y in fp8 too, for the linear layer behind."""
+    gate, up = make.large(*shape), make.large(*shape)
+
+    def ours(gate, up):
+        return ops.swiglu(gate, up, quantize="row")
+
+    def eager(gate, up):
+        y = F.silu(gate) * up
+        return y, *_fp8(y)
+
+    size = 3 * size_of(gate) + gate.numel()
+    return Case("swiglu, fp8", shape, (gate, up), ours, eager, size, tolerance=2**-3)
+
+
 def lora_linear(shape: Shape, make: Make) -> Case:
     """Bound by the base GEMM: the share of the copy says little here."""
     width = shape[-1]
@@ -189,12 +234,8 @@ def fp8_quantize(shape: Shape, make: Make) -> Case:
     def ours(x):
         return ops.fp8_quantize(x, granularity="row")
 
-    def eager(x):
-        scale = (x.abs().amax(-1, keepdim=True).float() / 448.0).clamp(min=2.0**-126)
-        return (x.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
-
     # A quotient that lies between two codes may round to either: one fp8 step of 1/8.
-    return Case("fp8_quantize", shape, (x,), ours, eager, size_of(x) + x.numel(), tolerance=2**-3)
+    return Case("fp8_quantize", shape, (x,), ours, _fp8, size_of(x) + x.numel(), tolerance=2**-3)
 
 
 def fp8_linear(shape: Shape, make: Make) -> Case:
@@ -226,11 +267,13 @@ def fp8_linear(shape: Shape, make: Make) -> Case:
 
 CASES = {
     "norm_modulate": norm_modulate,
+    "norm_modulate, fp8": norm_modulate_fp8,
     "gate_residual": gate_residual,
     "gate_residual_norm_modulate": gate_residual_norm_modulate,
     "qk_norm_rope": qk_norm_rope,
     "gelu": gelu,
     "swiglu": swiglu,
+    "swiglu, fp8": swiglu_fp8,
     "lora_linear": lora_linear,
     "fp8_quantize": fp8_quantize,
     "fp8_linear": fp8_linear,

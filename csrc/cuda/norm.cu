@@ -63,7 +63,9 @@ QIRL_DEVICE void store_quantized(const Fp8Out& fp8, int64_t token, int64_t width
   convert<E4m3fn>(fp8.q + token * width + c.start, c.left, y, 1.0f / scale);
 }
 
-template <bool kGated, bool kNorm, class T, class V, int kThreads>
+// kFp8: y is wanted in 8-bit floats too; a kernel of its own, whose registers the others do
+// without.
+template <bool kGated, bool kNorm, bool kFp8, class T, class V, int kThreads>
 __global__ void __launch_bounds__(kThreads) forward_kernel(NormArgs a, unsigned blocks) {
   const int64_t token = blockIdx.x / blocks, sample = token / a.tokens;
   const int set = set_of(a, sample, token - sample * a.tokens);
@@ -107,7 +109,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(NormArgs a, unsigned 
       x[i] = norm_modulated(norm_hat(x[i], mean, rstd), 1.0f + scale[i], shift[i]);
     }
     store_vec_n((T*)a.y + at, c.left, x);
-    if (a.fp8.q != nullptr) {
+    if constexpr (kFp8) {
       round_row<T>(c.left, x);
       store_quantized(a.fp8, token, a.width, c, x);
     }
@@ -259,16 +261,21 @@ int launch_2d(void (*kernel)(NormArgs, unsigned, bool), const NormArgs& a, const
                 split);
 }
 
-template <bool kGated, bool kNorm>
+template <bool kGated, bool kNorm, bool kFp8 = false>
 int run_forward(const NormArgs& a, void* stream) {
+  if constexpr (kNorm && !kFp8) {
+    if (a.fp8.q != nullptr) return run_forward<kGated, kNorm, true>(a, stream);
+  }
   const Cut cut(a.width, kNorm);
   if (kNorm && cut.blocks > 1) return cudaErrorInvalidValue;
   return with_types<kGated>(a, [&](auto x, auto u) {
     using T = typename decltype(x)::type;
     using V = typename decltype(u)::type;
-    auto kernel = forward_kernel<kGated, kNorm, T, V, kFewThreads>;
+    auto kernel = forward_kernel<kGated, kNorm, kFp8, T, V, kFewThreads>;
     if constexpr (kNorm) {
-      if (cut.threads > kFewThreads) kernel = forward_kernel<kGated, kNorm, T, V, kMostThreads>;
+      if (cut.threads > kFewThreads) {
+        kernel = forward_kernel<kGated, kNorm, kFp8, T, V, kMostThreads>;
+      }
     }
     return launch(kernel, a.samples * a.tokens * cut.blocks, cut.threads, stream, a,
                   (unsigned)cut.blocks);

@@ -31,7 +31,7 @@ SHAPES = {
     (1152,): [(5 * 24,), (1152,)],
 }
 ODD_WIDTH = ("norm_modulate", "gate_residual", "gate_residual_norm_modulate", "gelu", "swiglu")
-ODD_WIDTH += ("lora_linear", "fp8_quantize")
+ODD_WIDTH += ("lora_linear", "fp8_quantize", "norm_modulate, fp8", "swiglu, fp8")
 
 
 def op_of(name: str) -> str:
@@ -129,6 +129,29 @@ def test_same_bits_without_sync_and_in_a_graph(name, backend, shape, dtype, prep
     graph.replay()
     torch.cuda.synchronize()
     assert same_bits(first, bits(captured))
+
+
+@pytest.mark.parametrize("op", ["norm_modulate", "gate_residual_norm_modulate", "gelu", "swiglu"])
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("shape", [(3, 5, 101), (2, 67, 384), (1, 40, 8192), (2, 3, 12288)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_output_in_fp8_is_the_output_quantized(op, backend, shape, dtype):
+    """y is the op's own and (q, scale) are those of fp8_quantize(y), bit for bit."""
+    if "norm" in op and shape[-1] > 8192:
+        pytest.skip("rows of at most 8192 under a norm")
+    large = 1 if op in ("norm_modulate", "gelu") else 2
+    rows = {"norm_modulate": 2, "gate_residual_norm_modulate": 3}.get(op, 0)
+    make = Make(dtype, "cuda")
+    given = [make.large(*shape) for _ in range(large)]
+    given += [make.large(shape[0], shape[-1]) for _ in range(rows)]
+    with ops.use_backend(backend):
+        plain = getattr(ops, op)(*given)
+        plain = plain if isinstance(plain, Tensor) else plain[0]
+        for quantize in ("row", "block"):
+            result = getattr(ops, op)(*given, quantize=quantize)
+            result = result if isinstance(result, ops.Quantized) else result[0]
+            wanted = [plain, *ops.fp8_quantize(plain, granularity=quantize)]
+            assert same_bits(bits(list(result)), bits(wanted))
 
 
 @pytest.mark.parametrize("name", CASES)

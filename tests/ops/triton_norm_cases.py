@@ -132,7 +132,7 @@ def test_gate_residual_norm_modulate(shape, kind, rms, tanh):
         check(fused_kernels.gate_residual_norm_modulate_backward(*args), wanted)
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (1, 2, 1100)])
+@pytest.mark.parametrize("shape", [*SHAPES[1:], (1, 2, 1100)])
 @pytest.mark.parametrize("kind", [None, "tokens"])
 @pytest.mark.parametrize("rms", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
