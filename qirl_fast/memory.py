@@ -42,7 +42,8 @@ def plan(cfg: Config) -> dict[str, int]:
     fp8 = cfg.model.fp8
     if fp8 is not None:
         layers = [math.prod(layer.shape) for layer in fp8_plan(cfg) if layer.fp8]
-        plan["weights in fp8"] = sum(layers) * (2 if fp8.backward == "fp8" else 1)
+        both_ways = fp8.backward == "fp8" or fp8.library == "te"
+        plan["weights in fp8"] = sum(layers) * (2 if both_ways else 1)
     prompts = load_prompts(packaged(cfg.data.train))
     length = adapter.prompt_tokens(folder, max((p.prompt for p in prompts), key=len))
     size, rollout = derived(cfg), cfg.rollout

@@ -105,9 +105,11 @@ class ForwardGraphs:
         return tuple(p.data_ptr() for p in self._module.parameters())
 
     def _fp8(self) -> tuple[Hashable, ...]:
-        """Where the fp8 weights lie, of the weights as they are now; None for layers without."""
-        layers = (m for m in self._module.modules() if isinstance(m, Fp8Linear))
-        return tuple(m.quantized()[0][0].data_ptr() if m.in_fp8 else None for m in layers)
+        """Layers in fp8; of our own, where its numbers lie for the weight as it is now."""
+        layers = [m for m in self._module.modules() if getattr(m, "in_fp8", False)]
+        return tuple(
+            m.quantized()[0][0].data_ptr() if isinstance(m, Fp8Linear) else id(m) for m in layers
+        )
 
     def _attention(self) -> tuple[Hashable, ...]:
         processors = (getattr(m, "processor", None) for m in self._module.modules())
