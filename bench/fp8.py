@@ -221,7 +221,7 @@ def run(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
     result |= {"settings": {k: v for k, v in asdict(options).items() if k != "out"}}
     parts = {"errors": error_rows, "linear": linear_rows}
     if options.device == "cuda":
-        parts["step"] = step_rows
+        parts = {"linear": linear_rows, "step": step_rows, "errors": error_rows}
     for part, rows in parts.items():
         result[part] = []
         for row in rows(options):

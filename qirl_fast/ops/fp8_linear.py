@@ -38,7 +38,6 @@ from torch.autograd.function import once_differentiable
 
 from qirl_fast import _cpu
 from qirl_fast.ops._checks import LARGE_DTYPES, REFERENCE_DTYPES
-from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._fp8_checks import (
     require_frozen,
     require_gradient_weight,
@@ -101,6 +100,11 @@ def _run(
     with torch.autocast(x.device.type, enabled=False):
         y = gemm(xq, xs, weight_q, weight_scale, bias, granularity, x.dtype)
     return y.reshape(*x.shape[:-1], weight_q.shape[0])
+
+
+def _run_cuda(*args: Any) -> Tensor:
+    """torch's GEMM behind what quantises CUDA tensors by default; ours where that is asked for."""
+    return _run("cuda" if forced_backend() == "cuda" else "", *args)
 
 
 def _gemm_cpu(
@@ -172,9 +176,9 @@ OP = Op(
         "reference": Backend(fp8_linear_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
         "cpu": Backend(partial(_run, "cpu"), ("cpu",), LARGE_DTYPES),
         "triton": Backend(partial(_run, "triton"), ("cuda",), LARGE_DTYPES, missing_triton),
-        "cuda": Backend(partial(_run, "cuda"), ("cuda",), LARGE_DTYPES, missing_cuda),
+        "cuda": Backend(_run_cuda, ("cuda",), LARGE_DTYPES),
     },
-    default={"cpu": "cpu", "cuda": "reference"},
+    default={"cpu": "cpu", "cuda": "cuda"},
 )
 
 

@@ -302,6 +302,29 @@ def test_fsdp2_quantises_what_it_gathers(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_gpu_multiplies_in_fp8(monkeypatch, recipe: str) -> None:
+    seen: list[torch.dtype] = []
+    for module, name in ((torch, "_scaled_mm"), (torch.nn.functional, "scaled_mm")):
+        real = getattr(module, name)
+
+        def multiply(a: Tensor, *args: Any, real: Any = real, **options: Any) -> Tensor:
+            seen.append(a.dtype)
+            return real(a, *args, **options)
+
+        monkeypatch.setattr(module, name, multiply)
+    model = make("2.1").to("cuda", torch.bfloat16)
+    given = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in inputs21().items()}
+    given = {k: v.bfloat16() if k.endswith("hidden_states") else v for k, v in given.items()}
+    expected = model(**given, return_dict=False)[0]
+    switch = convert(model, "2.1", recipe)
+    with switch.on():
+        found = model(**given, return_dict=False)[0]
+    assert seen == [torch.float8_e4m3fn] * 14
+    assert 0.005 < relative(found, expected) < 0.15
+
+
 # ---- which layers -------------------------------------------------------------------------------
 def planned(family: str, **changes: Any) -> dict[str, str]:
     """Layer -> why it is not in fp8, '' where it is."""
