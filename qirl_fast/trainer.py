@@ -3,9 +3,7 @@
 import logging
 import random
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from qirl_fast import ops
 from qirl_fast.algorithms import ALGORITHMS
-from qirl_fast.batch import Batch, StepFailed
+from qirl_fast.batch import Batch
 from qirl_fast.checkpoint import lora_state, rng_state, set_rng_state
 from qirl_fast.config import Config, derived
 from qirl_fast.data.embeddings import EmbeddingCache, fingerprint
@@ -35,12 +33,11 @@ from qirl_fast.rewards.composite import (
     judge_states,
     load_judge_states,
     score_all,
-    weights_for,
 )
 from qirl_fast.rollout.guidance import Guidance
-from qirl_fast.rollout.replay import replay
-from qirl_fast.rollout.sample import Sampling, Trajectory, sample_then
+from qirl_fast.rollout.sample import Sampling
 from qirl_fast.rollout.workers import Workers, cpu_workers
+from qirl_fast.rollouts import Rollouts, advantages, mean_scores
 from qirl_fast.tiny import packaged
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -51,17 +48,6 @@ logger = logging.getLogger(__name__)
 
 class EvaluationFailed(RuntimeError):
     """A judge could not score the held-out images, so there is nothing to compare."""
-
-
-def best_and_worst(value: Tensor, groups: int, keep: int) -> list[int]:
-    """Indices, ascending, of the keep / 2 largest and smallest of each of `groups` equal parts.
-
-    value: [N], N a multiple of groups. Of equal ones the first.
-    """
-    order = value.view(groups, -1).argsort(dim=1, stable=True)
-    picked = torch.cat([order[:, : keep // 2], order[:, -(keep // 2) :]], dim=1)
-    first = torch.arange(groups)[:, None] * order.shape[1]
-    return (picked + first).flatten().sort().values.tolist()
 
 
 def seed_everything(seed: int) -> None:
@@ -91,7 +77,6 @@ class Trainer:
         folder = packaged(cfg.model.path)
         self.model = load_model(folder, cfg.model.family, DTYPES[cfg.model.dtype], device)
         use_attention(self.model.transformer, cfg.model.attention)
-        self.mode = cfg.model.fp8.mode if cfg.model.fp8 else None
         self.fp8 = self._fp8()
         if cfg.rollout.cuda_graphs:
             self.model.graphs = ForwardGraphs(self.model.transformer, self.model.forward)
@@ -109,7 +94,17 @@ class Trainer:
         self.rollout_sampling = self._sampling(cfg.rollout.steps, cfg.rollout.guidance)
         self.evaluation_sampling = self._sampling(cfg.evaluation.steps, cfg.evaluation.guidance)
         self.learner = Learner(cfg, self.model, self.algorithm, self.workers, self.rollout_sampling)
-        self._judging = ThreadPoolExecutor(1, thread_name_prefix="judges")
+        self.rollouts = Rollouts(
+            cfg,
+            self.model,
+            self.algorithm,
+            self.workers,
+            self.rollout_sampling,
+            self.scheduler,
+            self.in_fp8,
+            self.embed,
+            self.null,
+        )
 
     def _fp8(self) -> Fp8 | None:
         """The transformer's fp8 layers, off; which they are is logged."""
@@ -120,6 +115,10 @@ class Trainer:
         plan = plan_layers(transformer, layers, fp8.skip, fp8.recipe, fp8.backward)
         logger.info("fp8, %s, library %s\n%s", fp8.mode, fp8.library, describe(plan, fp8.recipe))
         return use_fp8(transformer, plan, fp8.recipe, fp8.backward, fp8.library)
+
+    def in_fp8(self) -> AbstractContextManager[None]:
+        """Inside, the transformer computes in fp8 where the recipe has it."""
+        return nullcontext() if self.fp8 is None else self.fp8.on()
 
     def _sampling(self, steps: int, scale: float) -> Sampling:
         r = self.cfg.rollout
@@ -142,183 +141,26 @@ class Trainer:
         with torch.no_grad():
             return self.cache.get(list(prompts), self.model.encode)
 
-    def judge(self, images: np.ndarray, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
-        """Scores float32 [B, K] and valid bool [B, K] of all judges, optimised ones first."""
-        scores, valid = score_all(self.judges, images, [p.metadata for p in prompts])
-        return torch.as_tensor(scores), torch.as_tensor(valid)
-
     def rollout(self, prompts: list[Prompt], update: int) -> Batch:
-        """Every prompt's group, drawn and judged; under fp8 as its mode says."""
-        if self.mode == "explore":
-            return self._explored(prompts, update)
-        with self.in_fp8(self.mode is not None):
-            batch = self._draw(prompts, update)
-        return self._rescored(batch) if self.mode == "corrected" else batch
-
-    def in_fp8(self, wanted: bool) -> AbstractContextManager[None]:
-        """Inside, the transformer computes in fp8 where the recipe has it and it is wanted."""
-        return self.fp8.on() if self.fp8 is not None and wanted else nullcontext()
-
-    def _explored(self, prompts: list[Prompt], update: int) -> Batch:
-        """The best and the worst of what fp8 draws, drawn again without it (arXiv 2604.06916)."""
-        fp8 = self.cfg.model.fp8
-        assert fp8 is not None and fp8.keep is not None
-        with self.in_fp8(True):
-            found = self._draw(prompts, update, record=False)
-        kept = best_and_worst(self.advantages(found).advantage, len(prompts), fp8.keep)
-        batch = self._draw(prompts, update, kept)
-        gap = (batch.scores - found.scores[kept])[batch.valid & found.valid[kept]]
-        means = self._means(found).items()
-        metrics = {f"explored/{n.removeprefix('reward/')}": value for n, value in means}
-        if len(gap):
-            metrics["explored/score_gap"] = gap.double().abs().mean().item()
-        return replace(batch, metrics=metrics)
-
-    def _rescored(self, batch: Batch) -> Batch:
-        """The batch with log-probs of the forward that trains in place of fp8's."""
-
-        def again(chunk: Trajectory) -> Trajectory:
-            with torch.no_grad():
-                steps = replay(self.model, chunk, self.rollout_sampling)
-                return replace(chunk, logp=tuple(step.logp for step in steps))
-
-        chunks = list(self.workers.map(again, batch.trajectories))
-        pairs = zip(chunks, batch.trajectories, strict=True)
-        gaps = [(torch.stack(new.logp) - torch.stack(old.logp)).abs() for new, old in pairs]
-        gap = torch.cat([g.flatten() for g in gaps]).double().mean().item()
-        return replace(batch, trajectories=chunks, metrics={"fp8/logp_gap": gap})
-
-    def _draw(
-        self,
-        prompts: list[Prompt],
-        update: int,
-        samples: list[int] | None = None,
-        record: bool = True,
-    ) -> Batch:
-        """Sample every prompt's group; judges score one chunk while the next is sampled.
-
-        samples: numbers of those to draw, as many of each prompt; None: all. record: keep what
-        replay needs.
-        """
-        r = self.cfg.rollout
-        total = len(prompts) * r.group_size
-        rows = [prompts[k // r.group_size] for k in (range(total) if samples is None else samples)]
-        recorded = self.algorithm.record(
-            r.steps,
-            (r.window.start, r.window.size) if r.window else None,
-            (r.sde_steps.count, r.sde_steps.high or r.steps - 1) if r.sde_steps else None,
-            self.cfg.seed,
-            update,
-        )
-
-        def draw(chunk: Trajectory) -> tuple[Trajectory, np.ndarray | NotFinite]:
-            if not record:
-                chunk = replace(chunk, recorded=(), x=(), x_next=(), delta=(), logp=())
-            try:
-                return chunk, self.model.decode(chunk.latents, r.height, r.width)
-            except NotFinite as error:
-                return chunk, error
-
-        chunks: list[tuple[Trajectory, np.ndarray, Future[tuple[Tensor, Tensor]]]] = []
-
-        def failed(message: str, results: Sequence[Tensor] = ()) -> StepFailed:
-            """The error, with what there is of the batch; results: scores of the first chunks."""
-            scores = torch.full((len(rows), len(self.judges)), torch.nan)
-            for (chunk, _, _), known in zip(chunks, results, strict=False):
-                scores[chunk.rows.start : chunk.rows.stop] = known
-            size = (0, r.height, r.width, 3)
-            drawn = np.concatenate([np.empty(size, np.uint8), *(images for _, images, _ in chunks)])
-            trajectories = [chunk for chunk, _, _ in chunks]
-            return StepFailed(
-                message, Batch(prompts, trajectories, drawn, scores, scores.isfinite())
-            )
-
-        with self.algorithm.sampling(self.model):
-            for chunk, images in sample_then(
-                draw,
-                self.workers,
-                self.model,
-                self.embed([p.prompt for p in prompts]),
-                self.null,
-                self.rollout_sampling,
-                self.scheduler,
-                group_size=r.group_size,
-                seed=self.cfg.seed,
-                update=update,
-                recorded=recorded,
-                shared_noise=r.shared_noise,
-                samples=samples,
-            ):
-                if isinstance(images, NotFinite):
-                    raise failed(f"rollout of rows {chunk.rows}: {images}")
-                # Judges see the chunks in order, whichever was drawn first: one may draw numbers.
-                part = rows[chunk.rows.start : chunk.rows.stop]
-                chunks.append((chunk, images, self._judging.submit(self.judge, images, part)))
-        results: list[tuple[Tensor, Tensor]] = []
-        for chunk, _, future in chunks:
-            try:
-                results.append(future.result())
-            except BadReward as error:
-                row = chunk.rows.start + error.row
-                known = [scores for scores, _ in results]
-                if error.scores is not None:
-                    scores = torch.full((len(chunk.rows), len(self.judges)), torch.nan)
-                    scores[:, self.judges.index(error.judge)] = torch.as_tensor(error.scores)
-                    known.append(scores)
-                raise failed(
-                    f"judge {error.judge!r}, row {row} ({rows[row].prompt!r}): {error.reason}",
-                    known,
-                ) from error
-        scores, valid = (torch.cat(parts) for parts in zip(*results, strict=True))
-        drawn = np.concatenate([images for _, images, _ in chunks])
-        return Batch(prompts, [chunk for chunk, _, _ in chunks], drawn, scores, valid)
+        """Every prompt's group, drawn and judged."""
+        return self.rollouts.batch(prompts, update)
 
     def advantages(self, batch: Batch) -> ops.GroupAdvantage:
-        """Group advantages of the optimised judges, by each prompt's category weights."""
-        cfg, names = self.cfg, list(self.cfg.rewards)
-        group = len(batch.scores) // len(batch.prompts)
-        categories = [p.category for p in batch.prompts for _ in range(group)]
-        weights = weights_for(categories, cfg.rewards, cfg.category_weights, names)
-        a = cfg.advantage
-        return ops.group_advantage(
-            batch.scores[:, : len(names)],
-            torch.arange(len(batch.prompts)).repeat_interleave(group),
-            torch.as_tensor(weights),
-            std=a.std,
-            ddof=a.ddof,
-            eps=a.eps,
-            std_floor=a.std_floor,
-            clamp=a.clamp,
-            min_range=a.min_range,
-            mode=a.mode,
-            valid=batch.valid[:, : len(names)],
-        )
+        """Of each sample, see `rollouts.advantages`."""
+        return advantages(self.cfg, batch)
 
     def reward_metrics(self, batch: Batch, advantage: ops.GroupAdvantage) -> dict[str, float]:
         """Mean score of each judge, the share of rows it failed on and of rows that train."""
-        metrics = self._means(batch) | batch.metrics
+        metrics = mean_scores(self.cfg, batch) | batch.metrics
         for i, name in enumerate(self.judges):
             metrics[f"failed/{name}"] = (~batch.valid[:, i]).double().mean().item()
         metrics["kept_groups"] = advantage.keep.double().mean().item()
         return metrics
 
-    def _means(self, batch: Batch) -> dict[str, float]:
-        """Mean score of each judge over its valid rows.
-
-        `reward` is the weighted mean of the optimised ones, absent where one failed on all rows.
-        """
-        metrics = {}
-        for i, name in enumerate(self.judges):
-            valid = batch.valid[:, i]
-            if bool(valid.any()):
-                metrics[f"reward/{name}"] = batch.scores[valid, i].double().mean().item()
-        if all(f"reward/{name}" in metrics for name in self.cfg.rewards):
-            metrics["reward"] = sum(w * metrics[f"reward/{n}"] for n, w in self.cfg.rewards.items())
-        return metrics
-
     def update(self, batch: Batch, advantage: ops.GroupAdvantage) -> dict[str, float]:
         """One optimizer step per minibatch of chunks; returns the metrics of the update."""
-        with self.in_fp8(self.mode == "unified"):
+        fp8 = self.cfg.model.fp8
+        with self.in_fp8() if fp8 is not None and fp8.mode == "unified" else nullcontext():
             return self.learner.update(batch.trajectories, advantage.advantage)
 
     def evaluate(self, count: int | None = None) -> Evaluation:

@@ -36,8 +36,8 @@ from qirl_fast.models.qwenimage21 import LORA_TARGETS, QwenImage21
 from qirl_fast.rollout.guidance import Guidance
 from qirl_fast.rollout.replay import replay
 from qirl_fast.rollout.sample import Sampling, sample
+from qirl_fast.rollouts import best_and_worst
 from qirl_fast.train import main
-from qirl_fast.trainer import best_and_worst
 
 TARGETS = {"2.1": QwenImage21.fp8_layers, "1.x": QwenImage.fp8_layers}
 RECIPES = ("row", "block", "tensor")
