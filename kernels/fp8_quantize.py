@@ -69,14 +69,17 @@ def store_quantized(
     """For other kernels: the e4m3fn codes and scales of elements `first` on of a row.
 
     y: [BLOCK] in float32, as rounded to its own dtype. A scale for every UNIT elements: 128, of
-    which `first` is a multiple, or BLOCK, which holds the whole row.
+    which `first` is a multiple, or BLOCK, which holds the whole row. The codes are stored in two
+    dimensions: stored in one, they would hand their own layout to all of the kernel and change the
+    order of a norm's sums, and so y.
     """
-    at = first + tl.arange(0, BLOCK)
-    spans = tl.reshape(tl.where(at < width, y, 0.0), (BLOCK // UNIT, UNIT))
+    k = tl.arange(0, BLOCK // UNIT)
+    at = first + k[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
+    spans = tl.where(at < width, tl.reshape(y, (BLOCK // UNIT, UNIT)), 0.0)
     scale = _scale(tl.max(_finite_magnitude(spans), axis=1), False)
-    codes = tl.reshape(_codes(spans, _inverse(scale)[:, None], False), (BLOCK,))
+    codes = _codes(spans, _inverse(scale)[:, None], False)
     tl.store((q_ptr + row * width) + at, codes, mask=at < width)
-    span, count = first // UNIT + tl.arange(0, BLOCK // UNIT), (width + UNIT - 1) // UNIT
+    span, count = first // UNIT + k, (width + UNIT - 1) // UNIT
     tl.store((scale_ptr + row * count) + span, scale, mask=span < count)
 
 

@@ -321,5 +321,5 @@ for _dtype in ("bf16", "fp32"):
             _unit = unit_of(_quantize, plan("", _width, 2)[0])
             _flags = {"HAS_SHIFT": True, "UNIT": _unit}
             BUDGET.append(
-                _case(forward_kernel, _dtype, _width, _flags, 96, narrow=1 if _unit else 0)
+                _case(forward_kernel, _dtype, _width, _flags, 96, narrow=3 if _unit else 0)
             )

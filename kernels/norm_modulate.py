@@ -345,4 +345,4 @@ for _dtype in ("bf16", "fp32"):
         for _quantize in ("", "row", "block"):
             _unit = unit_of(_quantize, plan("", _width, 2)[0])
             _flags = {**_FLAGS, "HAS_SHIFT": True, "UNIT": _unit}
-            BUDGET.append(case(*_forward, _flags, _width, 96, narrow=1 if _unit else 0))
+            BUDGET.append(case(*_forward, _flags, _width, 96, narrow=3 if _unit else 0))

@@ -25,6 +25,7 @@ class Measured:
     scalar_stores: int = 0
     tensor_loads: int = 0
     tensor_stores: int = 0
+    row_layouts: set[str] = field(default_factory=set)  # of the rows that are added up
 
 
 _ACCESS = re.compile(r"\b(LDG|LDGSTS|STG)\.E((?:\.\w+)*)")
@@ -77,6 +78,9 @@ def measure(tmp_path: Path) -> Callable[..., Measured]:
         cubin = tmp_path / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
         measured = read_cubin(cubin)
+        layouts = dict(re.findall(r"^(#\w+) = (.*)$", kernel.asm["ttgir"], re.M))
+        sums = re.findall(r"\}\) : \(tensor<\d+xf32, (#\w+)>\)", kernel.asm["ttgir"])
+        measured.row_layouts = {layouts[name] for name in sums}
         # A software pipeline turns loads into asynchronous copies.
         measured.tensor_loads += kernel.asm["ttgir"].count("async_copy_global_to_local")
         for op, operand in re.findall(r"\btt\.(load|store) .* : (.)", kernel.asm["ttgir"]):

@@ -31,6 +31,20 @@ def test_kernel_keeps_to_its_budget(case, target, measure, faults):
     assert faults(case, measured) == [], str(measured)
 
 
+@pytest.mark.parametrize("file", ["norm_modulate", "gate_residual_norm_modulate"])
+@pytest.mark.parametrize("target", [80, 90, 100])
+def test_a_norm_that_also_writes_fp8_adds_in_the_same_order(file, target, measure):
+    """The layout of a row is the order of its sums, and so the bits of y."""
+    found: dict[str, set[str]] = {}
+    for case in import_module(f"qirl_fast.kernels.{file}").BUDGET:
+        if "UNIT" in case.constexprs:
+            instance = f"{case.signature['y_ptr']}, {case.constexprs['BLOCK']}"
+            layouts = measure(case, target).row_layouts
+            assert len(layouts) == 1
+            found.setdefault(instance, set()).update(layouts)
+    assert len(found) == 4 and all(len(layouts) == 1 for layouts in found.values())
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_every_kernel_has_a_case(file):
     module = import_module(f"qirl_fast.kernels.{file}")
