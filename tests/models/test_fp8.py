@@ -303,6 +303,7 @@ def test_fsdp2_quantises_what_it_gathers(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_gpu_multiplies_in_fp8(monkeypatch, recipe: str) -> None:
     seen: list[torch.dtype] = []
