@@ -49,7 +49,7 @@ from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 from qirl_fast.ops.fp8_quantize import BLOCK, Quantized, fp8_quantize_reference
 from qirl_fast.ops.fp8_quantize import OP as QUANTIZE
 
-TILE = 64  # rows a call of the CPU's GEMM, where rows do not depend on each other
+TILE = 256  # rows a call of the CPU's GEMM, where rows do not depend on each other
 
 
 # ---- reference ----------------------------------------------------------------------------------
@@ -125,8 +125,10 @@ def _gemm_cpu(
     for first in range(0, rows, tile):
         last = min(first + tile, rows)
         part = _widened(xq[first:last], xs if granularity == "tensor" else xs[first:last])
-        if last - first < tile:
-            part = F.pad(part, (0, 0, 0, tile - (last - first)))
+        if last - first == tile and dtype == torch.float32:
+            torch.addmm(start, part, w_KN, out=y[first:last])
+            continue
+        part = F.pad(part, (0, 0, 0, tile - (last - first)))
         y[first:last] = torch.addmm(start, part, w_KN)[: last - first]
     return y
 
