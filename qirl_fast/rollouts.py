@@ -22,6 +22,8 @@ from qirl_fast.rollout.replay import replay
 from qirl_fast.rollout.sample import Sampling, Trajectory, sample_then
 from qirl_fast.rollout.workers import Workers
 
+Judged = tuple[Trajectory, np.ndarray, Future[tuple[Tensor, Tensor]]]  # a chunk, images, scores
+
 
 def best_and_worst(value: Tensor, groups: int, keep: int) -> list[int]:
     """Indices, ascending, of the keep / 2 largest and smallest of each of `groups` equal parts.
@@ -169,7 +171,7 @@ class Rollouts:
             except NotFinite as error:
                 return chunk, error
 
-        chunks: list[tuple[Trajectory, np.ndarray, Future[tuple[Tensor, Tensor]]]] = []
+        chunks: list[Judged] = []
 
         def failed(message: str, results: Sequence[Tensor] = ()) -> StepFailed:
             """The error, with what there is of the batch; results: scores of the first chunks."""
@@ -206,6 +208,14 @@ class Rollouts:
                 chunks.append(
                     (chunk, images, self._judging.submit(score, self.judges, images, part))
                 )
+        scores, valid = self._scores(rows, chunks, failed)
+        drawn = np.concatenate([images for _, images, _ in chunks])
+        return Batch(prompts, [chunk for chunk, _, _ in chunks], drawn, scores, valid)
+
+    def _scores(
+        self, rows: list[Prompt], chunks: list[Judged], failed: Callable[..., StepFailed]
+    ) -> tuple[Tensor, Tensor]:
+        """Scores and valid [B, K] of all chunks; a reward that is none stops the step."""
         results: list[tuple[Tensor, Tensor]] = []
         for chunk, _, future in chunks:
             try:
@@ -222,5 +232,4 @@ class Rollouts:
                     known,
                 ) from error
         scores, valid = (torch.cat(parts) for parts in zip(*results, strict=True))
-        drawn = np.concatenate([images for _, images, _ in chunks])
-        return Batch(prompts, [chunk for chunk, _, _ in chunks], drawn, scores, valid)
+        return scores, valid

@@ -33,7 +33,10 @@ from torch.utils.checkpoint import checkpoint
 
 import qirl_fast
 from qirl_fast import ops
-from qirl_fast.models.fp8 import te
+from qirl_fast.models.fp8 import plan_layers, te, use_fp8
+from qirl_fast.rollout.guidance import Guidance
+from qirl_fast.rollout.replay import replay
+from qirl_fast.rollout.sample import Sampling, sample
 
 WIDTH = 128
 PERMITTED = (0.02, 0.06)
@@ -425,6 +428,34 @@ def test_a_weight_cached_without_gradients_serves_training(
     with te.autocast(layer, True):
         layer(x.requires_grad_()).sum().backward()
     assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("lora_first", [True, False])
+def test_a_run_rolls_out_and_replays_through_it(
+    stand_in: None, make_model: Any, lora_first: bool
+) -> None:
+    model = make_model()
+    if lora_first:
+        model.trainable("lora", 4, 8, None, 0)
+    plan = plan_layers(model.transformer, model.fp8_layers, (), "tensor", "high")
+    switch = use_fp8(model.transformer, plan, "tensor", library="te")
+    if not lora_first:
+        model.trainable("lora", 4, 8, None, 0)
+    how = Sampling(64, 64, 3, Guidance(1.5, False, "frozen_offset"), "flow_sde", max_rows=2)
+    *texts, null = model.encode(["a red circle", ""])
+
+    def rollout() -> Any:
+        config = dict(model.pipeline.scheduler.config)
+        options: dict[str, Any] = {"group_size": 2, "seed": 0, "update": 1, "recorded": (0, 1)}
+        return next(iter(sample(model, texts, null, how, config, **options)))
+
+    plain = rollout()
+    with switch.on():
+        chunk = rollout()
+        for step in replay(model, chunk, how):
+            assert torch.equal(step.logp, step.logp_old)
+    assert 0.001 < error(chunk.latents, plain.latents) < 0.2
+    assert torch.equal(rollout().latents, plain.latents)
 
 
 def changed_in_place(layer: nn.Module) -> None:

@@ -77,14 +77,15 @@ def use_fp8(
     """
     require_recipe(recipe, library)
     require_device(next(transformer.parameters()).device, recipe)
+    modules = dict(transformer.named_modules())
     names = [layer.name for layer in plan if layer.fp8]
+    names = [f"{name}.base_layer" if f"{name}.base_layer" in modules else name for name in names]
     if library == "te":
         import qirl_fast.models.fp8.te as te
 
         te.convert(transformer, names, TE_RECIPES[recipe])
         return Fp8(transformer, (), library)
-    modules = dict(transformer.named_modules())
-    found = [modules.get(f"{name}.base_layer", modules.get(name)) for name in names]
+    found = [modules.get(name) for name in names]
     strange = [
         f"{name} ({type(m).__name__})"
         for name, m in zip(names, found, strict=True)
