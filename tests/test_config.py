@@ -338,6 +338,18 @@ def test_only_train_steps_may_grow() -> None:
     assert {line.partition(":")[0] for line in caught.value.problems[1:]} == {"seed", "rollout.eta"}
 
 
+def test_a_run_made_before_a_key_existed_goes_on_at_its_default() -> None:
+    cfg = load()
+    saved = cfg.model_dump(mode="json")
+    for section, key in (("model", "fp8"), ("train", "replay_steps")):
+        saved[section].pop(key)
+    refuse_changes(saved, cfg, "here")
+    with pytest.raises(ConfigError, match=r"train\.replay_steps: was 'absent', is now 2"):
+        refuse_changes(saved, load("train.replay_steps=2"), "here")
+    assert config_hash(load("train.replay_steps=1")) == config_hash(cfg)
+    assert config_hash(load("model.fp8={mode: unified}")) != config_hash(cfg)
+
+
 def test_derived_sizes() -> None:
     argv = ["data.prompts_per_step=6", "rollout.group_size=8", "train.updates_per_rollout=4"]
     argv += ["rollout.steps=10", "rollout.guidance=2", "train.steps=3"]

@@ -98,11 +98,12 @@ def save_resolved(cfg: Config, path: str | os.PathLike[str]) -> None:
 def config_hash(cfg: Config) -> str:
     """Return the SHA-256 of everything that changes the numbers of a step.
 
-    Left out: run, output, resume, threads, tracking, train.recompute_blocks, and train.steps, which
-    only says when to end (not where train.decay counts the learning rate down to it).
+    Left out: run, output, resume, threads, tracking, train.recompute_blocks, train.steps, which
+    only says when to end (not where train.decay counts the learning rate down to it), and keys at
+    their default: a key that is new does not change the hash of a run that knew nothing of it.
     """
-    flat = _numbers(cfg.model_dump(mode="json"))
-    if not flat["train.decay"]:
+    flat = _numbers(cfg.model_dump(mode="json", exclude_defaults=True))
+    if not cfg.train.decay:
         flat.pop("train.steps", None)
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 
@@ -127,12 +128,16 @@ def changes(old: Config | Mapping[str, Any], new: Config) -> list[str]:
     """Return one line per key that changes the numbers: 'key: was X, is now Y'.
 
     old: a Config, or its `model_dump(mode="json")` as kept in a checkpoint.
-    A larger train.steps is no change where train.decay is 0; a smaller one is.
+    A larger train.steps is no change where train.decay is 0; a smaller one is. Nor is a key that
+    `old` lacks and that is at its default: there was none when that run was made.
     """
     before = _numbers(old.model_dump(mode="json") if isinstance(old, Config) else old)
     after = _numbers(new.model_dump(mode="json"))
+    chosen = _numbers(new.model_dump(mode="json", exclude_defaults=True))
     lines = []
     for key in sorted(before.keys() | after.keys()):
+        if key not in before and key not in chosen:
+            continue
         was, now = before.get(key, "absent"), after.get(key, "absent")
         grown = key == "train.steps" and "absent" not in (was, now) and now >= was
         grown = grown and not after["train.decay"]

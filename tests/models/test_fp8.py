@@ -491,10 +491,17 @@ def test_latents_that_are_not_finite_become_no_image(frozen_model, bad: float) -
 UNIFIED = "model.fp8={mode: unified}"
 
 
-@pytest.mark.parametrize("backward", ["high", "fp8"])
-def test_unified_has_a_ratio_of_one(finished, read_jsonl, backward: str) -> None:
-    settings = (UNIFIED, f"model.fp8.backward={backward}", "train.kl_weight=0.1")
-    folder = finished(f"unified-{backward}", *settings)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("high", ()),
+        ("fp8", ("model.fp8.backward=fp8",)),
+        ("bfloat16", ("model.dtype=bfloat16",)),
+        ("tensor", ("model.fp8.recipe=tensor", "rollout.ratio_mode=full")),
+    ],
+)
+def test_unified_has_a_ratio_of_one(finished, read_jsonl, name: str, settings: Any) -> None:
+    folder = finished(f"unified-{name}", UNIFIED, "train.kl_weight=0.1", *settings)
     rows = read_jsonl(folder / "metrics.jsonl")
     assert [row["pre_update_ratio_error"] for row in rows] == [0, 0]
     assert all(row["grad_norm"] > 0 for row in rows)

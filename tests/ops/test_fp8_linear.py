@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qirl_fast import ops
-from qirl_fast.ops.fp8_linear import _dequantized, fp8_linear_reference
+from qirl_fast.ops.fp8_linear import _dequantized, _widened, fp8_linear_reference
 from qirl_fast.ops.fp8_quantize import fp8_quantize_reference
 
 SHAPES = [((1, 16), 16), ((5, 48), 32), ((2, 70, 64), 96), ((130, 272), 48)]
@@ -64,6 +64,18 @@ def test_value_matches_float64(shape, out, dtype, granularity, bias_dtype, no_wo
     no_worse(plain, baseline, truth)
     quantized = ops.Quantized(x, *ops.fp8_quantize(x, granularity=granularity))
     assert torch.equal(ops.fp8_linear(quantized, q, scale, bias, granularity=granularity), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("width", [256, 64, 37])
+def test_every_code_is_widened_exactly(dtype, width, isa):
+    codes = torch.arange(256, dtype=torch.uint8).repeat(width).view(-1, width).view(dtype)
+    for scale in (torch.rand(len(codes), 1), torch.rand(1), torch.ones(len(codes), 1)):
+        wide = _widened(codes, scale)
+        assert torch.equal(wide.nan_to_num(7e7), (codes.float() * scale).nan_to_num(7e7))
+    blocks = torch.rand(len(codes), -(-width // 128))
+    expected = codes.float() * blocks.repeat_interleave(128, 1)[:, :width]
+    assert torch.equal(_widened(codes, blocks).nan_to_num(7e7), expected.nan_to_num(7e7))
 
 
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
