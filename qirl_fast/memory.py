@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from qirl_fast.config import Config, derived, trained_group
+from qirl_fast.config import Config, ConfigError, derived, trained_group
 from qirl_fast.data.prompts import load_prompts
 from qirl_fast.models import Model, adapter_of
 from qirl_fast.models.fp8 import Layer, plan_layers, use_fp8
@@ -69,13 +69,16 @@ def plan(cfg: Config) -> dict[str, int]:
 
 
 def fp8_plan(cfg: Config) -> list[Layer]:
-    """The precision of every linear layer, from the config files; ValueError as `plan_layers`."""
+    """The precision of every linear layer, from the config files; ConfigError as `plan_layers`."""
     fp8, folder = cfg.model.fp8, packaged(cfg.model.path)
     assert fp8 is not None
     adapter = adapter_of(folder, cfg.model.family)
     transformer = described_model(adapter.parts["transformer"], folder / "transformer")
     layers = fp8.layers or adapter.fp8_layers
-    return plan_layers(transformer, layers, fp8.skip, fp8.recipe, fp8.backward)
+    try:
+        return plan_layers(transformer, layers, fp8.skip, fp8.recipe, fp8.backward)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
 
 
 def describe_plan(plan: dict[str, int]) -> str:

@@ -154,7 +154,7 @@ def _gemm_cuda(
     dtype: torch.dtype,
 ) -> Tensor:
     """[M, N]. cuBLASLt scales rows only into bfloat16, and adds no float32 bias."""
-    w_KN = wq.t()
+    w_KN, ws = wq.t(), ws.contiguous()  # torch._scaled_mm takes no other scales
     if granularity == "block":
         kind = F.ScalingType.BlockWise1x128
         by_column = [s.t().contiguous().t() for s in (xs, ws)]

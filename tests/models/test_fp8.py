@@ -9,6 +9,7 @@ three bits), so a layer by about 3.7 %.
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -579,6 +580,8 @@ def test_dry_run_lists_every_layer(capsys, weights: Path) -> None:
     assert "transformer_blocks.{0-3}.attn.to_k 96 x 96 fp8 row" in said
     assert "img_mlp.out 96 x 288 the model's dtype: skipped by name" in said
     assert "weights in fp8" in said
+    assert main(["--dry-run", UNIFIED, "model.fp8.skip=[mlp]"]) == 2
+    assert "error: fp8 skip ['mlp'] match no linear layer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -640,3 +643,10 @@ def test_saved_for_backward(make_model) -> None:
         saved.append(kept.bytes)
         del alive
     assert saved[1] <= 1.05 * saved[0]
+
+
+def test_the_example_in_the_docs_runs(capsys) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "fp8.md").read_text()
+    (example,) = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    exec(compile(example, "docs/fp8.md", "exec"), {})
+    assert "transformer_blocks.{0-3}.attn.to_q" in capsys.readouterr().out
