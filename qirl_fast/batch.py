@@ -22,6 +22,7 @@ class Batch:
     scores: Tensor  # float32 [B, K], all judges
     valid: Tensor  # bool [B, K]
     metrics: dict[str, float] = field(default_factory=dict)  # of how they were drawn
+    explored: int = 0  # samples drawn to choose these from
 
 
 class StepFailed(RuntimeError):

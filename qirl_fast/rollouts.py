@@ -1,5 +1,6 @@
 """How one update's samples come to be: drawn, judged, and, in fp8, chosen or scored again."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -28,7 +29,7 @@ Judged = tuple[Trajectory, np.ndarray, Future[tuple[Tensor, Tensor]]]  # a chunk
 def best_and_worst(value: Tensor, groups: int, keep: int) -> list[int]:
     """Indices, ascending, of the keep / 2 largest and smallest of each of `groups` equal parts.
 
-    value: [N], N a multiple of groups. Of equal ones the first.
+    value: [N], N a multiple of groups. Of equal values the first are the smaller ones.
     """
     order = value.view(groups, -1).argsort(dim=1, stable=True)
     picked = torch.cat([order[:, : keep // 2], order[:, -(keep // 2) :]], dim=1)
@@ -36,8 +37,11 @@ def best_and_worst(value: Tensor, groups: int, keep: int) -> list[int]:
     return (picked + first).flatten().sort().values.tolist()
 
 
-def advantages(cfg: Config, batch: Batch) -> ops.GroupAdvantage:
-    """Group advantages of the optimised judges, by each prompt's category weights."""
+def advantages(cfg: Config, batch: Batch, clamp: float | None = None) -> ops.GroupAdvantage:
+    """Group advantages of the optimised judges, by each prompt's category weights.
+
+    clamp: in place of the recipe's.
+    """
     names = list(cfg.rewards)
     group = len(batch.scores) // len(batch.prompts)
     categories = [p.category for p in batch.prompts for _ in range(group)]
@@ -51,7 +55,7 @@ def advantages(cfg: Config, batch: Batch) -> ops.GroupAdvantage:
         ddof=a.ddof,
         eps=a.eps,
         std_floor=a.std_floor,
-        clamp=a.clamp,
+        clamp=a.clamp if clamp is None else clamp,
         min_range=a.min_range,
         mode=a.mode,
         valid=batch.valid[:, : len(names)],
@@ -117,14 +121,17 @@ class Rollouts:
         assert fp8 is not None and fp8.keep is not None
         with self.on():
             found = self._draw(prompts, update, record=False)
-        kept = best_and_worst(advantages(self.cfg, found).advantage, len(prompts), fp8.keep)
-        batch = self._draw(prompts, update, kept)
-        gap = (batch.scores - found.scores[kept])[batch.valid & found.valid[kept]]
+        value = advantages(self.cfg, found, clamp=math.inf).advantage  # clamped ones tie
+        kept = best_and_worst(value, len(prompts), fp8.keep)
+        explored, scores, valid = len(found.images), found.scores[kept], found.valid[kept]
         means = mean_scores(self.cfg, found).items()
+        del found  # its images
+        batch = self._draw(prompts, update, kept)
+        gap = (batch.scores - scores)[batch.valid & valid]
         metrics = {f"explored/{n.removeprefix('reward/')}": value for n, value in means}
         if len(gap):
             metrics["explored/score_gap"] = gap.double().abs().mean().item()
-        return replace(batch, metrics=metrics)
+        return replace(batch, metrics=metrics, explored=explored)
 
     def _rescored(self, batch: Batch) -> Batch:
         """The batch with log-probs of the forward that trains in place of fp8's."""
@@ -192,7 +199,7 @@ class Rollouts:
                 self.model,
                 self.embed([p.prompt for p in prompts]),
                 self.null,
-                self.how,
+                self.how if record else replace(self.how, max_rows=r.max_rows),
                 self.scheduler,
                 group_size=r.group_size,
                 seed=self.cfg.seed,
@@ -202,7 +209,8 @@ class Rollouts:
                 samples=samples,
             ):
                 if isinstance(images, NotFinite):
-                    raise failed(f"rollout of rows {chunk.rows}: {images}")
+                    row = chunk.rows.start + images.row
+                    raise failed(f"rollout: row {row} ({rows[row].prompt!r}): {images}")
                 # Judges see the chunks in order, whichever was drawn first: one may draw numbers.
                 part = rows[chunk.rows.start : chunk.rows.stop]
                 chunks.append(

@@ -25,10 +25,11 @@ from qirl_fast.checkpoint import (
     save_checkpoint,
     unpack,
 )
-from qirl_fast.config import Config, ConfigError, config_hash, describe, load_config
+from qirl_fast.config import Config, ConfigError, describe, load_config, refuse_changes
 from qirl_fast.data.prompts import PromptError
 from qirl_fast.memory import describe_plan, fp8_plan, plan
 from qirl_fast.models.fp8 import describe as describe_layers
+from qirl_fast.models.fp8.te import Unavailable
 from qirl_fast.report import before_evaluation, draw_samples, write_report
 from qirl_fast.tracking import Tracker, prepare_run_dir
 from qirl_fast.trainer import EvaluationFailed, Trainer
@@ -71,7 +72,7 @@ def loop(cfg: Config, run_dir: Path, fresh: bool) -> Path:
         if fresh:
             shutil.rmtree(run_dir)  # nothing was computed: the mended command finds its place free
         # Refused by model, prompts, checkpoint, disk; or a library that was asked for is missing.
-        if isinstance(error, ValueError | OSError | ImportError):
+        if isinstance(error, ValueError | OSError | Unavailable):
             raise ConfigError([str(error)]) from error
         raise
     with Tracker(run_dir, cfg, step=step) as tracker:
@@ -93,7 +94,7 @@ def loop(cfg: Config, run_dir: Path, fresh: bool) -> Path:
                 with tracker.phase("evaluate"):
                     scores = trainer.evaluate().scores
                 metrics |= {f"heldout/{name}": float(s.mean()) for name, s in scores.items()}
-            tracker.log(update, metrics, images=len(batch.images))
+            tracker.log(update, metrics, images=len(batch.images) + batch.explored)
             samples_every = cfg.tracking.samples_every
             if samples_every and due(update, samples_every, cfg.train.steps):
                 draw_samples(trainer, run_dir, update)
@@ -113,7 +114,7 @@ def due(update: int, every: int, last: int) -> bool:
 def save(trainer: Trainer, run_dir: Path, update: int, cfg: Config) -> None:
     """Write checkpoint-`update`, exports included."""
     tensors, tree = pack(trainer.state())
-    state = {"tree": tree, "config": config_hash(cfg)}
+    state = {"tree": tree, "config": cfg.model_dump(mode="json")}
     save_checkpoint(run_dir, update, tensors, state, trainer.lora(), cfg.tracking.keep_checkpoints)
 
 
@@ -124,10 +125,15 @@ def resume(trainer: Trainer, run_dir: Path, cfg: Config) -> int:
     found = find_latest(run_dir) if cfg.resume == "auto" else load_checkpoint(Path(cfg.resume))
     if found is None:
         return 0
-    if found.state["config"] != config_hash(cfg):
+    settings = found.state["config"]
+    if isinstance(settings, str):
         raise ConfigError(
-            [f"resume: {found.path} was written by another recipe; resume with that one's settings"]
+            [
+                f"resume: {found.path} was written by an earlier version, which kept a hash of its "
+                "settings alone; resume it with that version, or start anew under run=NAME"
+            ]
         )
+    refuse_changes(settings, cfg, f"resume: {found.path}")
     trainer.load_state(unpack(found.tensors, found.state["tree"]))
     return found.step
 
@@ -160,7 +166,8 @@ def main(argv: list[str] | None = None) -> int:
             print(describe(cfg))
             print(describe_plan(plan(cfg)))
             if cfg.model.fp8 is not None:
-                print(describe_layers(fp8_plan(cfg), cfg.model.fp8.recipe))
+                fp8 = cfg.model.fp8
+                print(describe_layers(fp8_plan(cfg), fp8.recipe, fp8.library))
             return 0
         train(cfg)
     except (ConfigError, PromptError, CheckpointError, FileNotFoundError) as error:

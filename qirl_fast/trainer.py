@@ -113,7 +113,7 @@ class Trainer:
             return None
         layers = fp8.layers or self.model.fp8_layers
         plan = plan_layers(transformer, layers, fp8.skip, fp8.recipe, fp8.backward)
-        logger.info("fp8, %s, library %s\n%s", fp8.mode, fp8.library, describe(plan, fp8.recipe))
+        logger.info("fp8, %s\n%s", fp8.mode, describe(plan, fp8.recipe, fp8.library))
         return use_fp8(transformer, plan, fp8.recipe, fp8.backward, fp8.library)
 
     def in_fp8(self) -> AbstractContextManager[None]:

@@ -346,8 +346,6 @@ def test_a_run_made_before_a_key_existed_goes_on_at_its_default() -> None:
     refuse_changes(saved, cfg, "here")
     with pytest.raises(ConfigError, match=r"train\.replay_steps: was 'absent', is now 2"):
         refuse_changes(saved, load("train.replay_steps=2"), "here")
-    assert config_hash(load("train.replay_steps=1")) == config_hash(cfg)
-    assert config_hash(load("model.fp8={mode: unified}")) != config_hash(cfg)
 
 
 def test_derived_sizes() -> None:

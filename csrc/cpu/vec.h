@@ -351,7 +351,6 @@ QIRL_HD void store_bytes_n(uint8_t* p, U value, int n) {
   for (int i = 0; i < n; ++i) p[i] = (uint8_t)value[i];
 }
 
-// body(i, n) for each vector of a span: its first index and how many lanes are in use.
 QIRL_HD U load_bytes_n(const uint8_t* p, int n) {
   if (n == kLanes) return load_bytes(p);
   uint8_t padded[kLanes] = {};
@@ -359,6 +358,7 @@ QIRL_HD U load_bytes_n(const uint8_t* p, int n) {
   return load_bytes(padded);
 }
 
+// body(i, n) for each vector of a span: its first index and how many lanes are in use.
 template <class Body>
 QIRL_HD void for_vectors(int64_t size, Body body) {
   int64_t i = 0;

@@ -98,12 +98,11 @@ def save_resolved(cfg: Config, path: str | os.PathLike[str]) -> None:
 def config_hash(cfg: Config) -> str:
     """Return the SHA-256 of everything that changes the numbers of a step.
 
-    Left out: run, output, resume, threads, tracking, train.recompute_blocks, train.steps, which
-    only says when to end (not where train.decay counts the learning rate down to it), and keys at
-    their default: a key that is new does not change the hash of a run that knew nothing of it.
+    Left out: run, output, resume, threads, tracking, train.recompute_blocks, and train.steps, which
+    only says when to end (not where train.decay counts the learning rate down to it).
     """
-    flat = _numbers(cfg.model_dump(mode="json", exclude_defaults=True))
-    if not cfg.train.decay:
+    flat = _numbers(cfg.model_dump(mode="json"))
+    if not flat["train.decay"]:
         flat.pop("train.steps", None)
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 

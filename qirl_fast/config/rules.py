@@ -104,6 +104,24 @@ def _fp8_problems(cfg: Config) -> Iterator[Problem]:
             f"model.fp8.recipe: got {fp8.recipe!r}; with library {fp8.library!r} allowed: "
             + ", ".join(own),
         )
+    if fp8.mode != "unified" and fp8.backward == "fp8":
+        yield (
+            ("model.fp8.backward", "model.fp8.mode"),
+            f"model.fp8.backward: got 'fp8', and mode {fp8.mode!r} trains without fp8; set "
+            "backward=high",
+        )
+    if fp8.mode == "unified" and fp8.library == "te" and fp8.backward == "high":
+        yield (
+            ("model.fp8.backward", "model.fp8.mode", "model.fp8.library"),
+            "model.fp8.backward: got 'high', and Transformer Engine's backward is always in fp8; "
+            "set backward=fp8, or library=native",
+        )
+    if fp8.stateful_scales and fp8.recipe != "delayed":
+        yield (
+            ("model.fp8.stateful_scales", "model.fp8.recipe"),
+            f"model.fp8.stateful_scales: got true, and the scales of {fp8.recipe!r} have no state; "
+            "set it to false",
+        )
     if fp8.recipe == "delayed" and fp8.mode == "unified":
         yield (
             ("model.fp8.recipe", "model.fp8.mode"),

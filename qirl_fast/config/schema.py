@@ -62,7 +62,7 @@ class Fp8Config(Section):
     library: Literal["native", "te"] = Field(
         default="native", description="own kernels and torch's GEMM, or Transformer Engine"
     )
-    layers: list[Text] | None = Field(
+    layers: Annotated[list[Text], Field(min_length=1)] | None = Field(
         default=None,
         description="name endings of the linear layers in fp8; null: the family's default",
     )

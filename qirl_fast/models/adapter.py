@@ -27,16 +27,21 @@ def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
 
 
 class NotFinite(ValueError):
-    """Latents that hold NaN or infinity: an image of them would look like one."""
+    """Latents that hold NaN or infinity: an image of them would look like one.
+
+    row: the first of them.
+    """
+
+    def __init__(self, bad: Sequence[int], rows: int):
+        super().__init__(f"latents are not finite in {len(bad)} of {rows} rows")
+        self.row = bad[0]
 
 
 def require_finite(latents: Tensor) -> None:
-    """NotFinite naming the first row of latents [B, N, Z] that is not finite."""
+    """NotFinite where a row of latents [B, N, Z] is not finite."""
     bad = (~latents.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
     if bad:
-        raise NotFinite(
-            f"latents are not finite in {len(bad)} of {len(latents)} rows, first {bad[0]}"
-        )
+        raise NotFinite(bad, len(latents))
 
 
 class Adapter:

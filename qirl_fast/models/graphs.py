@@ -108,7 +108,8 @@ class ForwardGraphs:
         """Layers in fp8; of our own, where its numbers lie for the weight as it is now."""
         layers = [m for m in self._module.modules() if getattr(m, "in_fp8", False)]
         return tuple(
-            m.quantized()[0][0].data_ptr() if isinstance(m, Fp8Linear) else id(m) for m in layers
+            tuple(t.data_ptr() for t in m.quantized()[0]) if isinstance(m, Fp8Linear) else id(m)
+            for m in layers
         )
 
     def _attention(self) -> tuple[Hashable, ...]:

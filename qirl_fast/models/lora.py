@@ -24,8 +24,6 @@ def linear(layer: Any, x: Tensor | Quantized) -> Tensor:
     """
     y = x.y if isinstance(x, Quantized) else x
     adapters = _plain_adapters(layer)
-    if isinstance(getattr(layer, "base_layer", None), Fp8Linear):
-        layer.base_layer.merged = tuple(layer.merged_adapters)
     if adapters is None:
         out: Tensor = layer(x if _in_fp8(layer) else y)
         return out
@@ -50,13 +48,15 @@ def feed(op: Callable[..., Any], *layers: Any) -> Any:
         return op(quantize=granularity)
     y = op()
     if isinstance(y, Tensor):
-        return quantized(y)
-    return quantized(y[0]), *y[1:]
+        return quantized(y, granularity)
+    return quantized(y[0], granularity), *y[1:]
 
 
-def quantized(y: Tensor) -> Quantized:
-    """y with its fp8 numbers under one scale."""
-    return Quantized(y, *ops.fp8_quantize(y.detach(), granularity="tensor"))
+def quantized(y: Tensor, quantize: str | None = None) -> Tensor | Quantized:
+    """y, with its fp8 numbers where they are asked for: an op for `feed` where y is there."""
+    if quantize is None:
+        return y
+    return Quantized(y, *ops.fp8_quantize(y.detach(), granularity=quantize))
 
 
 def _in_fp8(layer: Any) -> bool:

@@ -39,6 +39,7 @@ from torch.autograd.function import once_differentiable
 from qirl_fast import _cpu
 from qirl_fast.ops._checks import LARGE_DTYPES, REFERENCE_DTYPES
 from qirl_fast.ops._fp8_checks import (
+    MULTIPLE,
     require_frozen,
     require_gradient_weight,
     require_linear,
@@ -157,10 +158,10 @@ def _gemm_cuda(
     w_KN, ws = wq.t(), ws.contiguous()  # torch._scaled_mm takes no other scales
     if granularity == "block":
         kind = F.ScalingType.BlockWise1x128
-        by_column = [s.t().contiguous().t() for s in (xs, ws)]
-        y = F.scaled_mm(
-            xq, w_KN, by_column[0], kind, by_column[1], kind, output_dtype=torch.bfloat16
-        ).to(dtype)
+        rows, short = len(xq), -len(xq) % MULTIPLE  # cuBLASLt takes whole multiples
+        xq = F.pad(xq.view(torch.uint8), (0, 0, 0, short)).view(xq.dtype)
+        xs, ws = (s.t().contiguous().t() for s in (F.pad(xs, (0, 0, 0, short), value=1.0), ws))
+        y = F.scaled_mm(xq, w_KN, xs, kind, ws, kind, output_dtype=torch.bfloat16)[:rows].to(dtype)
         return y if bias is None else y + bias.to(dtype)
     if dtype == torch.bfloat16:
         bias = None if bias is None else bias.to(dtype)

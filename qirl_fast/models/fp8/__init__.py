@@ -21,6 +21,7 @@ from qirl_fast.models.fp8.plan import RECIPES, Layer, describe, plan_layers
 
 __all__ = ["RECIPES", "Fp8", "Fp8Linear", "Layer", "describe", "plan_layers", "use_fp8"]
 
+BACKWARD = ("high", "fp8")
 TE_RECIPES = {"tensor": "current", "block": "block", "delayed": "delayed"}
 
 
@@ -46,6 +47,7 @@ class Fp8:
             return
         before = [layer.in_fp8 for layer in self._layers]
         for layer in self._layers:
+            layer.stale |= not layer.in_fp8
             layer.in_fp8 = True
         try:
             yield
@@ -71,12 +73,14 @@ def use_fp8(
             "block" (128 channels of one), "tensor" (all); "delayed" in library "te" alone: scales
             of earlier calls.
         backward: gradient to a layer's input: "high", in the model's dtype, or "fp8".
-        library: "native", or "te", NVIDIA's Transformer Engine, where it is installed.
+        library: "native", or "te", NVIDIA's Transformer Engine, where it is installed; its backward
+            is in fp8 whatever `backward` says.
     Raises ValueError for a combination that does not exist, for a GPU without fp8 and where a
     layer of the plan is no nn.Linear; nothing is changed then.
     """
     require_recipe(recipe, library)
-    require_device(next(transformer.parameters()).device, recipe)
+    if backward not in BACKWARD:
+        raise ValueError(f"fp8 backward {backward!r}: use {' or '.join(BACKWARD)}")
     modules = dict(transformer.named_modules())
     names = [layer.name for layer in plan if layer.fp8]
     names = [f"{name}.base_layer" if f"{name}.base_layer" in modules else name for name in names]
@@ -85,6 +89,9 @@ def use_fp8(
 
         te.convert(transformer, names, TE_RECIPES[recipe])
         return Fp8(transformer, (), library)
+    if not names:
+        raise ValueError("no layer of this plan is in fp8; see plan_layers")
+    require_device(next(transformer.parameters()).device, recipe)
     found = [modules.get(name) for name in names]
     strange = [
         f"{name} ({type(m).__name__})"
@@ -112,6 +119,12 @@ def require_device(device: torch.device, recipe: str) -> None:
     """ValueError for a GPU whose tensor cores know no fp8; a CPU computes the same numbers."""
     if device.type != "cuda":
         return
+    cuda = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
+    if recipe == "block" and cuda < (12, 9):
+        raise ValueError(
+            f"fp8 recipe 'block' needs CUDA 12.9 or newer, and this torch has {torch.version.cuda}"
+            "; set recipe=row"
+        )
     capability = torch.cuda.get_device_capability(device)
     wanted = (9, 0) if recipe == "block" else (8, 9)
     if capability < wanted or (recipe == "block" and capability[0] != 9):

@@ -17,17 +17,18 @@ Pair = tuple[Tensor, Tensor]  # fp8 numbers and their scales
 class Fp8Linear(nn.Linear):
     """An nn.Linear on which `convert` was called: the same parameters, names and hooks.
 
-    The weight is quantised at the first forward and again when it is another one: changed in place,
-    exchanged, moved, or put there anew, as FSDP2 does at every all-gather. What writes through
-    `weight.data` cannot be seen: PEFT's merging of an adapter does, and `models.lora.linear` tells
-    of it in `merged`. Inside torch.compile the weight is quantised at every call: a graph cannot
-    ask whether it has changed.
+    The weight is quantised when a region of `Fp8.on` begins and kept through it, unless it becomes
+    another one: changed in place, exchanged, moved, or put there anew, as FSDP2 does at every
+    all-gather. What writes through `weight.data`, as PEFT's merging of an adapter does, is seen at
+    the next region. The numbers stay where they lie, so a recorded CUDA graph reads the present
+    ones. Inside torch.compile the weight is quantised at every call: a graph cannot ask whether it
+    has changed.
     """
 
     granularity: str  # "row", "block" or "tensor", see ops.fp8_linear
     backward: str  # of the gradient to the input: "high", in the weight's dtype, or "fp8"
     in_fp8: bool  # False: the plain layer
-    merged: tuple[str, ...]  # adapters added into the weight, of which its version knows nothing
+    stale: bool  # the weight is quantised at the next call, whatever is known of it
     _assigned: int  # how often a weight was put in its place
     _made: tuple[tuple[Any, ...], Tensor, tuple[Pair, Pair | None]] | None
 
@@ -37,13 +38,13 @@ class Fp8Linear(nn.Linear):
         layer.__class__ = Fp8Linear
         own: Any = layer
         own.granularity, own.backward, own.in_fp8 = granularity, backward, False
-        own.merged, own._assigned, own._made = (), 0, None
+        own.stale, own._assigned, own._made = True, 0, None
         out: Fp8Linear = own
         return out
 
     def restore(self) -> nn.Linear:
         """The layer itself, as it was before `convert`."""
-        for name in ("granularity", "backward", "in_fp8", "merged", "_assigned", "_made"):
+        for name in ("granularity", "backward", "in_fp8", "stale", "_assigned", "_made"):
             vars(self).pop(name)
         self.__class__ = nn.Linear  # type: ignore[assignment]
         return self
@@ -58,12 +59,14 @@ class Fp8Linear(nn.Linear):
         if torch.compiler.is_compiling():
             return self._quantize()
         weight = self.weight
-        storage = weight.untyped_storage()._cdata
-        version = (storage, weight._version, weight.dtype, self._assigned, self.merged)
+        count = -1 if weight.is_inference() else weight._version
+        version = (weight.untyped_storage()._cdata, count, weight.dtype, self._assigned)
         made = self._made
-        if made is None or made[0] != version:
+        if self.stale or made is None or made[0] != version:
+            numbers = self._quantize() if made is None else _moved_into(made[2], self._quantize())
             # Held on to, the storage's address is no other's while it is compared with.
-            made = self._made = (version, weight.detach(), self._quantize())
+            made = self._made = (version, weight.detach(), numbers)
+            self.stale = False
         return made[2]
 
     def _quantize(self) -> tuple[Pair, Pair | None]:
@@ -93,3 +96,14 @@ class Fp8Linear(nn.Linear):
             weight_t=back,
             grad="fp8" if self.backward == "fp8" else "bf16",
         )
+
+
+def _moved_into(old: tuple[Pair, Pair | None], new: tuple[Pair, Pair | None]) -> Any:
+    """The new numbers, in the old ones' memory where they fit there."""
+    tensors = [[t for pair in pairs if pair is not None for t in pair] for pairs in (old, new)]
+    like = [[(t.shape, t.dtype, t.device) for t in ts] for ts in tensors]
+    if like[0] != like[1]:
+        return new
+    for to, t in zip(*tensors, strict=True):
+        to.copy_(t)
+    return old

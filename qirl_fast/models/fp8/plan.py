@@ -83,8 +83,9 @@ def _why_not(
     return ""
 
 
-def describe(plan: Sequence[Layer], recipe: str) -> str:
+def describe(plan: Sequence[Layer], recipe: str, library: str = "native") -> str:
     """The plan as comment lines; the same layer of neighbouring blocks on one."""
+    by = ", Transformer Engine" if library == "te" else ""
     rows: dict[tuple[str, tuple[int, int], str], list[int]] = {}
     for layer in plan:
         match = re.fullmatch(r"(.*?\.)(\d+)(\..*)", layer.name)
@@ -94,7 +95,7 @@ def describe(plan: Sequence[Layer], recipe: str) -> str:
             numbers.append(int(match[2]))
     lines = ["# precision of each linear layer"]
     for (name, (out, width), why), numbers in rows.items():
-        decided = f"fp8 {recipe}" if not why else f"the model's dtype: {why}"
+        decided = f"fp8 {recipe}{by}" if not why else f"the model's dtype: {why}"
         name = name.format(_ranges(numbers)) if numbers else name
         lines.append(f"# {name:58} {out:6} x {width:<6} {decided}")
     return "\n".join(lines) + "\n"

@@ -23,8 +23,7 @@ weights, two on Hopper; and again when they are changed in place or exchanged. W
 replayed CUDA graph look at its weights. Weights that require a gradient are quantised at each call.
 
 "delayed" has a state that no checkpoint holds: histories of the largest values. They move where the
-outermost region ends in grad mode, so a rollout without gradients finds inputs at scale 1 until
-something was trained, and at the scales of the last training then. A layer called twice in a
+outermost region ends in grad mode; inputs are at scale 1 before that. A layer called twice in a
 region, by guidance's two branches, counts once. Weights are scaled before the first region.
 
 A backward pass that computes activations again belongs inside the region: checkpoint does not
@@ -60,20 +59,24 @@ INSTALL = (
 )
 
 
+class Unavailable(ImportError):
+    """Transformer Engine was asked for and cannot be had; the message says how to get it."""
+
+
 def require() -> Any:
-    """The module transformer_engine.pytorch; ImportError where it is missing, broken or too old."""
+    """The module transformer_engine.pytorch; Unavailable where it is missing, broken or too old."""
     try:
         te = importlib.import_module("transformer_engine.pytorch")
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "transformer_engine":
-            raise ImportError(f"FP8 by Transformer Engine needs that package: {INSTALL}") from error
-        raise ImportError(
+            raise Unavailable(f"FP8 by Transformer Engine needs that package: {INSTALL}") from error
+        raise Unavailable(
             f"Transformer Engine is installed but broken: {type(error).__name__}: {error}. "
             "That can break `import peft` too: install it anew, or take it out with pip uninstall "
             f"transformer-engine transformer-engine-torch. {INSTALL}"
         ) from error
     if not hasattr(te, "autocast"):
-        raise ImportError(f"this Transformer Engine has no te.autocast: it is too old. {INSTALL}")
+        raise Unavailable(f"this Transformer Engine has no te.autocast: it is too old. {INSTALL}")
     return te
 
 

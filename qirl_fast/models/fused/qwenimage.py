@@ -10,7 +10,7 @@ Source: diffusers `transformer_qwenimage.py`.
 Shapes: B samples, S image tokens, L text tokens, D channels, H heads of Dh.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from qirl_fast import ops
 from qirl_fast.models.fused.attention import attend
-from qirl_fast.models.lora import feed, linear
+from qirl_fast.models.lora import feed, linear, quantized
 from qirl_fast.ops import Quantized, Stream
 
 
@@ -214,9 +214,11 @@ def packed_forward(
         linear(to, y_image).unflatten(-1, (-1, head)).split(runs)
         for to in (attn.to_q, attn.to_k, attn.to_v)
     ]
+    adders = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    y_text = feed(partial(quantized, _packed(y_texts)), *adders)
     theirs = [
-        [part.unflatten(-1, (-1, head)) for part in _together(partial(linear, to), y_texts)]
-        for to in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        [part.unflatten(-1, (-1, head)) for part in _unpacked(linear(to, y_text), y_texts)]
+        for to in adders
     ]
     weights = (attn.norm_added_q.weight, attn.norm_added_k.weight)
     image_heads, text_heads = [], []
@@ -236,14 +238,14 @@ def packed_forward(
     if last:
         return image, texts
     y_texts, texts_after = [], []
-    u_texts = _together(partial(linear, attn.to_add_out), text_heads)
+    u_texts = _unpacked(linear(attn.to_add_out, _packed(text_heads)), text_heads)
     for text, u, (first, second) in zip(texts, u_texts, halves, strict=True):
         y, after = ops.gate_residual_norm_modulate(
             text, u, **(_gate(first) | _norm(second)), eps=block.txt_norm2.eps
         )
         y_texts.append(y)
         texts_after.append(after)
-    hidden = _together(partial(_mlp, block.txt_mlp), y_texts)
+    hidden = _unpacked(_mlp(block.txt_mlp, _packed(y_texts)), y_texts)
     texts = tuple(
         ops.gate_residual(text, u, **_gate(second))
         for text, u, (_, second) in zip(texts_after, hidden, halves, strict=True)
@@ -251,9 +253,13 @@ def packed_forward(
     return image, texts
 
 
-def _together(run: Callable[[Tensor], Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
-    """`run` on the tokens of all parts [b_i, L_i, D] at once."""
-    y = run(torch.cat([part.flatten(0, 1) for part in parts])[None])
-    sizes = [part.shape[:2] for part in parts]
+def _packed(parts: Sequence[Tensor]) -> Tensor:
+    """The tokens of all parts [b_i, L_i, D], one after the other: [1, T, D]."""
+    return torch.cat([part.flatten(0, 1) for part in parts])[None]
+
+
+def _unpacked(y: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """[b_i, L_i, ...] of the tokens of y [1, T, ...], in the order of `like`."""
+    sizes = [part.shape[:2] for part in like]
     split = y[0].split([b * length for b, length in sizes])
     return [part.unflatten(0, size) for part, size in zip(split, sizes, strict=True)]
