@@ -7,8 +7,8 @@ Errors, against the same model in its own dtype, for every recipe and choice of 
     replay     |logp8' - logp8| of fp8's own rollout, replayed in fp8: 0 is what `unified` promises
 The tiny model is the packaged, trained one; the others have random weights at the true block shape,
 61 and 65 million parameters, and modulation that opens the gates (a fresh model's blocks add next
-to nothing, so nothing in them matters). Speed: linear layers at 512 px shapes, quantising included, and on a
-GPU a whole step.
+to nothing, so nothing in them matters). Speed: linear layers at 512 px shapes, quantising included,
+and on a GPU a whole step.
 """
 
 import json
@@ -306,7 +306,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes[0, column].set_title(name)
         axes[0, column].set_ylabel("velocity error, %")
         axes[1, column].set_ylabel("drift of the latents, %")
-        axes[1, column].set_xlabel("denoising step")
+        axes[1, column].set_xlabel("denoising step; last: the end")
     axes[0, -1].legend(fontsize="xx-small")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
