@@ -25,7 +25,7 @@ from qirl_fast.checkpoint import (
     save_checkpoint,
     unpack,
 )
-from qirl_fast.config import Config, ConfigError, describe, load_config, refuse_changes
+from qirl_fast.config import Config, ConfigError, describe, load_config, refuse_changes, settings
 from qirl_fast.data.prompts import PromptError
 from qirl_fast.memory import describe_plan, fp8_plan, plan
 from qirl_fast.models.fp8 import describe as describe_layers
@@ -114,7 +114,7 @@ def due(update: int, every: int, last: int) -> bool:
 def save(trainer: Trainer, run_dir: Path, update: int, cfg: Config) -> None:
     """Write checkpoint-`update`, exports included."""
     tensors, tree = pack(trainer.state())
-    state = {"tree": tree, "config": cfg.model_dump(mode="json")}
+    state = {"tree": tree, "config": settings(cfg)}
     save_checkpoint(run_dir, update, tensors, state, trainer.lora(), cfg.tracking.keep_checkpoints)
 
 
@@ -125,15 +125,15 @@ def resume(trainer: Trainer, run_dir: Path, cfg: Config) -> int:
     found = find_latest(run_dir) if cfg.resume == "auto" else load_checkpoint(Path(cfg.resume))
     if found is None:
         return 0
-    settings = found.state["config"]
-    if isinstance(settings, str):
+    saved = found.state["config"]
+    if isinstance(saved, str):
         raise ConfigError(
             [
                 f"resume: {found.path} was written by an earlier version, which kept a hash of its "
                 "settings alone; resume it with that version, or start anew under run=NAME"
             ]
         )
-    refuse_changes(settings, cfg, f"resume: {found.path}")
+    refuse_changes(saved, cfg, f"resume: {found.path}")
     trainer.load_state(unpack(found.tensors, found.state["tree"]))
     return found.step
 

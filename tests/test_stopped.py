@@ -153,7 +153,7 @@ def test_a_learning_rate_that_bursts_the_weights(moody, output: Path) -> None:
     """Nothing is patched here: weights of 1e30 make the next latents or loss NaN by themselves."""
     broken = moody("burst", "fine", "train.lr=1e30")
     assert broken.wait() == 1, broken.output()
-    reason = r"(is (nan|-?inf)|rollout of rows .*: latents are not finite in \d+ of \d+ rows)"
+    reason = r"(is (nan|-?inf)|rollout: row .*: latents are not finite in \d+ of \d+ rows)"
     assert re.search(rf"stopped: step 2 is stopped, .*{reason}", broken.output())
     assert (output / "burst" / "failed" / "step-2" / "batch.npz").exists()
 

@@ -7,6 +7,7 @@ from qirl_fast.config.compare import (
     describe,
     refuse_changes,
     save_resolved,
+    settings,
 )
 from qirl_fast.config.load import default_recipe, load_config
 from qirl_fast.config.rules import trained_group
@@ -24,5 +25,6 @@ __all__ = [
     "load_config",
     "refuse_changes",
     "save_resolved",
+    "settings",
     "trained_group",
 ]

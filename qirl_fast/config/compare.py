@@ -95,8 +95,8 @@ def save_resolved(cfg: Config, path: str | os.PathLike[str]) -> None:
     beside.replace(path)
 
 
-def config_hash(cfg: Config) -> str:
-    """Return the SHA-256 of everything that changes the numbers of a step.
+def settings(cfg: Config) -> dict[str, Any]:
+    """Dotted key -> value of everything that changes the numbers of a step.
 
     Left out: run, output, resume, threads, tracking, train.recompute_blocks, and train.steps, which
     only says when to end (not where train.decay counts the learning rate down to it).
@@ -104,7 +104,12 @@ def config_hash(cfg: Config) -> str:
     flat = _numbers(cfg.model_dump(mode="json"))
     if not flat["train.decay"]:
         flat.pop("train.steps", None)
-    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
+    return flat
+
+
+def config_hash(cfg: Config) -> str:
+    """Return the SHA-256 of `settings`."""
+    return hashlib.sha256(json.dumps(settings(cfg), sort_keys=True).encode()).hexdigest()
 
 
 def _numbers(plain: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,12 +131,14 @@ def _numbers(plain: Mapping[str, Any]) -> dict[str, Any]:
 def changes(old: Config | Mapping[str, Any], new: Config) -> list[str]:
     """Return one line per key that changes the numbers: 'key: was X, is now Y'.
 
-    old: a Config, or its `model_dump(mode="json")` as kept in a checkpoint.
+    old: a Config, its `model_dump(mode="json")`, or its `settings` as kept in a checkpoint.
     A larger train.steps is no change where train.decay is 0; a smaller one is. Nor is a key that
     `old` lacks and that is at its default: there was none when that run was made.
     """
     before = _numbers(old.model_dump(mode="json") if isinstance(old, Config) else old)
     after = _numbers(new.model_dump(mode="json"))
+    if "train.steps" not in before and not after["train.decay"]:
+        after.pop("train.steps")
     chosen = _numbers(new.model_dump(mode="json", exclude_defaults=True))
     lines = []
     for key in sorted(before.keys() | after.keys()):

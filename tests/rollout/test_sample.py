@@ -77,7 +77,7 @@ def test_nothing_recorded_is_the_ode(make_toy, toy_text) -> None:
     assert chunk.recorded == chunk.x == chunk.logp == ()
     sigmas = make_sigmas(5, 6, SCHEDULER)
     model = make_toy(torch.float64)
-    x = initial_noise(row_seeds(1, 3, 0, 12, stream=0), (6, 4), torch.device("cpu")).double()
+    x = initial_noise(row_seeds(1, 3, range(12), stream=0), (6, 4), torch.device("cpu")).double()
     with torch.no_grad():
         prefix = model.prefix(toy_text[0], [r // GROUP for r in range(12)], 64, 64)
         for i in range(5):
@@ -161,17 +161,21 @@ def test_shared_noise_survives_chunks_that_cut_groups(make_toy, toy_text) -> Non
 
 
 def test_row_seeds_are_one_sequence() -> None:
-    whole = row_seeds(7, 2, 0, 40, stream=1)
+    whole = row_seeds(7, 2, range(40), stream=1)
     assert whole.dtype == torch.int64 and len(set(whole.tolist())) == 40
     for first, count in ((0, 3), (4, 7), (39, 1)):
-        assert torch.equal(row_seeds(7, 2, first, count, stream=1), whole[first : first + count])
+        assert torch.equal(
+            row_seeds(7, 2, range(first, first + count), stream=1), whole[first : first + count]
+        )
     others = [(8, 2, 1), (7, 3, 1), (7, 2, 0), (2, 7, 1)]
     for seed, update, stream in others:
-        assert not set(row_seeds(seed, update, 0, 40, stream=stream).tolist()) & set(whole.tolist())
+        assert not set(row_seeds(seed, update, range(40), stream=stream).tolist()) & set(
+            whole.tolist()
+        )
 
 
 def test_initial_noise_is_standard_normal_and_a_function_of_the_seed() -> None:
-    seeds = row_seeds(0, 0, 0, 64, stream=0)
+    seeds = row_seeds(0, 0, range(64), stream=0)
     x = initial_noise(seeds, (50, 16), torch.device("cpu"))
     n = x.numel()
     # mean within 4 / sqrt(n) and variance within 4 sqrt(2 / n): one false alarm in 10^4 seeds
@@ -194,7 +198,7 @@ def test_the_residual_of_frozen_offset_is_the_injected_noise(
         )
         model = make_toy()
         (chunk,) = roll(model, toy_text, how)
-        seeds = row_seeds(1, 3, 0, 12, stream=1)
+        seeds = row_seeds(1, 3, range(12), stream=1)
         zeros = torch.zeros(12, 6, 4)
         for k, i in enumerate(chunk.recorded):
             step = chunk.coefficients[k]
@@ -238,7 +242,7 @@ def test_a_guidance_interval_leaves_the_other_steps_alone(make_toy, toy_text) ->
     (chunk,) = roll(model, toy_text, how, recorded=())
     assert (model.calls, model.rows) == (5, (5 + 2) * 12)
     exact, (text, null) = make_toy(torch.float64), toy_text
-    x = initial_noise(row_seeds(1, 3, 0, 12, stream=0), (6, 4), torch.device("cpu")).double()
+    x = initial_noise(row_seeds(1, 3, range(12), stream=0), (6, 4), torch.device("cpu")).double()
     with torch.no_grad():
         prefix = exact.prefix(text, [r // GROUP for r in range(12)], 64, 64)
         null_prefix = exact.prefix([null], [0] * 12, 64, 64)
