@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from qirl_fast.models.fp8.linear import Fp8Linear
-from qirl_fast.models.fp8.plan import RECIPES, Layer, describe, plan_layers
+from qirl_fast.models.fp8.plan import Layer, describe, plan_layers
 
-__all__ = ["RECIPES", "Fp8", "Fp8Linear", "Layer", "describe", "plan_layers", "use_fp8"]
+__all__ = ["Fp8", "Fp8Linear", "Layer", "describe", "plan_layers", "use_fp8"]
 
 BACKWARD = ("high", "fp8")
 TE_RECIPES = {"tensor": "current", "block": "block", "delayed": "delayed"}

@@ -9,10 +9,8 @@ from itertools import groupby
 
 from torch import nn
 
+from qirl_fast.ops._fp8_checks import MULTIPLE
 from qirl_fast.ops.fp8_quantize import BLOCK
-
-MULTIPLE = 16  # of both dimensions: what fp8 tensor cores take
-RECIPES = ("row", "block", "tensor", "delayed")
 
 
 @dataclass(frozen=True)
