@@ -23,11 +23,12 @@ ALLOWED: dict[str, set[str]] = {
     "ops": {"_cpu", "_cuda", "kernels"},
     "compat": {"ops", "rollout"},
     "models": {"ops"},
-    "rewards": {"ops", "tiny.scenes"},
+    "rewards": {"ops", "section", "tiny.scenes"},
     "data": {"ops"},
     "rollout": {"ops", "models", "data"},
     "algorithms": {"ops", "models", "rollout"},
     "evaluation": {"ops", "models", "rewards", "data", "rollout"},
+    "section": set(),
     "tiny.scenes": set(),
 }
 SERVICES = ("config", "checkpoint", "distributed", "tracking")
