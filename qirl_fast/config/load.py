@@ -20,7 +20,7 @@ from qirl_fast.config.files import missing_files
 from qirl_fast.config.rules import CrossError
 from qirl_fast.config.schema import Config
 from qirl_fast.config.wording import ConfigError, Schema, accepted_types, schema_of
-from qirl_fast.rewards.composite import resolve
+from qirl_fast.rewards.judges import JUDGES, resolve
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -190,13 +190,18 @@ def _repair(
 
 
 def _judge_problems(plain: Mapping[str, Any]) -> list[str]:
-    rewards, watch = plain.get("rewards"), plain.get("watch")
+    rewards, watch, specs = (plain.get(key) for key in ("rewards", "watch", "judges"))
+    specs = specs if isinstance(specs, dict) else {}
     used = [(f"rewards.{name}", name) for name in rewards] if isinstance(rewards, dict) else []
     used += [("watch", name) for name in watch] if isinstance(watch, list) else []
-    lines = []
+    lines = [
+        f"judges.{name}: is the name of a packaged judge; choose another"
+        for name in specs
+        if name in JUDGES
+    ]
     for key, name in used:
         try:
-            resolve(str(name))
+            resolve(str(name), specs)
         except ValueError as error:
             lines.append(f"{key}: {error}")
     return lines
