@@ -88,6 +88,8 @@ class Remote:
     be up yet.
     """
 
+    waits = True  # not a computation of this machine: `Judges` gives it a thread of its own
+
     def __init__(self, settings: Settings, device: str = "cpu") -> None:
         self.settings = settings
         self._server = Server(settings.url, settings.token_env, settings.ca_file)
@@ -194,7 +196,7 @@ class Remote:
                 async with self._turns:
                     last = "it was being packed"
                     body = await anyio.to_thread.run_sync(
-                        wire.encode, request, self.settings.judge, ids, images, rows
+                        wire.encode, request, self.settings.judge, ids, list(images), rows
                     )
                     last = "the first attempt was under way"
                     for attempt in itertools.count():
@@ -246,7 +248,8 @@ class Remote:
 
 
 def _check_images(images: Any, metadata: list[Row]) -> None:
-    shape, kind = getattr(images, "shape", ()), getattr(images, "dtype", type(images).__name__)
+    shape: tuple[int, ...] = getattr(images, "shape", ())
+    kind = getattr(images, "dtype", type(images).__name__)
     if kind != np.uint8 or len(shape) != 4 or shape[3] != 3 or shape[0] != len(metadata):
         raise ValueError(
             f"got images {kind} {shape} and {len(metadata)} metadata rows; wanted uint8 "
