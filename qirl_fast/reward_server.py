@@ -15,8 +15,6 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-import torch
-
 from qirl_fast.config import ConfigError, load_settings
 from qirl_fast.config.server import ServerConfig
 from qirl_fast.rewards.judges import Judges
@@ -106,14 +104,7 @@ def _listen(cfg: ServerConfig) -> socket.socket:
 
 
 def _load(cfg: ServerConfig) -> dict[str, Served]:
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    if cfg.device == "cuda" != best:
-        raise ConfigError(
-            ["device: got cuda, and torch.cuda.is_available() is False here; allowed: cpu, auto"]
-        )
-    if cfg.threads is not None:
-        torch.set_num_threads(cfg.threads)
-    device = best if cfg.device == "auto" else cfg.device
+    device = _device(cfg)
     found = {}
     for name in cfg.serve:
         try:
@@ -124,6 +115,21 @@ def _load(cfg: ServerConfig) -> dict[str, Served]:
             logger.warning(text)
         found[name] = Served(judges)
     return found
+
+
+def _device(cfg: ServerConfig) -> str:
+    if cfg.device == "cpu" and cfg.threads is None:
+        return "cpu"
+    import torch  # takes seconds, and not every judge needs it
+
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    if cfg.device == "cuda" != best:
+        raise ConfigError(
+            ["device: got cuda, and torch.cuda.is_available() is False here; allowed: cpu, auto"]
+        )
+    return best if cfg.device == "auto" else cfg.device
 
 
 def main(argv: list[str] | None = None) -> int:

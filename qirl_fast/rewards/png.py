@@ -1,7 +1,7 @@
 """PNG images from strangers: what a file claims is checked before anything is unpacked.
 
-Only still, opaque 8-bit RGB is taken, as that is what a judge sees; anything else would have to be
-changed silently. The chunks are walked by the PNG specification (w3.org/TR/png-3), Pillow unpacks.
+Only still, opaque, plain 8-bit RGB is taken, as that is what a judge sees; anything else would have
+to be changed silently. Chunks are walked as in w3.org/TR/png-3, Pillow unpacks the pixels.
 """
 
 import io
@@ -15,7 +15,7 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 KEPT = {b"IHDR", b"IDAT", b"IEND"}  # all that pixels come from; the rest is notes about them
 ANIMATED = {b"acTL", b"fcTL", b"fdAT"}
 MAX_PIXELS = 2**26  # of one image, the most that may be allowed; below Pillow's own alarm
-WANTED = "wanted a still 8-bit RGB PNG"
+WANTED = "wanted a still, plain 8-bit RGB PNG"
 
 
 class BadImage(ValueError):
@@ -55,6 +55,7 @@ def decode(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> np.ndarray
     """The pixels, uint8 [H, W, 3]. Raises as `size` does, and BadImage where they are damaged."""
     (height, width), kept = _walked(memoryview(data), max_pixels)
     try:
+        _check_length(kept, height * (1 + 3 * width))
         with Image.open(io.BytesIO(b"".join([SIGNATURE, *kept])), formats=["PNG"]) as image:
             image_HW3 = np.array(image)
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
@@ -92,6 +93,15 @@ def _walked(data: memoryview, max_pixels: int) -> tuple[tuple[int, int], list[me
     return found, kept
 
 
+def _check_length(kept: list[memoryview], expected: int) -> None:
+    """ValueError or zlib.error unless `expected` bytes are packed: Pillow makes up missing rows."""
+    unpacker = zlib.decompressobj()
+    packed = b"".join(part[8:-4] for part in kept if part[4:8] == b"IDAT")
+    came = len(unpacker.decompress(packed, expected + 1))
+    if came != expected or not unpacker.eof or unpacker.unused_data:
+        raise ValueError(f"{came} bytes are packed in it, {expected} wanted, or it is cut")
+
+
 def _chunk(data: memoryview, start: int) -> tuple[bytes, memoryview, int]:
     """(kind, content, where the next one begins) of the chunk at `start`."""
     if start + 12 > len(data):
@@ -110,8 +120,9 @@ def _header(body: memoryview, max_pixels: int) -> tuple[int, int]:
     if len(body) != 13:
         raise BadImage(f"got a PNG with a header of {len(body)} bytes; {WANTED}")
     width, height, depth, color, packing, filters, interlaced = struct.unpack(">IIBBBBB", body)
-    if (depth, color, packing, filters) != (8, 2, 0, 0) or interlaced > 1:
-        raise BadImage(f"got a PNG of colour type {color}, {depth} bits; {WANTED}")
+    if (depth, color, packing, filters, interlaced) != (8, 2, 0, 0, 0):
+        kind = f"colour type {color}, {depth} bits{', interlaced' if interlaced else ''}"
+        raise BadImage(f"got a PNG of {kind}; {WANTED}")
     if not 0 < width < 2**31 or not 0 < height < 2**31:
         raise BadImage(f"got a PNG of {width} x {height}; wanted at least 1 x 1")
     if width * height > max_pixels:

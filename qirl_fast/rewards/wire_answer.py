@@ -88,4 +88,5 @@ def _state(results: Sequence[_Result]) -> tuple[int, float, str]:
     if (result.status == "scored") != (result.score is not None):
         return FAILED, 0.0, f"the server's answer says {result.status!r} and score {result.score}"
     reason = (result.reason or "no reason given") if result.status == "failed" else ""
-    return STATUS[result.status], result.score or 0.0, reason[:REASON_CHARACTERS]
+    value = 0.0 if result.score is None else result.score
+    return STATUS[result.status], value, reason[:REASON_CHARACTERS]
