@@ -118,7 +118,7 @@ def test_scores_are_those_of_the_judge_here_however_rows_are_sent():
     rng = np.random.default_rng(1)
     images = np.stack([scenes.render(scenes.sample_scene(row, rng)) for row in rows])
     here = Judges(["alignment", "aesthetics"]).score(images, rows)
-    assert len(set(here.scores[:, 1])) > 5
+    assert len({*here.scores[:, 0]}) > 1 < len({*here.scores[:, 1]})
     with serving("alignment", "aesthetics") as url:
         for k, name in enumerate(("alignment", "aesthetics")):
             for rows_per_request in (1, 5, 100):
@@ -181,15 +181,18 @@ def test_a_question_asked_again_is_not_computed_again(mean):
 
 def test_a_question_asked_again_while_it_is_computed_waits_for_the_same_answer(mean):
     mean.gate.clear()
-    with serving("server_judges:mean", requests=2) as url, remote(url, attempt_s=0.3) as judge:
-        with ThreadPoolExecutor() as pool:
-            scored = pool.submit(judge, IMAGES, ROWS)
-            deadline = time.monotonic() + 20
-            while 'repeated_total{judge="mean"} 0' in get(f"{url}/metrics").text:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-            mean.gate.set()
-            np.testing.assert_array_equal(scored.result().values, EXPECTED)
+    with (
+        serving("server_judges:mean", requests=2) as url,
+        remote(url, attempt_s=0.3) as judge,
+        ThreadPoolExecutor() as pool,
+    ):
+        scored = pool.submit(judge, IMAGES, ROWS)
+        deadline = time.monotonic() + 20
+        while 'repeated_total{judge="mean"} 0' in get(f"{url}/metrics").text:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        mean.gate.set()
+        np.testing.assert_array_equal(scored.result().values, EXPECTED)
     assert mean.sizes == [IMAGES.shape]
 
 
