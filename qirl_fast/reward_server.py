@@ -48,6 +48,7 @@ def serve(cfg: ServerConfig) -> int:
             timeout_graceful_shutdown=cfg.grace_s,
         )
     )
+    listening.listen()  # until now clients were refused, and asked again
     host, port = listening.getsockname()[:2]
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     print(f"serving {', '.join(judges)} on http://{where}", flush=True)
@@ -100,7 +101,7 @@ def _listen(cfg: ServerConfig) -> socket.socket:
         raise ConfigError(
             [f"host, port: cannot listen on {cfg.host}:{cfg.port} ({error}); choose another"]
         ) from error
-    return found  # uvicorn listens: until then clients are refused, and ask again
+    return found
 
 
 def _load(cfg: ServerConfig) -> dict[str, Served]:
