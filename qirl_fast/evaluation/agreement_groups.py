@@ -57,12 +57,12 @@ class Part:
     def tree(self) -> dict[str, Any]:
         """{"n", name: statistic, ..., "calibration": bins, where there is a curve}."""
         tree: dict[str, Any] = {"n": self.n}
-        for name, draws in self.draws.items():
-            tree[name] = self._statistic(draws, self.reasons[name])
-        if "ece" in self.draws:
+        for name, reason in self.reasons.items():
+            tree[name] = self._statistic(self.draws[name], reason)
+        if "ece" in tree:
+            if tree["ece"]["low"] is not None:
+                tree["ece"] |= self._ece(tree["ece"]["value"], self.draws["ece_noise"][1:])
             tree["calibration"] = self._curve(self.calibration) if self.calibration else []
-        if self.calibration:
-            tree["ece"]["by_chance"] = self.calibration.by_chance if self.clusters > 1 else None
         return tree
 
     def _curve(self, curve: Calibration) -> list[dict[str, Any]]:
@@ -72,6 +72,13 @@ class Part:
             | self._interval(draws)
             for n, predicted, truth, draws in columns
         ]
+
+    def _ece(self, value: float, noise: Floats) -> dict[str, Any]:
+        """The interval of agreement_stats.py, and the mean noise: the ECE that chance makes."""
+        noise = noise[~np.isnan(noise)]
+        reach = float(np.quantile(noise, LEVEL))
+        chance = float(noise.mean())
+        return {"low": max(0.0, value - reach), "high": value + reach, "by_chance": chance}
 
     def _statistic(self, draws: Floats, reason: str) -> dict[str, Any]:
         if math.isnan(draws[0]):
@@ -113,9 +120,10 @@ def overall_tree(
 
 
 def _mean(parts: Mapping[str, Part], clusters: int) -> Part:
-    draws, reasons = {}, {}
-    for name in next(iter(parts.values())).draws:
-        draws[name] = np.mean([part.draws[name] for part in parts.values()], axis=0)
+    shared = set.intersection(*(set(part.draws) for part in parts.values()))
+    draws = {name: np.mean([p.draws[name] for p in parts.values()], axis=0) for name in shared}
+    reasons = {}
+    for name in next(iter(parts.values())).reasons:
         lacking = [d for d, part in parts.items() if math.isnan(part.draws[name][0])]
         reasons[name] = f"undefined in dimension {', '.join(lacking)}"
     return Part(sum(part.n for part in parts.values()), clusters, draws, reasons)
@@ -192,5 +200,6 @@ def _top_label(items: Sequence[Judged], cluster: Ints, counts: Floats) -> Part:
     away = np.abs(np.array([item.truth for item in items]) - (probs.argmax(axis=1) + 1))
     right = np.where(away < 0.5, 1.0, np.where(away == 0.5, 0.5, 0.0))
     found, curve = errors(Rows(right, probs.max(axis=1), cluster), counts)
-    draws = {"overconfidence": found["mean_error"], "ece": found["ece"]}
+    draws = {name: found[name] for name in ("ece", "ece_noise")}
+    draws["overconfidence"] = found["mean_error"]
     return Part(len(items), counts.shape[1], draws, dict.fromkeys(TOP_LABEL, ""), curve)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from qirl_fast.evaluation.agreement_groups import AGREEMENT, REPEATS, TOP_LABEL
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 HEADS = {
     "pearson": "Pearson",
@@ -27,12 +29,11 @@ HEADS = {
     "overconfidence": "overconfidence",
 }
 LEGEND = """\
-Value [low, high]: {level:.0%} percentile interval over {n_boot} resamples of the prompts, seed
-{seed}; with fewer than about 20 prompts such intervals are too narrow. "all dimensions" is the mean over
+Value [low, high]: {level:.0%} bootstrap interval over {n_boot} resamples of the prompts, seed
+{seed}. With fewer than about 20 prompts it is too narrow. "all dimensions" is the mean over
 dimensions. Pairs: share of pairs of different truth that are put in the right order, 1/2 for a tie.
-Mean error: predicted less truth, in score units, as RMSE and ECE (expected calibration error). ECE
-is never negative and chance raises it, more so in its resamples: compare it with the ECE in
-brackets, which chance alone gives a judge without any; its interval leans upwards.
+Mean error: predicted less truth, in score units, as RMSE and ECE, the expected calibration error.
+In brackets after ECE: what chance alone would give a judge that is calibrated.
 """
 LONGEST = 28  # characters of a name in the picture
 POINTS = 3000  # drawn points of a dimension; more are a blot and a slow file
@@ -109,6 +110,8 @@ def draw(tree: Mapping[str, Any], points: Mapping[str, Sequence[tuple[float, flo
     """One line of two panels per dimension: predicted against truth with the calibration curve, and
     Spearman and pairwise accuracy within prompts by category. points: (predicted, truth) of each.
     """
+    from matplotlib.figure import Figure  # half a second that runs without a plot need not wait
+
     dimensions = tree["dimensions"]
     heights = [max(4.2, 1.6 + 0.42 * len(g["categories"])) for g in dimensions.values()]
     figure = Figure(figsize=(11, sum(heights)), layout="constrained")
