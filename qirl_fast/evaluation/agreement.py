@@ -60,7 +60,7 @@ def write_validation(
         tree["dimensions"][name] = group
     figure = draw(tree, {d: [(i.predicted, i.truth) for i in m] for d, m in dimensions.items()})
     text = json.dumps(tree, indent=2, allow_nan=False) + "\n"
-    _write(folder / "validation.png", lambda path: figure.savefig(path, format="png", dpi=120))
+    _write(folder / "validation.png", lambda path: figure.savefig(path, format="png"))
     _write(folder / "validation.md", lambda path: path.write_text(table(tree), encoding="utf-8"))
     _write(folder / "validation.json", lambda path: path.write_text(text, encoding="utf-8"))
     return tree

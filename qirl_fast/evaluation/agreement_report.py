@@ -36,6 +36,8 @@ Mean error: predicted less truth, in score units, as RMSE and ECE, the expected 
 In brackets after ECE: what chance alone would give a judge that is calibrated.
 """
 LONGEST = 28  # characters of a name in the picture
+DPI = 120
+MAX_PIXELS = 60_000  # height of the picture; Matplotlib and many viewers stop at 65,536
 POINTS = 3000  # drawn points of a dimension; more are a blot and a slow file
 
 
@@ -73,12 +75,20 @@ def _groups(tree: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _table(names: Sequence[str], groups: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """A row per group; prompts stand where the group has a count of them."""
-    heads = ["rows of", "n", *(HEADS[name] for name in names)]
+    """A row per group; prompts are counted where the groups say how many they hold."""
+    sizes = [key for key in ("n", "clusters") if key in groups[0][1]]
+    heads = [
+        "rows of",
+        *({"n": "n", "clusters": "prompts"}[key] for key in sizes),
+        *(HEADS[name] for name in names),
+    ]
     lines = [f"| {' | '.join(heads)} |", f"|---|{'--:|' * (len(heads) - 1)}"]
     for label, group in groups:
-        prompts = f" of {group['clusters']} prompts" if "clusters" in group else ""
-        cells = [_plain(label), f"{group['n']}{prompts}", *(_cell(group[name]) for name in names)]
+        cells = [
+            _plain(label),
+            *(str(group[key]) for key in sizes),
+            *(_cell(group[name]) for name in names),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
@@ -97,13 +107,15 @@ def _plain(text: str) -> str:
 
 
 def _reasons(groups: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[str]:
+    """A line per group and reason, with the numbers that lack for it."""
     for label, group in groups:
         for part in (group, group["repeats"], group["top_label"]):
-            if part is not group and not part["n"]:
-                continue
+            lacking: dict[str, list[str]] = {}
             for name, found in part.items():
-                if isinstance(found, dict) and "reason" in found:
-                    yield f"- {_plain(label)}, {HEADS[name]}: {found['reason']}"
+                if part["n"] and isinstance(found, dict) and "reason" in found:
+                    lacking.setdefault(found["reason"], []).append(HEADS[name])
+            for reason, names in lacking.items():
+                yield f"- {_plain(label)}: {', '.join(names)}: {_plain(reason)}"
 
 
 def draw(tree: Mapping[str, Any], points: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
@@ -114,13 +126,14 @@ def draw(tree: Mapping[str, Any], points: Mapping[str, Sequence[tuple[float, flo
 
     dimensions = tree["dimensions"]
     heights = [max(4.2, 1.6 + 0.42 * len(g["categories"])) for g in dimensions.values()]
-    figure = Figure(figsize=(11, sum(heights)), layout="constrained")
+    dpi = min(DPI, MAX_PIXELS / sum(heights))
+    figure = Figure(figsize=(11, sum(heights)), dpi=dpi, layout="constrained")
     axes = figure.subplots(
         len(dimensions), 2, squeeze=False, height_ratios=heights, width_ratios=[4, 6]
     )
     for (name, group), (left, right) in zip(dimensions.items(), axes, strict=True):
         _draw_calibration(left, name, group, points[name])
-        _draw_categories(right, name, group)
+        _draw_categories(right, group)
     return figure
 
 
@@ -142,7 +155,7 @@ def _draw_calibration(
     axes.text(
         0.03,
         0.97,
-        f"n = {group['n']} of {group['clusters']} prompts\nECE {_cell(group['ece'])}",
+        f"{group['n']} rows, prompts: {group['clusters']}\nECE {_cell(group['ece'])}",
         transform=axes.transAxes,
         va="top",
         fontsize=8,
@@ -150,14 +163,19 @@ def _draw_calibration(
     axes.legend(loc="lower right", fontsize=8, frameon=False)
 
 
-def _draw_categories(axes: Axes, name: str, group: Mapping[str, Any]) -> None:
-    groups = {"all": group, **{_short(c): g for c, g in group["categories"].items()}}
-    labels = [f"{label} ({g['n']})" for label, g in groups.items()]
+def _draw_categories(axes: Axes, group: Mapping[str, Any]) -> None:
+    categories = group["categories"]
+    groups = [group, *categories.values()]
+    names = ["all", *map(_short, categories)]
+    labels = [f"{name} ({g['n']})" for name, g in zip(names, groups, strict=True)]
     for shift, key, color, label in (
         (-0.13, "spearman", "tab:blue", "Spearman"),
         (0.13, "pairwise_accuracy_within_prompt", "tab:orange", "pairs of a prompt in order"),
     ):
-        rows = [(place + shift, g[key]) for place, g in enumerate(groups.values())]
+        rows = [(place + shift, g[key]) for place, g in enumerate(groups)]
+        for place, found in rows:
+            if found["value"] is None:
+                axes.text(0.01, place, "undefined", color=color, fontsize=7, va="center")
         rows = [(place, found) for place, found in rows if found["value"] is not None]
         axes.plot(
             [f["value"] for _, f in rows], [p for p, _ in rows], "o", color=color, label=label

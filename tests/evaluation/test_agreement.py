@@ -157,6 +157,18 @@ def test_files_hold_the_tree(tmp_path: Path) -> None:
     ]
 
 
+def test_any_number_of_categories_fits_a_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qirl_fast.evaluation.agreement_report.MAX_PIXELS", 500)
+    long = "the same beginning of a long name of a category, number"
+    items = [replace(i, category=f"{long} {i.cluster}") for i in make_items(40, 1)]
+    tree = validate(items, tmp_path, 100)
+    assert len(tree["dimensions"]["alignment"]["categories"]) == 40
+    with Image.open(tmp_path / "validation.png") as picture:
+        assert 490 <= picture.height <= 500
+
+
 def test_top_label_calibration_by_hand(tmp_path: Path) -> None:
     """Sure of 4 at 0.8; right for truths 4 and 3.6, half right for 3.5, wrong for 2: 5 each."""
     probs = (0.05, 0.05, 0.05, 0.8, 0.05)
