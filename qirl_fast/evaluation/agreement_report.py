@@ -140,7 +140,9 @@ def draw(tree: Mapping[str, Any], points: Mapping[str, Sequence[tuple[float, flo
 def _draw_calibration(
     axes: Axes, name: str, group: Mapping[str, Any], points: Sequence[tuple[float, float]]
 ) -> None:
-    shown = np.array(points[:: max(1, len(points) // POINTS)])
+    step = -(-len(points) // POINTS)
+    shown = np.array(points[::step])
+    drawn = f"{group['n']} rows{f', one in {step} drawn' if step > 1 else ''}"
     axes.plot([1, 5], [1, 5], color="0.6", lw=1, zorder=1)
     axes.scatter(shown[:, 0], shown[:, 1], s=9, alpha=0.25, lw=0, color="tab:blue", zorder=2)
     bins = group["calibration"]
@@ -155,7 +157,7 @@ def _draw_calibration(
     axes.text(
         0.03,
         0.97,
-        f"{group['n']} rows, prompts: {group['clusters']}\nECE {_cell(group['ece'])}",
+        f"{drawn}, prompts: {group['clusters']}\nECE {_cell(group['ece'])}",
         transform=axes.transAxes,
         va="top",
         fontsize=8,

@@ -26,17 +26,16 @@ def make_items(prompts: int = 24, per: int = 4, seed: int = 0) -> list[Judged]:
                 truth = float(np.round(generator.uniform(1, 5) * 3) / 3)
                 scores = np.clip(truth + generator.normal(size=4) * 0.8, 1, 5)
                 probs = generator.dirichlet(np.ones(5))
-                items.append(
-                    Judged(
-                        truth=truth,
-                        predicted=float(scores[0]),
-                        dimension=dimension,
-                        category=CATEGORIES[prompt % 3],
-                        cluster=f"prompt {prompt}",
-                        repeats=tuple(scores[1:].tolist()),
-                        probs=tuple(probs.tolist()),
-                    )
+                item = Judged(
+                    truth=truth,
+                    predicted=float(scores[0]),
+                    dimension=dimension,
+                    category=CATEGORIES[prompt % 3],
+                    cluster=f"prompt {prompt}",
+                    repeats=tuple(scores[1:].tolist()),
+                    probs=tuple(probs.tolist()),
                 )
+                items.append(item)
     return items
 
 
@@ -115,9 +114,9 @@ def test_only_what_a_group_holds_decides_its_numbers(tmp_path: Path) -> None:
     alone = validate([i for i in items if i.dimension == "alignment"], tmp_path / "c")
     assert alone["dimensions"]["alignment"] == tree["dimensions"]["alignment"]
     other = write_validation(items, tmp_path / "d", n_boot=200, seed=1)
-    spearman = [t["dimensions"]["alignment"]["spearman"] for t in (tree, other)]
-    assert spearman[0]["value"] == spearman[1]["value"]
-    assert spearman[0]["low"] != spearman[1]["low"]
+    first, second = (t["dimensions"]["alignment"]["spearman"] for t in (tree, other))
+    assert first["value"] == second["value"]
+    assert first["low"] != second["low"]
 
 
 def test_images_of_a_prompt_are_not_independent(tmp_path: Path) -> None:
@@ -150,11 +149,8 @@ def test_files_hold_the_tree(tmp_path: Path) -> None:
         pixels = np.asarray(picture.convert("L"))
     assert pixels.shape[0] > 1000
     assert (pixels < 128).mean() > 0.005
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "validation.json",
-        "validation.md",
-        "validation.png",
-    ]
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["validation.json", "validation.md", "validation.png"]
 
 
 def test_any_number_of_categories_fits_a_picture(
@@ -178,7 +174,7 @@ def test_top_label_calibration_by_hand(tmp_path: Path) -> None:
     assert found["n"] == 20
     assert found["ece"]["value"] == pytest.approx(0.8 - 0.625)
     assert found["overconfidence"]["value"] == pytest.approx(0.8 - 0.625)
-    (only,) = found["calibration"]
+    (only,) = found["calibration"]  # 20 rows make two bins, but equal values share one
     assert (only["n"], only["predicted"], only["truth"]) == (20, pytest.approx(0.8), 0.625)
 
 
@@ -194,15 +190,6 @@ def test_a_calibrated_judge_may_have_no_calibration_error(tmp_path: Path) -> Non
     kind = [replace(i, predicted=i.predicted + 0.5) for i in items]
     off = validate(kind, tmp_path)["dimensions"]["alignment"]["ece"]
     assert 0.3 < off["low"] < 0.5 < off["high"] < 0.7
-
-
-def undefined(items: list[Judged], folder: Path, name: str) -> dict[str, Any]:
-    tree = validate(items, folder)
-    found: dict[str, Any] = tree["dimensions"]["alignment"][name]
-    assert (found["value"], found["low"], found["high"]) == (None, None, None)
-    assert tree["overall"][name]["reason"] == "undefined in dimension alignment"
-    assert found["reason"] in (folder / "validation.md").read_text(encoding="utf-8")
-    return found
 
 
 @pytest.mark.parametrize(
@@ -233,7 +220,12 @@ def test_undefined_is_null_with_its_reason(
         replace(ITEM, truth=x, predicted=y, cluster=f"p{k}")
         for k, (x, y) in enumerate(zip(truths, predictions, strict=True))
     ]
-    assert undefined(items, tmp_path, name)["reason"] == reason
+    tree = validate(items, tmp_path)
+    found = tree["dimensions"]["alignment"][name]
+    assert (found["value"], found["low"], found["high"]) == (None, None, None)
+    assert found["reason"] == reason
+    assert reason in (tmp_path / "validation.md").read_text(encoding="utf-8")
+    assert tree["overall"][name]["reason"] == "undefined in dimension alignment"
 
 
 def test_repeats_that_are_not_there_are_said(tmp_path: Path) -> None:
