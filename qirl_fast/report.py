@@ -12,6 +12,7 @@ from rich.console import Console
 
 from qirl_fast import _cpu
 from qirl_fast.config import ConfigError
+from qirl_fast.evaluation.curves import reward_curves
 from qirl_fast.evaluation.grid import before_after_grid
 from qirl_fast.evaluation.heldout import Evaluation
 from qirl_fast.evaluation.paired import paired_bootstrap
@@ -57,7 +58,7 @@ def draw_samples(trainer: Trainer, run_dir: Path, update: int) -> None:
 def write_report(
     trainer: Trainer, tracker: Tracker, run_dir: Path, before: Evaluation, after: Evaluation
 ) -> None:
-    """Print the before -> after table; write summary.json and samples/before_after.png."""
+    """Print the before -> after table; write summary.json and two pictures in samples/."""
     judges: dict[str, dict[str, float]] = {}
     for name in trainer.judges.names:
         pairs = np.isfinite(before.scores[name]) & np.isfinite(after.scores[name])
@@ -85,9 +86,12 @@ def write_report(
     order = sorted(range(len(tags)), key=lambda i: (tags[:i].count(tags[i]), i))[:GRID]
     picture = run_dir / "samples" / "before_after.png"
     _grid(trainer, before, after, picture, order)
+    curves = run_dir / "samples" / "rewards.png"
+    reward_curves(_lines(run_dir, "metrics"), trainer.cfg.rewards, trainer.cfg.watch, curves)
     console = Console()
     console.print(summary_table(judges, f"{run_dir.name}: {len(trainer.heldout)} held-out prompts"))
-    console.print(f"picture {picture}\nsummary {path}", highlight=False, soft_wrap=True)
+    said = f"picture {picture}\ncurves  {curves}\nsummary {path}"
+    console.print(said, highlight=False, soft_wrap=True)
 
 
 def _grid(

@@ -230,8 +230,12 @@ class Trainer:
         }
 
     def go_back(self, position: dict[str, Any]) -> bool:
-        """To the beginning of a failed update; False where some of it was already applied."""
-        if self.learner.optimizer_steps != position["optimizer_steps"]:
+        """To the beginning of a failed update. False where that is no state to go on from: some
+        of the update was applied, or weights are not finite.
+        """
+        weights = self.learner.trainable.values()
+        sound = all(bool(torch.isfinite(p).all()) for p in weights)
+        if not sound or self.learner.optimizer_steps != position["optimizer_steps"]:
             return False
         self.sampler.load_state_dict(position["sampler"])
         self.judges.load_state_dict(position["judges"])

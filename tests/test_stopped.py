@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 
 Start = Callable[..., Any]
 
-# Scores of a training batch (eight images) follow the file `mode`; an evaluation has four.
+# Scores of a training batch (eight images) follow the file `mode`; an evaluation has four, and a
+# failed row is asked again by itself.
 JUDGE = """
 import numpy
 from pathlib import Path
+from qirl_fast.rewards.judge import Scored
 
 batches = 0
 
@@ -29,8 +31,11 @@ def score(images, metadata):
         batches += 1
     if mode == "held-out" and len(metadata) == 4:
         scores[1] = numpy.nan
-    if mode == "raise" and len(metadata) == 4:
+    if mode == "raise" and len(metadata) != 8 or mode == "away" and batches == 3:
         raise RuntimeError("no contact")
+    if mode == "partly" and len(metadata) != 4:
+        failed = [row["prompt"] == metadata[0]["prompt"] and batches == 2 for row in metadata]
+        return Scored(scores, numpy.int8(failed), {i: "no face" for i in range(len(failed))})
     if mode in ("nan", "inf", "-inf") and batches == 2:
         scores[5] = float(mode)
     if mode == "short" and batches == 2:
@@ -100,11 +105,43 @@ def test_a_reward_that_is_no_number(moody, output: Path, whole, read_jsonl, valu
     assert outcome(folder) == whole
 
 
+def test_a_judge_that_stays_away_stops_the_run_with_its_state_saved(
+    moody, output: Path, whole, read_jsonl
+) -> None:
+    """No checkpoint is due before the end; the one written at the stop is all there is."""
+    settings = ("tracking={checkpoint_every: 0}", "failures={reask: 2, budget: 0.5}")
+    broken = moody("away", "away", *settings)
+    said = broken.output()
+    assert broken.wait() == 1, said
+    assert re.search(
+        r"stopped: step 3 is stopped, .*judge 'moody:score' failed on 100% of the images, asked 3 "
+        r"times, and failures.budget allows 50%; the first reason: RuntimeError\('no contact'\)",
+        said,
+    )
+    assert sorted(p.name for p in (output / "away" / "checkpoints").iterdir()) == [
+        "checkpoint-2",
+        "latest",
+    ]
+    mended = moody("away", "fine", "resume=auto", *settings)
+    assert mended.wait() == 0, mended.output()
+    assert "from step 2 to 3" in mended.output()
+    assert outcome(output / "away") == whole
+
+
+def test_within_its_budget_a_failure_costs_its_group_alone(moody, output: Path, read_jsonl) -> None:
+    run = moody("partly", "partly", "failures={reask: 1, budget: 0.5}")
+    assert run.wait() == 0, run.output()
+    rows = read_jsonl(output / "partly" / "metrics.jsonl")
+    assert [row["failed/moody:score"] for row in rows] == [0.0, 0.5, 0.0]
+    assert [row["kept_groups"] for row in rows] == [1.0, 0.5, 1.0]
+    assert [row["missing/moody:score"] for row in rows] == [0.0] * 3
+
+
 def assert_batch_is_saved(failed: Path) -> None:
     """Images, prompts and the states of both recorded steps, readable without this package."""
     with np.load(failed / "batch.npz") as batch:
         assert batch["images"].shape == (8, 64, 64, 3) and batch["images"].std() > 0
-        assert batch["scores"].shape == batch["valid"].shape == (8, 3)
+        assert batch["scores"].shape == batch["status"].shape == (8, 3)
     rows = [json.loads(line) for line in (failed / "prompts.jsonl").read_text().splitlines()]
     assert len(rows) == 2 and all("include" in row for row in rows)
     states = load_file(failed / "trajectories.safetensors")
@@ -147,6 +184,15 @@ def test_a_loss_or_gradient_that_is_no_number(moody, output: Path, whole, what: 
     mended = moody(what, "fine", "resume=auto")
     assert mended.wait() == 0, mended.output()
     assert outcome(output / what) == whole
+
+
+def test_weights_that_are_no_numbers_are_not_saved(moody, output: Path) -> None:
+    hook = HOOK.format(
+        method="update", poison="\n".join(line[4:] for line in POISON["loss"].splitlines())
+    )
+    broken = moody("rotten", "fine", "tracking={checkpoint_every: 0}", hook=hook)
+    assert broken.wait() == 1, broken.output()
+    assert not list((output / "rotten" / "checkpoints").iterdir())
 
 
 def test_a_learning_rate_that_bursts_the_weights(moody, output: Path) -> None:

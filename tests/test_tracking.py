@@ -216,6 +216,21 @@ def test_without_a_terminal_one_plain_line_a_step(tmp_path: Path) -> None:
     )
 
 
+def test_work_beside_a_phase_is_told_from_waiting(read_jsonl, tmp_path: Path) -> None:
+    cfg, out = make_config(tmp_path), io.StringIO()
+    with Tracker(prepare_run_dir(cfg), cfg, stream=out) as tracker:
+        with tracker.phase("rollout"):
+            pass
+        whole = tracker.phase_s["rollout"]
+        tracker.split("rollout", "reward", 0.01, 0.03)
+        assert sum(tracker.phase_s.values()) == pytest.approx(whole), "no second counts twice"
+        tracker.log(1, {"reward": 0.5})
+        run_dir = tracker.run_dir
+    (clock,) = read_jsonl(run_dir / "timings.jsonl")
+    assert clock["phases_s"]["reward"] == 0.01 and clock["beside_s"] == {"reward": 0.03}
+    assert "reward 0.01s (+0.03s beside)" in out.getvalue()
+
+
 TERMINAL = """
 import sys, time
 from qirl_fast.config import load_config
