@@ -94,7 +94,8 @@ def _listen(cfg: ServerConfig) -> socket.socket:
     """The socket, taken before judges load: a port in use should not cost minutes."""
     family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
     try:
-        found = socket.socket(family, socket.SOCK_STREAM)
+        # asyncio turns off Nagle's delay of 40 ms an answer, where the protocol is named
+        found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind((cfg.host, cfg.port))
     except OSError as error:

@@ -173,6 +173,23 @@ def test_a_question_asked_again_is_not_computed_again(mean):
         assert len(mean.sizes) == 9
 
 
+def test_a_fault_of_the_server_is_not_kept(mean, monkeypatch, caplog):
+    unpack, faults = wire.Question.unpack, [MemoryError("no room now")]
+
+    def once(question):
+        if faults:
+            raise faults.pop()
+        return unpack(question)
+
+    monkeypatch.setattr(wire.Question, "unpack", once)
+    with serving("server_judges:mean") as url:
+        assert post(url).status_code == 500
+        assert 'path="/score",status="500"} 1' in get(f"{url}/metrics").text
+        assert post(url).status_code == 200
+        assert post(url).status_code == 200
+    assert len(mean.sizes) == 1
+
+
 def test_a_question_asked_again_while_it_is_computed_waits_for_the_same_answer(mean):
     mean.gate.clear()
     with (

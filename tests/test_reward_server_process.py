@@ -99,6 +99,14 @@ def test_a_port_in_use_is_told(settings_file, capsys):
     assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
 
 
+def test_answers_are_not_delayed(settings_file):
+    listening = reward_server._listen(load_settings([settings_file(port=0)], ServerConfig))
+    listening.listen()
+    host, port = listening.getsockname()
+    with listening, socket.create_connection((host, port)), listening.accept()[0] as connection:
+        assert connection.proto == socket.IPPROTO_TCP  # asyncio sets TCP_NODELAY on no other
+
+
 def test_missing_libraries_are_told_with_what_brings_them(settings_file, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert reward_server.main([settings_file()]) == 2

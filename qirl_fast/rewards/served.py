@@ -1,6 +1,6 @@
 """A judge behind a queue: requests of `wire`, one after the other, on a thread of its own.
 
-An answer is kept for a while under its question, so that a question asked again, because its answer
+A sound answer is kept for a while under its question, so that a question asked again, because its answer
 was lost or took too long, is not computed again. Images of one size are judged together; rows that
 fail together are asked again alone, so that one bad row does not fail its neighbours.
 """
@@ -84,9 +84,10 @@ class Served:
 
         The future raises WireError where an image's pixels are damaged.
         """
-        if key in self._answers:
+        known = self._answers.get(key)
+        if known is not None and not (known.done() and known.exception()):
             self._answers.move_to_end(key)
-            return self._answers[key], False
+            return known, False
         future = self._answers[key] = self._thread.submit(self._answer, question)
         done = [key for key, one in self._answers.items() if one.done()]
         for old in done[: max(0, len(done) - self._kept)]:
