@@ -24,7 +24,7 @@ MIN_TILES = 4
 def sharpness(images_BHW3: np.ndarray, metadata: list[dict[str, Any]]) -> np.ndarray:
     """Share of an image's contrast that is fine detail; float32 [B].
 
-        mean(L^2) / (20 (var(Y) + NOISE_LEVELS^2)),  L = 4 Y - up - down - left - right, inner pixels
+        mean(L^2) / (20 (var(Y) + NOISE_LEVELS^2)),  L = 4 Y - up - down - left - right inside
 
     0 for a flat image or a ramp, 1 for white noise, 3.2 for a chequerboard of pixels; falls with
     blur, does not change with contrast (but for the noise term, which keeps an almost flat image
@@ -41,12 +41,13 @@ def grid_artefacts(images_BHW3: np.ndarray, metadata: list[dict[str, Any]]) -> n
     is m_q[k] = median over tiles t of g[t q + k], which a single edge does not move, and
     s_q = std over k of m_q. With p in PERIODS of which MIN_TILES whole tiles fit,
 
-        grid = max over axes and p of  max(0, s_p - max(s_(p-1), s_(p+1))) / (mean(g) + NOISE_LEVELS)
+        grid = max over axes and p of max(0, s_p - max(s_(p-1), s_(p+1))) / (mean(g) + NOISE_LEVELS)
 
-    0 without a grid, whatever its texture; about 1 where the edges of the grid's lines are as strong
-    as all others together; sqrt(p - 1) (5.6 for 32) where nothing but a grid is drawn. Both a
-    pattern that repeats in every patch and steps between patches count; things that truly repeat
-    every 8, 16 or 32 pixels, such as a brick wall, count too.
+    About 0 without a grid, at most sqrt(p - 1) (5.6 for 32), which is where nothing but a grid is
+    drawn. Both a pattern that repeats in every patch and steps between patches count; so do things
+    that truly repeat every 8, 16 or 32 pixels, such as a brick wall or the blocks of JPEG. Small
+    images give few tiles and so some chance hits (the tiny world's clean scenes of 64 pixels: 0.03
+    on average): watch the mean of many images.
 
     ValueError for an image with a side below 33 pixels, where no period fits.
     """
