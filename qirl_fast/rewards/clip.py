@@ -23,7 +23,6 @@ possible score (how a BLAS rounds); with `batch: 1` not at all.
 Shapes: B images, H, W pixels, D embedding.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -34,11 +33,10 @@ from pydantic import Field
 
 from qirl_fast.rewards.judge import Row
 from qirl_fast.rewards.open_clip import is_open_clip, to_transformers
+from qirl_fast.rewards.prompted import CutLog, check_prompt, filled_chunks
 from qirl_fast.rewards.segment import check_images
 from qirl_fast.rewards.weights import check_keys, folder_of, load_tensors
 from qirl_fast.section import Count, Positive, Section, Text
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,16 +80,12 @@ class Judge:
         self.model = _load_model(settings).to(self.device).eval().requires_grad_(False)
         self.tokenizer, self.image_processor = _load_processor(settings, self.model.config)
         self.side = int(self.model.config.vision_config.image_size)
-        self._cut: set[str] = set()
+        self.length = int(self.model.config.text_config.max_position_embeddings)
+        self._log_cut = CutLog(settings.kind, self.tokenizer, self.length)
 
     def check_row(self, row: Row) -> None:
         """ValueError for a row without a prompt."""
-        prompt = row.get("prompt")
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(
-                f"the {self.settings.kind} judge wants a 'prompt' that is text, got {prompt!r}: "
-                f"{row!r}"
-            )
+        check_prompt(self.settings.kind, row)
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray, metadata: list[Row]) -> np.ndarray:
@@ -101,6 +95,7 @@ class Judge:
             self.check_row(row)
         prompts = [row["prompt"] for row in metadata]
         different = list(dict.fromkeys(prompts))
+        self._log_cut(different)
         text = self._embedded(different, self._embed_text)
         place = {prompt: i for i, prompt in enumerate(different)}
         image = self._embedded(list(images), self._embed_images)
@@ -112,19 +107,19 @@ class Judge:
         self, items: Sequence[Any], embed: Callable[[list[Any]], torch.Tensor]
     ) -> np.ndarray:
         """Embeddings of length 1, float64 [len(items), D], by chunks of one shape."""
-        size, pieces = self.settings.batch, [np.zeros((0, self.model.projection_dim))]
-        for start in range(0, len(items), size):
-            chunk = list(items[start : start + size])
-            filled = chunk + [chunk[-1]] * (size - len(chunk))
-            x = embed(filled)[: len(chunk)].double().cpu().numpy()
+        pieces = [np.zeros((0, self.model.projection_dim))]
+        for chunk, real in filled_chunks(items, self.settings.batch):
+            x = embed(chunk)[:real].double().cpu().numpy()
             pieces.append(x / np.linalg.norm(x, axis=1, keepdims=True))
         return np.concatenate(pieces)
 
     def _embed_text(self, prompts: list[str]) -> torch.Tensor:
-        length = self.model.config.text_config.max_position_embeddings
-        self._log_cut(prompts, length)
         tokens = self.tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+            prompts,
+            padding="max_length",
+            truncation=True,
+            max_length=self.length,
+            return_tensors="pt",
         ).to(self.device)
         return self.model.get_text_features(**tokens).pooler_output
 
@@ -138,21 +133,6 @@ class Judge:
             options = {"do_resize": False, "do_center_crop": False}
         pixels = self.image_processor(pictures, return_tensors="pt", **options)["pixel_values"]
         return self.model.get_image_features(pixels.to(self.device)).pooler_output
-
-    def _log_cut(self, prompts: list[str], length: int) -> None:
-        for prompt in prompts:
-            if prompt in self._cut:
-                continue
-            tokens = len(self.tokenizer(prompt, verbose=False)["input_ids"])
-            if tokens > length:
-                self._cut.add(prompt)
-                logger.warning(
-                    "%s reads the first %d of %d tokens of: %s",
-                    self.settings.kind,
-                    length,
-                    tokens,
-                    prompt,
-                )
 
 
 def padded(picture: Any, side: int) -> Any:
