@@ -1,0 +1,155 @@
+"""`python -m qirl_fast.reward_server settings.yaml [key=value ...]`: serve judges over HTTP.
+
+A trainer on another machine uses them as judges of kind `remote`. It listens on 127.0.0.1 unless
+told otherwise; a token is read from the environment variable named by token_env. SIGTERM and Ctrl-C
+let it finish what is under way. It speaks plain HTTP: over a network that others can read, put a
+proxy that speaks TLS before it.
+"""
+
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+from contextlib import suppress
+from typing import Any
+
+from qirl_fast.config import ConfigError, load_settings
+from qirl_fast.config.server import ServerConfig
+from qirl_fast.rewards.judges import Judges
+from qirl_fast.rewards.served import Served
+
+USAGE = f"""{__doc__}
+  key=value    any setting by its dotted name, e.g. port=9000 serve=[alignment]
+"""
+CONNECTIONS = 512
+
+logger = logging.getLogger("qirl_fast.reward_server")
+
+
+def serve(cfg: ServerConfig) -> int:
+    """Serve until a signal comes: 0, or 1 where a judge was still busy after grace_s."""
+    uvicorn, app_type = _libraries()
+    token = _token(cfg.token_env)
+    listening = _listen(cfg)
+    judges = _load(cfg)
+    app = app_type(judges, token, cfg.limits, cfg.requests, cfg.body_s)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app.starlette(),
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            limit_concurrency=CONNECTIONS,
+            timeout_graceful_shutdown=cfg.grace_s,
+        )
+    )
+    listening.listen()  # until now clients were refused, and asked again
+    host, port = listening.getsockname()[:2]
+    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    print(f"serving {', '.join(judges)} on http://{where}", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises what it got again, at its end
+    with suppress(KeyboardInterrupt):
+        server.run(sockets=[listening])
+    if any(judge.busy for judge in judges.values()):
+        logger.error("a judge is busy %d s after the signal; left without it", cfg.grace_s)
+        return 1
+    for judge in judges.values():
+        judge.close()
+    return 0
+
+
+def _libraries() -> tuple[Any, Any]:
+    """(uvicorn, App); both need packages of the extra `server`."""
+    try:
+        import uvicorn
+
+        from qirl_fast.reward_app import App
+    except ImportError as error:
+        raise ConfigError(
+            [f"{error.name} is not installed; `pip install 'qirl-fast[server]'` brings it"]
+        ) from error
+    return uvicorn, App
+
+
+def _token(token_env: str | None) -> str | None:
+    if token_env is None:
+        return None
+    token = os.environ.get(token_env, "")
+    if not re.fullmatch(r"[!-~]{16,}", token):
+        raise ConfigError(
+            [
+                f"token_env: the environment variable {token_env} is not set or no token; wanted "
+                "16 or more visible ASCII characters, as `openssl rand -hex 32` makes"
+            ]
+        )
+    return token
+
+
+def _listen(cfg: ServerConfig) -> socket.socket:
+    """The socket, taken before judges load: a port in use should not cost minutes."""
+    family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
+    try:
+        found = socket.socket(family, socket.SOCK_STREAM)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind((cfg.host, cfg.port))
+    except OSError as error:
+        raise ConfigError(
+            [f"host, port: cannot listen on {cfg.host}:{cfg.port} ({error}); choose another"]
+        ) from error
+    return found
+
+
+def _load(cfg: ServerConfig) -> dict[str, Served]:
+    device = _device(cfg)
+    found = {}
+    for name in cfg.serve:
+        try:
+            judges = Judges([name], cfg.judges, device, cfg.reask)
+        except (ValueError, OSError, ImportError) as error:
+            raise ConfigError([f"judge {name!r}: {error}"]) from error
+        for text in judges.warnings():
+            logger.warning(text)
+        found[name] = Served(judges)
+    return found
+
+
+def _device(cfg: ServerConfig) -> str:
+    if cfg.device == "cpu" and cfg.threads is None:
+        return "cpu"
+    import torch  # takes seconds, and not every judge needs it
+
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    if cfg.device == "cuda" != best:
+        raise ConfigError(
+            ["device: got cuda, and torch.cuda.is_available() is False here; allowed: cpu, auto"]
+        )
+    return best if cfg.device == "auto" else cfg.device
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point: 0 ended by a signal, 1 a judge was left busy, 2 the settings are wrong."""
+    args = sys.argv[1:] if argv is None else argv
+    if "-h" in args or "--help" in args:
+        print(USAGE)
+        return 0
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        return serve(load_settings(args, ServerConfig))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    code = main()
+    if code == 1:
+        os._exit(code)  # the thread of a judge that does not end would hold the process
+    sys.exit(code)
