@@ -79,6 +79,16 @@ def rubric(dimension: str, reading: str = "expected") -> str:
     return criteria if reading == "yes_no" else f"{criteria} {_ANSWER}"
 
 
+def refuse_control(text: str, what: str) -> None:
+    """ValueError for text that holds a control token or is no Unicode (lone surrogates)."""
+    if found := _SPECIAL.search(text):
+        raise ValueError(f"{what} holds the control token {found[0]}; remove it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} holds half a surrogate pair ({error.reason}); mend it") from error
+
+
 def question(dimension: str, text: str, rubric_text: str, reading: str = "expected") -> str:
     """The text after the images. text: the prompt, or the instruction of an edit.
 
@@ -87,8 +97,7 @@ def question(dimension: str, text: str, rubric_text: str, reading: str = "expect
     """
     if not text.strip():
         raise ValueError("the prompt is empty; wanted what the image is judged against")
-    if found := _SPECIAL.search(text):
-        raise ValueError(f"the prompt holds the control token {found[0]}; remove it")
+    refuse_control(text, "the prompt")
     label = "Instruction" if dimension == "instruction" else "Prompt"
     return f"{rubric_text}\n{label}: {text}" + (_YES_NO if reading == "yes_no" else "")
 
