@@ -98,8 +98,9 @@ def save_resolved(cfg: Config, path: str | os.PathLike[str]) -> None:
 def settings(cfg: Config) -> dict[str, Any]:
     """Dotted key -> value of everything that changes the numbers of a step.
 
-    Left out: run, output, resume, threads, tracking, train.recompute_blocks, and train.steps, which
-    only says when to end (not where train.decay counts the learning rate down to it).
+    Left out: run, output, resume, threads, tracking, train.recompute_blocks, train.skip_flat, and
+    train.steps, which only says when to end (not where train.decay counts the learning rate down to
+    it).
     """
     flat = _numbers(cfg.model_dump(mode="json"))
     if not flat["train.decay"]:
@@ -125,6 +126,7 @@ def _numbers(plain: Mapping[str, Any]) -> dict[str, Any]:
 
     walk({name: value for name, value in plain.items() if name not in UNHASHED}, "")
     flat.pop("train.recompute_blocks", None)
+    flat.pop("train.skip_flat", None)
     return flat
 
 

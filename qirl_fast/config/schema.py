@@ -241,6 +241,11 @@ class TrainConfig(Section):
         description="transformer blocks, from the first, whose activations are computed again in "
         "the backward pass and not kept: less memory, the same numbers",
     )
+    skip_flat: bool = Field(
+        default=True,
+        description="leave out the replay of chunks whose advantages are all 0, where no KL needs "
+        "it: less time, the same numbers",
+    )
     replay_steps: Count = Field(
         default=1,
         description="recorded steps scored in one forward; above 1 the shape is not that of "
