@@ -16,7 +16,7 @@ from qirl_fast.config.rules import trained_group
 from qirl_fast.config.schema import Config
 from qirl_fast.config.wording import ConfigError
 
-UNHASHED = ("run", "output", "resume", "threads", "tracking")  # change no number
+UNHASHED = ("run", "output", "resume", "threads", "tracking", "curation")  # no number of training
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,9 @@ def save_resolved(cfg: Config, path: str | os.PathLike[str]) -> None:
 def settings(cfg: Config) -> dict[str, Any]:
     """Dotted key -> value of everything that changes the numbers of a step.
 
-    Left out: run, output, resume, threads, tracking, train.recompute_blocks, train.skip_flat, and
-    train.steps, which only says when to end (not where train.decay counts the learning rate down to
-    it).
+    Left out: run, output, resume, threads, tracking, curation, train.recompute_blocks,
+    train.skip_flat, and train.steps, which only says when to end (not where train.decay counts the
+    learning rate down to it).
     """
     flat = _numbers(cfg.model_dump(mode="json"))
     if not flat["train.decay"]:

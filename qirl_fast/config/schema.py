@@ -268,6 +268,32 @@ class EvaluationConfig(Section):
     )
 
 
+class CurationConfig(Section):
+    """Which prompts are worth training on, see `evaluation.curation`; used by qirl_fast.curate."""
+
+    samples: int = Field(default=8, ge=2, description="samples drawn of each prompt")
+    threshold: NonNegative | None = Field(
+        default=None,
+        description="prompts are kept whose reward range exceeds this, in standard deviations; "
+        "null: by quantile",
+    )
+    quantile: Decay | None = Field(
+        default=0.25, description="the threshold is this quantile of all ranges; null: by threshold"
+    )
+    drop_failed: float | None = Field(
+        default=None,
+        description="drop prompts whose best sample has less weighted reward than this; null: none",
+    )
+    drop_passed: float | None = Field(
+        default=None,
+        description="drop prompts whose worst sample has more weighted reward; null: none",
+    )
+    images: Natural = Field(
+        default=0,
+        description="prompts, spread over the file, whose samples are kept as PNG to be rated",
+    )
+
+
 class TrackingConfig(Section):
     """What is written while training; changes no number."""
 
@@ -316,6 +342,7 @@ class Config(Section):
     advantage: AdvantageConfig = AdvantageConfig()
     train: TrainConfig
     evaluation: EvaluationConfig = EvaluationConfig()
+    curation: CurationConfig = CurationConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
