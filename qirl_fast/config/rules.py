@@ -219,6 +219,6 @@ def _curation_problems(cfg: Config) -> Iterator[Problem]:
     if low is not None and high is not None and low > high:
         yield (
             ("curation.drop_failed", "curation.drop_passed"),
-            f"curation.drop_failed: got {low:g}, above curation.drop_passed {high:g}; a reward would "
-            "count as failed and passed",
+            f"curation.drop_failed: got {low:g}, above curation.drop_passed {high:g}; a reward "
+            "would count as failed and passed",
         )

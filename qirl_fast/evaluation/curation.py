@@ -10,7 +10,7 @@ all samples of all prompts, in float64,
 A group advantage is made of differences inside the group, so a prompt of no range teaches nothing.
 Each prompt gets one verdict, the first that holds:
 
-    failed     a reward of non-zero weight is failed or missing on a sample: neither kept nor dropped
+    failed     a reward of non-zero weight lacks a sample's score: neither kept nor dropped
     all fail   max_i r_i < drop_failed
     all pass   min_i r_i > drop_passed
     narrow     range <= threshold
@@ -65,7 +65,8 @@ class Decision:
 def decide(scores_PnK: np.ndarray, weights_PK: np.ndarray, rules: Rules) -> Decision:
     """The verdict on each prompt.
 
-    scores_PnK: float64, NaN where there is none. weights_PK: each row sums to 1.
+    scores_PnK: float64, NaN where there is none. weights_PK: each row sums to 1; 0 for a judge that
+    has nothing to judge in a prompt (`rewards.composite.without_missing`).
     ValueError where no prompt has all its scores, as there is nothing to decide by.
     """
     std_K = np.array([_spread(column[~np.isnan(column)]) for column in _columns(scores_PnK)])

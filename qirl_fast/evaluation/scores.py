@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
-from qirl_fast.rewards.judge import FAILED, SCORED
+from qirl_fast.rewards.judge import FAILED, MISSING, SCORED
+from qirl_fast.rewards.judges import Verdict
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class ScoreFile:
         if self._file:
             self._file.close()
             self._file = None
-        self._rewrite([_line(self.records[row]) for row in sorted(self.records)])
+        self._rewrite([_line(record) for record in self.ordered()])
 
     def _rewrite(self, lines: Iterable[str]) -> None:
         beside = self.path.with_name(f".{self.path.name}.tmp")
@@ -94,39 +95,41 @@ class ScoreFile:
             os.fsync(file.fileno())
         beside.replace(self.path)
 
+    def ordered(self) -> list[Record]:
+        """The records by row."""
+        return [self.records[row] for row in sorted(self.records)]
+
     def array(self) -> np.ndarray:
         """Scores float64 [P, n, K] in the order of the rows and of `names`; NaN: none."""
-        rows = [self.records[row].scores for row in sorted(self.records)]
-        values = [[scores[name] for name in self.names] for scores in rows]
-        shape = (len(rows), len(self.names), self.samples)
+        values = [[record.scores[name] for name in self.names] for record in self.ordered()]
+        shape = (len(values), len(self.names), self.samples)
         return np.array(values, np.float64).reshape(shape).swapaxes(1, 2)
+
+    def status(self) -> np.ndarray:
+        """int8 [P, n, K] of SCORED, FAILED, MISSING."""
+        status_PnK = np.where(np.isnan(self.array()), MISSING, SCORED).astype(np.int8)
+        for p, record in enumerate(self.ordered()):
+            for name, reasons in record.failures.items():
+                status_PnK[p, [int(i) for i in reasons], self.names.index(name)] = FAILED
+        return status_PnK
 
 
 def _line(record: Record) -> str:
     return json.dumps(asdict(record), ensure_ascii=False, allow_nan=False)
 
 
-def failures(
-    names: Sequence[str], status: np.ndarray, reasons: Mapping[str, Mapping[int, str]]
-) -> dict[str, dict[str, str]]:
-    """The failed samples of each judge with their reasons, by the status int8 [n, K]."""
-    found = {}
+def judged(names: Sequence[str], verdict: Verdict, rows: range) -> dict[str, Any]:
+    """`scores` and `failures` of a Record from the verdict on a prompt's `rows` of a batch."""
+    scores: dict[str, list[float | None]] = {}
+    failures: dict[str, dict[str, str]] = {}
     for k, name in enumerate(names):
-        rows = np.flatnonzero(status[:, k] == FAILED).tolist()
-        if rows:
-            known = reasons.get(name, {})
-            found[name] = {str(row): known.get(row, "no reason given") for row in rows}
-    return found
-
-
-def columns(
-    names: Sequence[str], scores: np.ndarray, status: np.ndarray
-) -> dict[str, list[float | None]]:
-    """scores float32 [n, K] by judge; None where not SCORED."""
-    return {
-        name: [
-            float(value) if state == SCORED else None
-            for value, state in zip(scores[:, k], status[:, k], strict=True)
+        scores[name] = [
+            float(verdict.scores[i, k]) if verdict.status[i, k] == SCORED else None for i in rows
         ]
-        for k, name in enumerate(names)
-    }
+        reasons = {
+            str(i - rows.start): verdict.reasons.get((i, name), "no reason given")
+            for i in rows
+            if verdict.status[i, k] == FAILED
+        }
+        failures |= {name: reasons} if reasons else {}
+    return {"scores": scores, "failures": failures}
