@@ -69,7 +69,7 @@ def decide(scores_PnK: np.ndarray, weights_PK: np.ndarray, rules: Rules) -> Deci
     has nothing to judge in a prompt (`rewards.composite.without_missing`).
     ValueError where no prompt has all its scores, as there is nothing to decide by.
     """
-    std_K = np.array([_spread(column[~np.isnan(column)]) for column in _columns(scores_PnK)])
+    std_K = global_std(scores_PnK)
     needed_P1K = (weights_PK != 0)[:, None]
     complete_P = ~(np.isnan(scores_PnK) & needed_P1K).any(axis=(1, 2))
     if not complete_P.any():
@@ -93,11 +93,13 @@ def decide(scores_PnK: np.ndarray, weights_PK: np.ndarray, rules: Rules) -> Deci
     return Decision(verdicts.tolist(), range_P, reward_Pn, std_K, threshold)
 
 
-def _columns(scores_PnK: np.ndarray) -> np.ndarray:
-    return scores_PnK.reshape(-1, scores_PnK.shape[-1]).T
+def global_std(scores_PnK: np.ndarray) -> np.ndarray:
+    """Standard deviation [K] of each reward over all its scores; 0 where it has none."""
+    flat_NK = scores_PnK.reshape(-1, scores_PnK.shape[-1])
+    return np.array([spread(column[~np.isnan(column)]) for column in flat_NK.T])
 
 
-def _spread(values: np.ndarray) -> float:
+def spread(values: np.ndarray) -> float:
     """Standard deviation; exactly 0 of equal numbers and of none."""
     return float((values - values[0]).std()) if len(values) else 0.0
 
@@ -116,7 +118,7 @@ def statistics(
         scored = own_nK[~np.isnan(own_nK[:, k]), k]
         judges[name] = {
             "mean": float(scored.mean()) if len(scored) else None,
-            "std": _spread(scored) if len(scored) else None,
+            "std": spread(scored) if len(scored) else None,
             "scored": len(scored),
         }
     return {
