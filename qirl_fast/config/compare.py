@@ -17,7 +17,8 @@ from qirl_fast.config.schema import Config
 from qirl_fast.config.wording import ConfigError
 from qirl_fast.section import Section
 
-UNHASHED = ("run", "output", "resume", "threads", "tracking", "failures")  # change no number
+# These change no number of training.
+UNHASHED = ("run", "output", "resume", "threads", "tracking", "failures", "curation")
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,9 @@ def save_resolved(cfg: Section, path: str | os.PathLike[str]) -> None:
 def settings(cfg: Section) -> dict[str, Any]:
     """Dotted key -> value of everything that changes the numbers of a step.
 
-    Left out: UNHASHED (a failure stops a step or drops its groups), train.recompute_blocks, and
-    train.steps, which only says when to end (not where train.decay counts down to it).
+    Left out: UNHASHED (a failure stops a step or drops its groups), train.recompute_blocks,
+    train.skip_flat, and train.steps, which only says when to end (not where train.decay counts down
+    to it).
     """
     flat = _numbers(cfg.model_dump(mode="json"))
     if _open_ended(flat):
@@ -131,6 +133,7 @@ def _numbers(plain: Mapping[str, Any]) -> dict[str, Any]:
 
     walk({name: value for name, value in plain.items() if name not in UNHASHED}, "")
     flat.pop("train.recompute_blocks", None)
+    flat.pop("train.skip_flat", None)
     return flat
 
 

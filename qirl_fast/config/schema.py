@@ -255,6 +255,11 @@ class TrainConfig(Section):
         description="transformer blocks, from the first, whose activations are computed again in "
         "the backward pass and not kept: less memory, the same numbers",
     )
+    skip_flat: bool = Field(
+        default=True,
+        description="leave out the replay of chunks whose advantages are all 0, where no KL needs "
+        "it: less time, the same numbers",
+    )
     replay_steps: Count = Field(
         default=1,
         description="recorded steps scored in one forward; above 1 the shape is not that of "
@@ -274,6 +279,32 @@ class EvaluationConfig(Section):
     seed: Seed = Field(default=1234, description="seed of the initial noise")
     every: Natural = Field(
         default=0, description="updates between evaluations; 0: before and after only"
+    )
+
+
+class CurationConfig(Section):
+    """Which prompts are worth training on, see `evaluation.curation`; used by qirl_fast.curate."""
+
+    samples: int = Field(default=8, ge=2, description="samples drawn of each prompt")
+    threshold: NonNegative | None = Field(
+        default=None,
+        description="prompts are kept whose reward range exceeds this, in standard deviations; "
+        "null: by quantile",
+    )
+    quantile: Decay | None = Field(
+        default=0.25, description="the threshold is this quantile of all ranges; null: by threshold"
+    )
+    drop_failed: float | None = Field(
+        default=None,
+        description="drop prompts whose best sample has less weighted reward than this; null: none",
+    )
+    drop_passed: float | None = Field(
+        default=None,
+        description="drop prompts whose worst sample has more weighted reward; null: none",
+    )
+    images: Natural = Field(
+        default=0,
+        description="prompts, spread over the file, whose samples are kept as PNG to be rated",
     )
 
 
@@ -329,6 +360,7 @@ class Config(Section):
     advantage: AdvantageConfig = AdvantageConfig()
     train: TrainConfig
     evaluation: EvaluationConfig = EvaluationConfig()
+    curation: CurationConfig = CurationConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
