@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from qirl_fast.config.rules import trained_group
 from qirl_fast.config.schema import Config
 from qirl_fast.config.wording import ConfigError
+from qirl_fast.rewards.kinds import OPERATIONAL
 from qirl_fast.section import Section
 
 # These change no number of training.
@@ -131,6 +132,12 @@ def _numbers(plain: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[key] = value
 
+    plain = dict(plain)
+    if isinstance(plain.get("judges"), Mapping):
+        plain["judges"] = {
+            name: {k: v for k, v in judge.items() if k not in OPERATIONAL}
+            for name, judge in plain["judges"].items()
+        }
     walk({name: value for name, value in plain.items() if name not in UNHASHED}, "")
     flat.pop("train.recompute_blocks", None)
     flat.pop("train.skip_flat", None)

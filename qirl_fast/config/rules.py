@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from qirl_fast.rewards.tiers import check_tiers
+
 if TYPE_CHECKING:
     from qirl_fast.config.schema import Config, RolloutConfig
 
@@ -29,6 +31,7 @@ def cross_problems(cfg: Config) -> Iterator[Problem]:
     yield from _fp8_problems(cfg)
     yield from _batch_problems(cfg)
     yield from _weight_problems(cfg)
+    yield from _tier_problems(cfg)
     yield from _curation_problems(cfg)
 
 
@@ -204,6 +207,20 @@ def _weight_problems(cfg: Config) -> Iterator[Problem]:
             yield ("watch",), f"watch: {name!r} is already optimised in rewards; name it only once"
     if len(set(cfg.watch)) < len(cfg.watch):
         yield ("watch",), f"watch: got {cfg.watch}, which repeats a judge; name each only once"
+
+
+def _tier_problems(cfg: Config) -> Iterator[Problem]:
+    for tier in cfg.tiers:
+        if tier.judge not in cfg.rewards:
+            yield (
+                ("tiers",),
+                f"tiers: judge {tier.judge!r} is not among rewards; allowed: "
+                + ", ".join(cfg.rewards),
+            )
+    try:
+        check_tiers(cfg.tiers)
+    except ValueError as error:
+        yield ("tiers",), f"tiers: {error}"
 
 
 def _curation_problems(cfg: Config) -> Iterator[Problem]:

@@ -12,6 +12,7 @@ from pydantic import Field, Strict, model_validator
 
 from qirl_fast.config.rules import CrossError, cross_problems
 from qirl_fast.rewards.kinds import JudgeSettings
+from qirl_fast.rewards.tiers import Tier
 from qirl_fast.section import (
     Count,
     Decay,
@@ -355,6 +356,11 @@ class Config(Section):
     )
     judges: dict[str, JudgeSettings] = Field(
         default={}, description="judges with settings, by the name under which rewards use them"
+    )
+    tiers: list[Tier] = Field(
+        default=[],
+        description="optimised judges from the highest tier to the lowest; one that fails caps "
+        "what those below it may score",
     )
     failures: FailureConfig = FailureConfig()
     advantage: AdvantageConfig = AdvantageConfig()
