@@ -61,6 +61,7 @@ class Learner:
         advantage: float32, one value a row of all chunks, in their order.
         `pre_update_*` are measured before the first optimizer step, where rollout and replay must
         agree: the ratio is 1 there, bit for bit where `replay_steps` is 1, else to rounding.
+        `skipped_share`: of the rows, those whose replay was left out, see `_backward`.
         """
         count = self.train.updates_per_rollout
         size = len(trajectories) // count
@@ -87,16 +88,22 @@ class Learner:
     def _backward(self, chunks: Sequence[Trajectory], advantage: Tensor) -> dict[str, float]:
         """Leave the gradient of the loss over all chunks in `.grad`; returns its metrics.
 
-        Chunks are summed in order, whoever computed them first.
+        Chunks are summed in order, whoever computed them first. An idle chunk (of groups that are
+        all flat, see `algorithm.idle`) adds zeros to the sums and is left out where `skip_flat` is
+        on; loss and gradient are divided by its rows all the same. The metrics of the ratio are
+        means over the other chunks, whether it is left out or not.
         """
         rows = sum(len(chunk.rows) for chunk in chunks)
         parameters = list(self.trainable.values())
         how, objective = self.sampling, self.objective
+        parts = [advantage[c.rows.start : c.rows.stop].float() for c in chunks]
+        idle = [self.algorithm.idle(part, objective) for part in parts]
+        judged = sum(len(c.rows) for c, is_idle in zip(chunks, idle, strict=True) if not is_idle)
+        left = [k for k in range(len(chunks)) if not (idle[k] and self.train.skip_flat)]
         references = self.algorithm.references(self.model, chunks, how, objective)
 
-        def gradient(k: int) -> tuple[tuple[Tensor, ...], Tensor, list[StepLoss], float]:
-            chunk = chunks[k]
-            part = advantage[chunk.rows.start : chunk.rows.stop].to(self.model.device).float()
+        def gradient(k: int) -> tuple[tuple[Tensor, ...], Tensor, list[StepLoss]]:
+            chunk, part = chunks[k], parts[k].to(self.model.device)
             with torch.enable_grad():
                 steps = list(
                     self.algorithm.loss(self.model, chunk, part, how, objective, references[k])
@@ -107,19 +114,25 @@ class Learner:
                 raise StepFailed(f"the loss of rows {chunk.rows} is {loss.item()}")
             # Weights that no output depends on, such as the text's in a last block, get zeros.
             found = torch.autograd.grad(loss, parameters, materialize_grads=True)
-            return found, loss.detach(), steps, share
+            return found, loss.detach(), steps
 
-        totals: dict[str, float] = {"loss": 0.0}
-        error = 0.0
-        for gradients, loss, steps, share in self.workers.map(gradient, range(len(chunks))):
+        totals = {"loss": 0.0, "clip_fraction": 0.0, "ratio_error": 0.0}
+        for k, (gradients, loss, steps) in zip(left, self.workers.map(gradient, left), strict=True):
             for p, g in zip(parameters, gradients, strict=True):
                 p.grad = g if p.grad is None else p.grad.add_(g)
             totals["loss"] += loss.item()
+            if idle[k]:
+                continue
+            share = len(chunks[k].rows) / (judged * len(steps))
             for step in steps:
-                error = max(error, (step.ratio - 1).abs().max().item())
+                error = (step.ratio - 1).abs().max().item()
+                totals["ratio_error"] = max(totals["ratio_error"], error)
                 for name, value in step.metrics.items():
                     totals[name] = totals.get(name, 0.0) + value.item() * share
-        return {**totals, "ratio_error": error}
+        for p in parameters:  # all chunks were left out: the optimizer steps on zeros all the same
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        skipped = rows - sum(len(chunks[k].rows) for k in left)
+        return totals | {"skipped_share": skipped / rows}
 
     def _optimizer_step(self) -> float:
         parameters = list(self.trainable.values())

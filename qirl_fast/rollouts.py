@@ -21,6 +21,7 @@ from qirl_fast.models.adapter import NotFinite
 from qirl_fast.rewards.composite import weights_for, without_missing
 from qirl_fast.rewards.judge import FAILED, MISSING, SCORED
 from qirl_fast.rewards.judges import BadReward, Judges, Pending
+from qirl_fast.rewards.tiers import cap
 from qirl_fast.rollout.replay import replay
 from qirl_fast.rollout.sample import Sampling, Trajectory, sample_then
 from qirl_fast.rollout.workers import Workers
@@ -42,8 +43,8 @@ def best_and_worst(value: Tensor, groups: int, keep: int) -> list[int]:
 def advantages(cfg: Config, batch: Batch, clamp: float | None = None) -> ops.GroupAdvantage:
     """Group advantages of the optimised judges, by each prompt's category weights.
 
-    A judge that had nothing to judge in a whole group weighs nothing there (`without_missing`).
-    clamp: in place of the recipe's.
+    A judge that had nothing to judge in a whole group weighs nothing there (`without_missing`);
+    a failure in a higher tier caps the scores of lower ones. clamp: in place of the recipe's.
     """
     names = list(cfg.rewards)
     group = batch.group
@@ -52,7 +53,7 @@ def advantages(cfg: Config, batch: Batch, clamp: float | None = None) -> ops.Gro
     weights = without_missing(weights, batch.status[:, : len(names)].numpy(), group)
     a = cfg.advantage
     return ops.group_advantage(
-        batch.scores[:, : len(names)],
+        capped_scores(cfg, batch),
         torch.arange(len(batch.prompts)).repeat_interleave(group),
         torch.as_tensor(weights),
         std=a.std,
@@ -64,6 +65,16 @@ def advantages(cfg: Config, batch: Batch, clamp: float | None = None) -> ops.Gro
         mode=a.mode,
         valid=batch.valid[:, : len(names)],
     )
+
+
+def capped_scores(cfg: Config, batch: Batch) -> Tensor:
+    """Scores [B, K] of the optimised judges, those of lower tiers capped by failed higher ones."""
+    scores = batch.scores[:, : len(cfg.rewards)].clone()
+    if cfg.tiers:
+        columns = [list(cfg.rewards).index(tier.judge) for tier in cfg.tiers]
+        tiered = cap(scores[:, columns].numpy(), batch.valid[:, columns].numpy(), cfg.tiers)
+        scores[:, columns] = torch.as_tensor(tiered)
+    return scores
 
 
 def mean_scores(cfg: Config, batch: Batch) -> dict[str, float]:

@@ -30,12 +30,13 @@ from rich.table import Table
 
 from qirl_fast.checkpoint import truncate_metrics
 from qirl_fast.config import Config, ConfigError, refuse_changes, save_resolved
+from qirl_fast.config.reward import RewardConfig
 
 RESOLVED = "config.resolved.yaml"
 FOLDERS = ("tb", "samples", "checkpoints")
 
 
-def prepare_run_dir(cfg: Config) -> Path:
+def prepare_run_dir(cfg: Config | RewardConfig) -> Path:
     """Make <output>/<run> and write the resolved recipe into it; return the folder.
 
     A folder that already holds a run is taken only when resuming (resume 'auto' or a path), and
@@ -83,7 +84,7 @@ class Tracker:
     def __init__(
         self,
         run_dir: str | os.PathLike[str],
-        cfg: Config,
+        cfg: Config | RewardConfig,
         *,
         step: int = 0,
         rank: int = 0,
@@ -106,7 +107,7 @@ class Tracker:
         if rank == 0:
             self._open(cfg)
 
-    def _open(self, cfg: Config) -> None:
+    def _open(self, cfg: Config | RewardConfig) -> None:
         if cfg.tracking.wandb:
             self._wandb = _start_wandb(self.run_dir, cfg)
         for name in ("metrics", "timings"):
@@ -276,7 +277,7 @@ def _flat_clock(clock: Mapping[str, Any]) -> dict[str, float]:
     return flat
 
 
-def _start_wandb(run_dir: Path, cfg: Config) -> Any:
+def _start_wandb(run_dir: Path, cfg: Config | RewardConfig) -> Any:
     try:
         import wandb
     except ImportError as error:

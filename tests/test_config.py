@@ -377,3 +377,37 @@ def test_every_key_is_documented() -> None:
     assert len(leaves) > 60
     bare = [key for key in leaves if not schema.node(key.split(".")).get("description")]
     assert not bare
+
+
+JUDGES = "judges={text: {kind: ocr}, far: {kind: remote, url: http://127.0.0.1:9, judge: x}}"
+
+
+def test_judges_of_the_recipe_are_known_to_rewards_and_watch() -> None:
+    cfg = load(JUDGES, "rewards={far: 1.0}", "watch=[text, sharpness]")
+    assert cfg.judges["text"].kind == "ocr" and cfg.judges["far"].kind == "remote"
+    again = load(JUDGES, "rewards={far: 1.0}", "watch=[text, sharpness]", "judges.far.deadline_s=9")
+    moved = load(JUDGES, "rewards={far: 1.0}", "watch=[text, sharpness]", "judges.far.judge=y")
+    assert changes(cfg, again) == [] and again != cfg, "where a judge is changes no number"
+    assert changes(cfg, moved) == ["judges.far.judge: was 'x', is now 'y'"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ("rewards={txt: 1.0}", JUDGES),
+            "rewards.txt: no judge is called 'txt': did you mean 'text",
+        ),
+        (("judges={alignment: {kind: ocr}}",), "judges.alignment: is the name of a packaged judge"),
+        (("rewards={sharpness: 1.0}",), "rewards.sharpness: sharpness is a monitor"),
+        (("tiers=[{judge: x, fails_below: 1}]",), "tiers: judge 'x' is not among rewards"),
+        (
+            ("tiers=[{judge: alignment, fails_below: 1, cap: {nobody: 1}}]",),
+            "caps 'nobody', which is no lower tier",
+        ),
+    ],
+)
+def test_judges_and_tiers_that_cannot_be(settings: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(*settings)
+    assert message in str(caught.value)

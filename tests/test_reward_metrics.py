@@ -12,7 +12,7 @@ from qirl_fast.batch import Batch
 from qirl_fast.config import Config, load_config
 from qirl_fast.data.prompts import Prompt
 from qirl_fast.rewards.judge import FAILED, MISSING, SCORED
-from qirl_fast.rollouts import advantages, mean_scores, spread_metrics
+from qirl_fast.rollouts import advantages, capped_scores, mean_scores, spread_metrics
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
 
@@ -66,3 +66,19 @@ def test_a_group_with_a_failed_member_is_left_out(cfg: Config) -> None:
     found = advantages(cfg, batch(SCORES, status))
     assert found.keep.tolist() == [True] * 3 + [False] * 3
     assert (found.advantage[3:] == 0).all()
+
+
+def test_a_failed_higher_tier_caps_what_lower_ones_may_score(cfg: Config) -> None:
+    tier = "[{judge: alignment, fails_below: 0.25, cap: {aesthetics: 0.4}}, {judge: aesthetics, "
+    tiers = f"tiers={tier}fails_below: 0}}]"
+    rewards = "rewards={alignment: 0.75, aesthetics: 0.25}"
+    capped = load_config([str(RECIPE), rewards, tiers, "watch=[]"])
+    found = capped_scores(capped, batch(SCORES))
+    low = torch.tensor(SCORES)[:, 0] < 0.25
+    assert low.any() and not low.all()
+    wanted = torch.tensor(SCORES)
+    wanted[low, 1] = wanted[low, 1].clamp(max=0.4)
+    assert torch.equal(found, wanted)
+    assert torch.equal(capped_scores(cfg, batch(SCORES)), torch.tensor(SCORES))
+    a, b = advantages(capped, batch(SCORES)), advantages(cfg, batch(SCORES))
+    assert not torch.equal(a.advantage, b.advantage)

@@ -89,6 +89,13 @@ def sampling(model: Any) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+def idle(advantage: Tensor, objective: Objective) -> bool:
+    """True where rows of these advantages add nothing to the loss or its gradient: all are 0 and no
+    KL holds them. A NaN is not 0.
+    """
+    return not objective.needs_reference and not bool(advantage.any())
+
+
 def references(
     model: Any, trajectories: list[Trajectory], how: Sampling, objective: Objective
 ) -> list[list[Tensor] | None]:

@@ -20,7 +20,7 @@ from qirl_fast.config.files import missing_files
 from qirl_fast.config.rules import CrossError
 from qirl_fast.config.schema import Config
 from qirl_fast.config.wording import ConfigError, Schema, accepted_types, schema_of
-from qirl_fast.rewards.judges import JUDGES, resolve
+from qirl_fast.rewards.judges import JUDGES, MONITORS, resolve
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -198,6 +198,11 @@ def _judge_problems(plain: Mapping[str, Any]) -> list[str]:
         f"judges.{name}: is the name of a packaged judge; choose another"
         for name in specs
         if name in JUDGES
+    ]
+    lines += [
+        f"{key}: {name} is a monitor, which noise or blur would satisfy; put it under watch"
+        for key, name in used
+        if name in MONITORS and key != "watch"
     ]
     for key, name in used:
         try:

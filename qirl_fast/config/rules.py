@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from qirl_fast.rewards.tiers import check_tiers
+
 if TYPE_CHECKING:
     from qirl_fast.config.schema import Config, RolloutConfig
 
@@ -29,6 +31,8 @@ def cross_problems(cfg: Config) -> Iterator[Problem]:
     yield from _fp8_problems(cfg)
     yield from _batch_problems(cfg)
     yield from _weight_problems(cfg)
+    yield from _tier_problems(cfg)
+    yield from _curation_problems(cfg)
 
 
 def _rollout_problems(rollout: RolloutConfig) -> Iterator[Problem]:
@@ -203,3 +207,35 @@ def _weight_problems(cfg: Config) -> Iterator[Problem]:
             yield ("watch",), f"watch: {name!r} is already optimised in rewards; name it only once"
     if len(set(cfg.watch)) < len(cfg.watch):
         yield ("watch",), f"watch: got {cfg.watch}, which repeats a judge; name each only once"
+
+
+def _tier_problems(cfg: Config) -> Iterator[Problem]:
+    for tier in cfg.tiers:
+        if tier.judge not in cfg.rewards:
+            yield (
+                ("tiers",),
+                f"tiers: judge {tier.judge!r} is not among rewards; allowed: "
+                + ", ".join(cfg.rewards),
+            )
+    try:
+        check_tiers(cfg.tiers)
+    except ValueError as error:
+        yield ("tiers",), f"tiers: {error}"
+
+
+def _curation_problems(cfg: Config) -> Iterator[Problem]:
+    threshold, quantile = cfg.curation.threshold, cfg.curation.quantile
+    if (threshold is None) == (quantile is None):
+        came = "neither" if threshold is None else f"{threshold:g} and {quantile:g}"
+        yield (
+            ("curation.threshold", "curation.quantile"),
+            f"curation.threshold, curation.quantile: got {came}; set exactly one and the other to "
+            "null, such as curation.threshold=0.5 curation.quantile=null",
+        )
+    low, high = cfg.curation.drop_failed, cfg.curation.drop_passed
+    if low is not None and high is not None and low > high:
+        yield (
+            ("curation.drop_failed", "curation.drop_passed"),
+            f"curation.drop_failed: got {low:g}, above curation.drop_passed {high:g}; a reward "
+            "would count as failed and passed",
+        )

@@ -12,6 +12,7 @@ from pydantic import Field, Strict, model_validator
 
 from qirl_fast.config.rules import CrossError, cross_problems
 from qirl_fast.rewards.kinds import JudgeSettings
+from qirl_fast.rewards.tiers import Tier
 from qirl_fast.section import (
     Count,
     Decay,
@@ -255,6 +256,11 @@ class TrainConfig(Section):
         description="transformer blocks, from the first, whose activations are computed again in "
         "the backward pass and not kept: less memory, the same numbers",
     )
+    skip_flat: bool = Field(
+        default=True,
+        description="leave out the replay of chunks whose advantages are all 0, where no KL needs "
+        "it: less time, the same numbers",
+    )
     replay_steps: Count = Field(
         default=1,
         description="recorded steps scored in one forward; above 1 the shape is not that of "
@@ -274,6 +280,32 @@ class EvaluationConfig(Section):
     seed: Seed = Field(default=1234, description="seed of the initial noise")
     every: Natural = Field(
         default=0, description="updates between evaluations; 0: before and after only"
+    )
+
+
+class CurationConfig(Section):
+    """Which prompts are worth training on, see `evaluation.curation`; used by qirl_fast.curate."""
+
+    samples: int = Field(default=8, ge=2, description="samples drawn of each prompt")
+    threshold: NonNegative | None = Field(
+        default=None,
+        description="prompts are kept whose reward range exceeds this, in standard deviations; "
+        "null: by quantile",
+    )
+    quantile: Decay | None = Field(
+        default=0.25, description="the threshold is this quantile of all ranges; null: by threshold"
+    )
+    drop_failed: float | None = Field(
+        default=None,
+        description="drop prompts whose best sample has less weighted reward than this; null: none",
+    )
+    drop_passed: float | None = Field(
+        default=None,
+        description="drop prompts whose worst sample has more weighted reward; null: none",
+    )
+    images: Natural = Field(
+        default=0,
+        description="prompts, spread over the file, whose samples are kept as PNG to be rated",
     )
 
 
@@ -325,10 +357,16 @@ class Config(Section):
     judges: dict[str, JudgeSettings] = Field(
         default={}, description="judges with settings, by the name under which rewards use them"
     )
+    tiers: list[Tier] = Field(
+        default=[],
+        description="optimised judges from the highest tier to the lowest; one that fails caps "
+        "what those below it may score",
+    )
     failures: FailureConfig = FailureConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     train: TrainConfig
     evaluation: EvaluationConfig = EvaluationConfig()
+    curation: CurationConfig = CurationConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")

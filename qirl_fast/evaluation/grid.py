@@ -60,12 +60,12 @@ def before_after_grid(
         if row % ROWS == 0:
             for left, text in zip(lefts, ("before", "after"), strict=True):
                 draw.text((left + TILE / 2, HEADER_HEIGHT / 2), text, INK, font, anchor="mm")
-        draw.multiline_text((edge + GAP, top + 4), _wrap(prompt, font), INK, font, spacing=5)
+        draw.multiline_text((edge + GAP, top + 4), wrap(prompt, font), INK, font, spacing=5)
         old, new = scores[row]
         colors = (INK, UP if new > old else DOWN if new < old else INK)
         cells = zip(lefts, (before[row], after[row]), (old, new), colors, strict=True)
         for left, pixels, score, color in cells:
-            canvas.paste(_enlarge(pixels), (left, top))
+            canvas.paste(enlarge(pixels), (left, top))
             draw.rectangle((left - 1, top - 1, left + TILE, top + TILE), outline=PALE)
             spot = (left + TILE / 2, top + TILE + SCORE_HEIGHT / 2)
             draw.text(spot, f"{score:.2f}", color, font, anchor="mm")
@@ -101,23 +101,23 @@ def _check(
         raise ValueError(f"scores hold NaN or infinity: {list(scores)}")
 
 
-def _enlarge(pixels: NDArray[np.uint8]) -> Image.Image:
-    """Return a TILE x TILE picture with the image centred: whole factor up, or smoothly down."""
+def enlarge(pixels: NDArray[np.uint8], side: int = TILE) -> Image.Image:
+    """Return a square picture with the image centred: whole factor up, or smoothly down."""
     image = Image.fromarray(pixels)
-    factor = TILE // max(image.size)
+    factor = side // max(image.size)
     if factor:
         scaled = image.resize(
             (image.width * factor, image.height * factor), Image.Resampling.NEAREST
         )
     else:
         scaled = image.copy()
-        scaled.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
-    tile = Image.new("RGB", (TILE, TILE), PALE)
-    tile.paste(scaled, ((TILE - scaled.width) // 2, (TILE - scaled.height) // 2))
+        scaled.thumbnail((side, side), Image.Resampling.LANCZOS)
+    tile = Image.new("RGB", (side, side), PALE)
+    tile.paste(scaled, ((side - scaled.width) // 2, (side - scaled.height) // 2))
     return tile
 
 
-def _wrap(prompt: str, font: ImageFont.FreeTypeFont) -> str:
+def wrap(prompt: str, font: ImageFont.FreeTypeFont) -> str:
     """Break a prompt into lines that fit beside the images; a long one ends in dots."""
     characters = int(TEXT_WIDTH / font.getlength("abcdefghijklmnopqrstuvwxyz ") * 27)
     lines = textwrap.wrap(prompt, characters) or [""]

@@ -26,14 +26,18 @@ from typing import Any
 
 import numpy as np
 
-from qirl_fast.rewards import aesthetics, alignment
+from qirl_fast.rewards import aesthetics, alignment, monitors
 from qirl_fast.rewards.judge import FAILED, MISSING, SCORED, Judge, Row, Scored, Stateful
 from qirl_fast.rewards.kinds import JudgeSettings, build
 
 JUDGES: dict[str, Judge] = {
     "alignment": alignment.score,
     "aesthetics": aesthetics.score,
+    "sharpness": monitors.sharpness,
+    "grid_artefacts": monitors.grid_artefacts,
 }
+
+MONITORS = ("sharpness", "grid_artefacts")  # to be watched: noise and blur would satisfy them
 
 # Those of JUDGES that cannot score every row: each raises ValueError for one it cannot.
 ROW_CHECKS = {"alignment": alignment.check_row}

@@ -1,6 +1,6 @@
 """kernels/gelu.py, swiglu.py and fp8_quantize.py in Triton's interpreter, on CPU tensors.
 
-Not collected by name: test_triton_act.py runs this file in a process of its own, because
+Not collected by name: test_triton.py runs this file in a process of its own, because
 TRITON_INTERPRET has to be set before triton is imported. The interpreter truncates float32 to
 bfloat16 where hardware rounds to nearest: bfloat16 results of gelu and swiglu may be one unit off.
 fp8 codes are made from the bits of float32 and must be exact.

@@ -1,6 +1,6 @@
 """kernels/group_advantage.py in Triton's interpreter, on CPU tensors, against the C++ kernel.
 
-Not collected by name: test_triton_guide.py runs this file in a process of its own, because
+Not collected by name: test_triton.py runs this file in a process of its own, because
 TRITON_INTERPRET has to be set before triton is imported.
 """
 

@@ -1,6 +1,6 @@
 """kernels/guide.py in Triton's interpreter, on CPU tensors, against the C++ kernels.
 
-Not collected by name: test_triton_guide.py runs this file in a process of its own, because
+Not collected by name: test_triton.py runs this file in a process of its own, because
 TRITON_INTERPRET has to be set before triton is imported. The interpreter truncates float32 to
 bfloat16 where hardware rounds to nearest: bfloat16 results may be one unit off.
 """

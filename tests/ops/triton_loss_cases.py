@@ -1,6 +1,6 @@
 """kernels/{velocity_loss,nft_loss,awm_logp,policy_loss}.py in Triton's interpreter, on CPU tensors.
 
-Not collected by name: test_triton_loss.py runs this file in a process of its own, because
+Not collected by name: test_triton.py runs this file in a process of its own, because
 TRITON_INTERPRET has to be set before triton is imported. Values and gradients are compared with the
 C++ kernels', which the other tests compare with float64. Sums have another order, so sums over a
 row differ by an ulp or two of float32; a bfloat16 gradient by one unit in the last place, as the

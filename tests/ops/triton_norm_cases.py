@@ -1,6 +1,6 @@
 """The kernels of norm_modulate and the gate ops in Triton's interpreter, on CPU tensors.
 
-Not collected by name: test_triton_norm.py runs this file in a process of its own, because
+Not collected by name: test_triton.py runs this file in a process of its own, because
 TRITON_INTERPRET has to be set before triton is imported. The interpreter truncates float32 to
 bfloat16 where hardware rounds to nearest, so large tensors are float32 here.
 """

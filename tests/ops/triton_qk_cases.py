@@ -1,6 +1,6 @@
 """kernels/qk_norm_rope.py in Triton's interpreter, on CPU tensors, against the float64 reference.
 
-Not collected by name: test_triton_qk.py runs this file in a process of its own, because
+Not collected by name: test_triton.py runs this file in a process of its own, because
 TRITON_INTERPRET has to be set before triton is imported. float32 only: the interpreter truncates
 where hardware rounds to bfloat16.
 """
