@@ -238,6 +238,7 @@ def test_gradient_checkpointing_changes_no_number(recipe: Path, tmp_path: Path) 
         assert off == on and (once, twice) == (plain, 2 * plain)
 
 
+@pytest.mark.slow
 def test_bfloat16(recipe: Path, rows: Path, tmp_path: Path) -> None:
     for mode in ("lora", "full"):
         more = (f"model.adapter={mode}", "model.dtype=bfloat16", "train.steps=1", f"run={mode}")
@@ -259,6 +260,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_is_the_same_run(recipe: Path, tmp_path: Path) -> None:
     whole = run(recipe, tmp_path / "whole", "train.steps=5", "validation.every=2")
     argv = [str(recipe), f"output={tmp_path / 'cut'}", "train.steps=5", "validation.every=2"]
