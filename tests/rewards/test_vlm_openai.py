@@ -365,6 +365,10 @@ BROKEN: dict[str, tuple[Act, str]] = {
     ),
     "nan": (say(http(completion({"4": float("nan")}))), "'4' is nan"),
     "text for a number": (say(http(completion({"4": "high"}))), "not a completion"),  # type: ignore[dict-item]
+    "a number beyond floats": (
+        say(http(completion({"4": 7777777}).replace(b"7777777", b"9" * 999))),
+        "not a completion",
+    ),
     "gzip bomb": (
         say(http(gzip.compress(b" " * 10_000_000), extra="Content-Encoding: gzip\r\n")),
         "encoded as 'gzip'",
@@ -456,3 +460,35 @@ def test_a_mark_without_its_space_is_asked_again_from_the_space() -> None:
         asked = judge(url, top_logprobs=20)
         found = asked(images(1), PROMPTS[:1])
     assert len(calls) == 2 and found.status.tolist() == [SCORED] and asked.last["closed"] == 0
+
+
+def test_a_reasoning_that_stops_early_is_continued_without_its_end_token() -> None:
+    tokens = [
+        {"token": t, "top_logprobs": [{"token": t, "logprob": -0.1}]}
+        for t in ("fine", "<|im_end|>")
+    ]
+    early = {"choices": [{"message": {"content": "fine"}, "logprobs": {"content": tokens}}]}
+    served: list[dict[str, Any]] = []
+
+    async def answer(request: Request) -> JSONResponse:
+        served.append(await request.json())
+        return JSONResponse(early if len(served) == 1 else json.loads(completion({"4": -0.1})))
+
+    with serving(answer) as url:
+        asked = judge(url, max_spread=4.0, top_logprobs=20)
+        found = asked(images(1), PROMPTS[:1])
+    assert found.values.tolist() == [4.0] and asked.last["closed"] == 1
+    assert served[1]["messages"][1]["content"] == "fine\nScore: "
+
+
+def test_a_sampled_token_beside_the_list_does_not_bound_it() -> None:
+    """vLLM lists the token that was drawn beside the top ones: here x, far below the two asked for.
+
+    So the missing ones may be as likely as the second, 0.2, and 0.2 is left over in all.
+    """
+    top = {"4": np.log(0.6), "3": np.log(0.2), "x": -20.0}
+    with raw(say(http(completion(top)))) as (url, _):
+        asked = judge(url, reasonings=0, top_logprobs=2, max_spread=4.0)
+        asked(images(1), PROMPTS[:1])
+    low, high = (0.6 * 4 + 0.2 * 3 + 0.2 * s for s in (1, 5))
+    assert asked.last["spread"] == pytest.approx(high - low, abs=1e-6)
