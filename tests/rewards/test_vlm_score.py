@@ -95,3 +95,10 @@ def test_written_scores(text: str, score: float) -> None:
 def test_no_written_score_is_no_score(text: str) -> None:
     with pytest.raises(Unreadable):
         read_text(text)
+
+
+def test_a_word_without_any_spelling_listed_is_missing() -> None:
+    found = read_tokens("yes_no", logs(yes=0.5, x=0.1), math.log(0.1))
+    assert found.value == 5.0
+    assert found.spread == pytest.approx(5 - (5 * 0.5 + 0.1) / 0.6)
+    assert read_tokens("yes_no", logs(Yes=0.5, no=0.2, x=0.1), math.log(0.1)).spread == 0.0

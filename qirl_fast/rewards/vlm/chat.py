@@ -31,10 +31,11 @@ from typing import Any
 
 import numpy as np
 
-from qirl_fast.rewards.vlm.rubric import CLOSE, LEAD, MARK
+from qirl_fast.rewards.vlm.rubric import CLOSE, CONTROL, LEAD, MARK
 from qirl_fast.rewards.vlm.scorer import Answer, Ask
 
 AGAIN = (408, 429)
+BAD_SHAPE = (ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError)
 FIRST_WAIT_S = 0.5
 ENDING = 8  # tokens after "Score:" for the space, the digit and the end
 
@@ -92,7 +93,7 @@ class ChatEngine:
             return await asyncio.gather(*(self._row(client, turns, ask) for ask in asks))
 
     async def _row(self, client: Any, turns: asyncio.Semaphore, ask: Ask) -> list[Answer] | str:
-        urls = [_data_url(image) for image in ask.images]
+        urls = await asyncio.gather(*(asyncio.to_thread(_data_url, im) for im in ask.images))
         content: list[dict[str, Any]] = [
             {"type": "image_url", "image_url": {"url": url}} for url in urls
         ]
@@ -111,7 +112,8 @@ class ChatEngine:
     async def _reasoning(self, post: _Poster, user: Any, ask: Ask, number: int) -> Answer:
         if not ask.reasonings:
             return await self._continued(post, user, ask, "", False)
-        more = {"temperature": 0.0, "max_tokens": self.max_new_tokens + ENDING}
+        ending = ENDING if ask.candidates else 0
+        more = {"temperature": 0.0, "max_tokens": self.max_new_tokens + ending}
         if ask.seeds:
             more |= {"temperature": self.temperature, "seed": ask.seeds[number]}
         written = await post([user], more, bool(ask.candidates))
@@ -119,13 +121,13 @@ class ChatEngine:
             return Answer(written.text)
         start, end = written.marked(self.max_new_tokens)
         if start is None:
-            kept = "".join(token for token, _ in written.tokens[: self.max_new_tokens])
+            kept = written.reasoning(self.max_new_tokens)
             return await self._continued(post, user, ask, kept + CLOSE, True)
         reasoning = "".join(token for token, _ in written.tokens[:start])
         if end is None:
             lead = reasoning[: reasoning.rindex(MARK)] + LEAD
             return await self._continued(post, user, ask, lead, False)
-        return _answer(ask, reasoning, written.tokens[end][1], False)
+        return self._answer(ask, reasoning, written.tokens[end][1], False)
 
     async def _continued(
         self, post: _Poster, user: Any, ask: Ask, begun: str, closed: bool
@@ -136,7 +138,14 @@ class ChatEngine:
         if begun:
             more |= {"continue_final_message": True, "add_generation_prompt": False}
         written = await post(talk, more, True)
-        return _answer(ask, begun, written.tokens[0][1], closed)
+        return self._answer(ask, begun, written.tokens[0][1], closed)
+
+    def _answer(self, ask: Ask, text: str, likely: dict[str, float], closed: bool) -> Answer:
+        """A list that holds all candidates is complete as far as the reading goes."""
+        complete = all(token in likely for token in ask.candidates)
+        # A sampled token is listed beside the likely ones even if it is far less likely.
+        ranked = sorted(likely.values(), reverse=True)[: self.server.top_logprobs]
+        return Answer(text, likely, None if complete or not ranked else ranked[-1], closed)
 
 
 @dataclass(frozen=True)
@@ -145,6 +154,12 @@ class Written:
 
     text: str
     tokens: list[tuple[str, dict[str, float]]]
+
+    def reasoning(self, most: int) -> str:
+        """The text of the first `most` tokens, without the control token that ended it."""
+        texts = [token for token, _ in self.tokens[:most]]
+        ends = [i for i, token in enumerate(texts) if CONTROL.fullmatch(token)]
+        return "".join(texts[: ends[0]] if ends else texts)
 
     def marked(self, most: int) -> tuple[int | None, int | None]:
         """(tokens up to and with "Score:", index of the token right after "Score: ").
@@ -241,7 +256,7 @@ def _parsed(data: bytes, logprobs: bool) -> Written:
             for entry in listed
             for top in [entry["top_logprobs"]]
         ]
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+    except BAD_SHAPE as error:
         head = data[:80].decode("utf-8", "replace")
         hint = ""
         if logprobs and b'"logprobs"' not in data:
@@ -258,13 +273,6 @@ def _checked(token: Any) -> str:
     if not isinstance(token, str):
         raise TypeError(f"token {token!r} is no text")
     return token
-
-
-def _answer(ask: Ask, text: str, likely: dict[str, float], closed: bool) -> Answer:
-    """A list that holds all candidates is complete as far as the reading goes."""
-    complete = all(token in likely for token in ask.candidates)
-    least = None if complete or not likely else min(likely.values())
-    return Answer(text, likely, least, closed)
 
 
 def _data_url(image: np.ndarray) -> str:

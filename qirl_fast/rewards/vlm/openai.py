@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field
 
@@ -67,11 +68,10 @@ class OpenAi(Scorer):
     """The judge of these settings. ValueError for a bad url or an API key that is not set."""
 
     def __init__(self, settings: Settings, device: str = "cpu") -> None:
-        import httpx
-
         try:
-            httpx.URL(settings.url)
-        except httpx.InvalidURL as error:
+            assert urlsplit(settings.url).hostname, "the pattern of url asks for a host"
+            urlsplit(settings.url).port  # noqa: B018 - raises for one above 65535
+        except ValueError as error:
             raise ValueError(f"url {settings.url!r} is no address: {error}") from error
         key = None
         if settings.api_key_env is not None:
