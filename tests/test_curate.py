@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from qirl_fast.config import ConfigError, load_config
+from qirl_fast.curate import open_folder
 from qirl_fast.data.prompts import load_prompts
 from qirl_fast.evaluation.scores import ScoreFile
 from qirl_fast.tiny import packaged
@@ -146,7 +147,7 @@ ScoreFile.append = append
 
 
 def test_killed_at_any_moment_it_goes_on_with_the_same_bits(curate, whole: Path) -> None:
-    for after in (0, 4, 13):
+    for after in (0, 13):
         code, output, folder = curate("killed", "curation.images=2", hook=KILL.format(after=after))
         assert code == -9, output
         assert len((folder / "scores.jsonl").read_bytes().splitlines()) == after + 1
@@ -158,18 +159,30 @@ def test_killed_at_any_moment_it_goes_on_with_the_same_bits(curate, whole: Path)
             assert own.read_bytes() == path.read_bytes(), path.name
 
 
-def test_other_thresholds_draw_nothing_other_sampling_is_refused(curate, whole: Path) -> None:
+def test_other_thresholds_draw_nothing(curate, whole: Path) -> None:
     before = (whole / "scores.jsonl").read_bytes()
     code, output, _ = curate("whole", "curation.images=2", "curation.threshold=99")
     assert code == 0 and f"{COUNT} of {COUNT} prompts have their scores" in output
     assert "nothing is kept" in output and not rows(whole / "kept.jsonl")
-    for other in ("rollout.guidance=2.0", "seed=4", "curation.samples=5", "watch=[known:sour]"):
-        code, output, _ = curate("whole", "curation.images=2", other)
-        assert code == 2 and "was made with other settings" in output, output
-        assert other.partition("=")[0].split(".")[-1] in output
     assert (whole / "scores.jsonl").read_bytes() == before
     code, output, _ = curate("whole", "curation.images=2")
     assert code == 0 and rows(whole / "kept.jsonl")
+
+
+def test_a_folder_of_other_sampling_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "p.txt"
+    source.write_text("a\n")
+    base = (f"output={tmp_path}", "run=a")
+    folder = open_folder(load_config(base), source)
+    for other in ("rollout.guidance=2.0", "seed=4", "curation.samples=5", "watch=[json:dumps]"):
+        with pytest.raises(ConfigError, match="was made with other settings") as error:
+            open_folder(load_config([*base, other]), source)
+        assert other.partition("=")[0] in str(error.value)
+    same = ("curation={threshold: 1, quantile: null}", "rewards.alignment=0.2", "train.lr=1")
+    assert open_folder(load_config([*base, *same, "rollout.group_size=6"]), source) == folder
+    source.write_text("b\n")
+    with pytest.raises(ConfigError, match=r"sha256 of data\.train"):
+        open_folder(load_config(base), source)
 
 
 def test_a_failing_judge_fails_its_prompts_and_is_asked_again(curate, place: Path) -> None:
@@ -202,12 +215,12 @@ def test_a_judge_beyond_its_budget_stops_with_the_scores_kept(curate, place: Pat
     assert code == 0, output
 
 
-def test_a_folder_that_is_no_curation_is_left_alone(curate, place: Path) -> None:
-    folder = place / "strange-curation"
+def test_a_folder_that_is_no_curation_is_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "strange-curation"
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
-    code, output, _ = curate("strange")
-    assert code == 2 and "holds files and no settings.json" in output
+    with pytest.raises(ConfigError, match=r"holds files and no settings\.json"):
+        open_folder(load_config([f"output={tmp_path}", "run=strange"]), folder / "notes.txt")
     assert [p.name for p in folder.iterdir()] == ["notes.txt"]
 
 
