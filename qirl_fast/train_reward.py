@@ -1,7 +1,7 @@
 """`python -m qirl_fast.train_reward RECIPE.yaml [key=value ...] [--dry-run]`: fine-tune a judge.
 
 A Qwen3-VL or Qwen2.5-VL learns to reason about an image and to give a score token whose expected
-value is what people said (METHOD.md 5). Writes <output>/<run>/judge, which `kind: vlm` loads, with
+value is what people said. Writes <output>/<run>/judge, which `kind: vlm` loads, with
 validation.json: its agreement with people on held-out prompts. A run killed at any moment goes on
 with resume=auto, bit for bit.
 """

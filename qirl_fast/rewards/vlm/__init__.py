@@ -1,4 +1,4 @@
-"""A vision-language model as a judge (METHOD.md 5): it reasons, then gives a score token 1..5.
+"""A vision-language model as a judge: it reasons, then gives a score token 1..5.
 
 rubric.py    what is asked: the text after the images, per dimension
 data.py      the training file: rows, splits, leak check, tier rule

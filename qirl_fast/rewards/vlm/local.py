@@ -1,7 +1,7 @@
 """`kind: vlm`: a vision-language model in this process scores each row in [1, 5].
 
 See `scorer.py` for what a row's score is, `engine.py` for how it is computed, and `score.py` for
-the readings. The source of the method is METHOD.md 5.
+the readings.
 """
 
 from __future__ import annotations
