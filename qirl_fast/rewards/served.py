@@ -1,8 +1,8 @@
 """A judge behind a queue: requests of `wire`, one after the other, on a thread of its own.
 
 A sound answer is kept for a while under its question, so that a question asked again, because its
-answer was lost or took too long, is not computed again. Images of one size are judged together; rows
-that fail together are asked again alone, so that one bad row does not fail its neighbours.
+answer was lost or took too long, is not computed again. Images of one size are judged together;
+rows that fail together are asked again alone, so that one bad row does not fail its neighbours.
 """
 
 import hashlib
