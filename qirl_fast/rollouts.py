@@ -291,7 +291,7 @@ class Rollouts:
             share = (status[:, i] == FAILED).double().mean().item()
             if share > allowed.budget:
                 yield (
-                    f"judge {name!r} failed on {share:.0%} of the images, asked "
-                    f"{1 + allowed.reask} times, and failures.budget allows {allowed.budget:.0%}; "
+                    f"judge {name!r} failed on {share:.0%} of the images (failures.reask="
+                    f"{allowed.reask}) and failures.budget allows {allowed.budget:.0%}; "
                     f"the first reason: {reasons.get(name, 'none given')}"
                 )

@@ -214,7 +214,7 @@ class Trainer:
             names = [name for name, one in zip(self.judges.names, failed, strict=True) if one]
             (row, name), reason = next(iter(found.reasons.items()))
             raise EvaluationFailed(
-                f"judges {names} failed on held-out images, asked {1 + self.judges.reask} times; "
+                f"judges {names} failed on held-out images (failures.reask={self.judges.reask}); "
                 f"the first: {name!r} on image {row}: {reason}"
             )
         scores = np.where(found.valid, found.scores, np.float32("nan"))

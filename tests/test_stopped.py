@@ -114,8 +114,9 @@ def test_a_judge_that_stays_away_stops_the_run_with_its_state_saved(
     said = broken.output()
     assert broken.wait() == 1, said
     assert re.search(
-        r"stopped: step 3 is stopped, .*judge 'moody:score' failed on 100% of the images, asked 3 "
-        r"times, and failures.budget allows 50%; the first reason: RuntimeError\('no contact'\)",
+        r"stopped: step 3 is stopped, .*judge 'moody:score' failed on 100% of the images "
+        r"\(failures.reask=2\) and failures.budget allows 50%; the first reason: "
+        r"RuntimeError\('no contact'\)",
         said,
     )
     assert sorted(p.name for p in (output / "away" / "checkpoints").iterdir()) == [

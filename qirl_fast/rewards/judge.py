@@ -10,6 +10,7 @@ A judge may also have
 - `check_row(row)`: ValueError, with the reason, for a metadata row it can never score;
 - `state_dict()`, `load_state_dict(state)`: if its scores depend on what it has seen;
 - `warnings`: list of texts a person should read before a run;
+- `waits = True`: it waits for a server, which it asks again by itself: it gets a thread of its own;
 - `close()`: releases what it holds.
 
 An editing row's metadata hold the condition images under SOURCES, a list of uint8 [h, w, 3].

@@ -3,7 +3,8 @@
 A name is one of JUDGES, a dotted path "package.module:function", or one the recipe's `judges`
 section describes (`kinds.py`). What a judge gives back is checked:
 - failed rows (the judge raised, or said so) are asked again `reask` times, each by itself, so that
-  one bad row does not fail the others, then stay FAILED;
+  one bad row does not fail the others, then stay FAILED; those of a judge that waits (below) are
+  not, as it asks again by itself until its deadline;
 - a judge that returns NaN, infinity or another shape is broken: BadReward, which stops the step.
 The first exception of each wording is logged with its traceback.
 
@@ -166,7 +167,8 @@ class Judges:
         try:
             found = self._once(name, images_BHW3, metadata)
             reasons = dict(found.reasons)
-            for _ in range(self.reask):
+            patient = getattr(self.judges[name], "waits", False)
+            for _ in range(0 if patient else self.reask):
                 for i in np.flatnonzero(found.status == FAILED).tolist():
                     again = self._once(name, images_BHW3[i : i + 1], [metadata[i]])
                     found.values[i], found.status[i] = again.values[0], again.status[0]

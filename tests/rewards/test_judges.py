@@ -98,6 +98,22 @@ def test_failed_rows_are_asked_again_one_by_one(some):
     assert found.reasons == {(2, "some_judges:flaky"): "RuntimeError('call 5')"}
 
 
+def test_a_judge_that_waits_is_not_asked_again(some):
+    """It has tried until its deadline; asked row by row it would wait for as many deadlines."""
+
+    class Away:
+        waits, calls = True, 0
+
+        def __call__(self, images, rows):
+            self.calls += 1
+            failed = np.full(len(rows), FAILED)
+            return Scored(np.zeros(len(rows)), failed, dict.fromkeys(range(len(rows)), "away"))
+
+    some.away = Away()
+    found = score(["some_judges:away"], reask=3)
+    assert some.away.calls == 1 and (found.status == FAILED).all()
+
+
 def test_a_judge_may_say_which_rows_failed(some):
     some.partly = lambda images, rows: Scored(
         np.array([0.2, np.nan, 7.0]), np.array([SCORED, FAILED, MISSING]), {1: "no face"}

@@ -67,6 +67,8 @@ class Settings(Section):
 class OpenAi(Scorer):
     """The judge of these settings. ValueError for a bad url or an API key that is not set."""
 
+    waits = True
+
     def __init__(self, settings: Settings, device: str = "cpu") -> None:
         try:
             assert urlsplit(settings.url).hostname, "the pattern of url asks for a host"
