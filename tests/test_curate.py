@@ -151,7 +151,7 @@ def test_killed_at_any_moment_it_goes_on_with_the_same_bits(curate, whole: Path)
         code, output, folder = curate("killed", "curation.images=2", hook=KILL.format(after=after))
         assert code == -9, output
         assert len((folder / "scores.jsonl").read_bytes().splitlines()) == after + 1
-    code, output, folder = curate("killed", "curation.images=2")
+    code, output, folder = curate("killed", "curation.images=2", "threads=2")
     assert code == 0 and f"13 of {COUNT} prompts have their scores" in output
     for path in whole.rglob("*"):
         if path.suffix in (".jsonl", ".png") and path.name != "histogram.png":

@@ -10,14 +10,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from qirl_fast.rewards.vlm.engine import LocalEngine
 from qirl_fast.rewards.vlm.folder import (
     agreement_warnings,
     load_model,
     load_processor,
     rubric_for,
 )
-from qirl_fast.rewards.vlm.prompt import word_ids
 from qirl_fast.rewards.vlm.rubric import DimensionField, Reading, rubric
 from qirl_fast.rewards.vlm.scorer import How, Scorer
 from qirl_fast.section import Count, Natural, Positive, Section, Text
@@ -67,6 +65,9 @@ class Vlm(Scorer):
     """
 
     def __init__(self, settings: Settings, device: str = "cpu") -> None:
+        from qirl_fast.rewards.vlm.engine import LocalEngine  # they bring torch
+        from qirl_fast.rewards.vlm.prompt import word_ids
+
         own = rubric_for(settings.path, settings.dimension)
         processor = load_processor(settings.path)
         if settings.reading == "yes_no":
