@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -189,11 +190,38 @@ def test_what_a_row_is_refused_for(base: Path) -> None:
             asked.check_row(row)
     edit = judge(base, dimension="instruction")(images(1), PROMPTS[:1])
     assert "no condition image in the row (source_images)" in edit.reasons[0]
+    with pytest.raises(ValueError, match="no condition image in the row"):
+        judge(base, dimension="instruction").check_row(PROMPTS[0])
     thin = asked.score_rows([picture(2, 900, 0), picture(64, 64, 0)], PROMPTS[:2])
     assert thin.status.tolist() == [FAILED, SCORED]
     assert "aspect ratio" in thin.reasons[0]
     with pytest.raises(ValueError, match=r"float32 \[1, 64, 96, 3\]; wanted uint8"):
         asked(images(1).astype(np.float32), PROMPTS[:1])
+
+
+@pytest.mark.parametrize(
+    ("sources", "words"),
+    [
+        (None, "no condition image in the row"),
+        ([], "no condition image in the row"),
+        (picture(64, 64, 1), "source_images are a ndarray; wanted a list of images"),
+        (3, "source_images are a int; wanted a list"),
+        (["a.png"], "got an image <U5"),
+        ([picture(64, 64, 1)[..., :1]], r"uint8 \[64, 64, 1\]; wanted uint8 \[h, w, 3\]"),
+    ],
+)
+def test_an_edit_without_its_source_is_refused_before_a_run(
+    base: Path, sources: Any, words: str
+) -> None:
+    """And, should it come to be scored, fails alone."""
+    asked = judge(base, dimension="instruction")
+    bad, good = ({"prompt": "make it red", SOURCES: s} for s in (sources, [picture(64, 64, 2)]))
+    with pytest.raises(ValueError, match=words):
+        asked.check_row(bad)
+    asked.check_row(good)
+    judge(base).check_row({"prompt": "a red circle"})
+    found = asked(images(2), [bad, good])
+    assert found.status.tolist() == [FAILED, SCORED] and re.search(words, found.reasons[0])
 
 
 def test_a_model_that_gives_nan_fails_its_rows(base: Path) -> None:
@@ -216,9 +244,24 @@ def test_agreement_below_the_stated_one_warns(base: Path, tmp_path: Path) -> Non
     (warning,) = judge(folder, min_agreement=0.5).warnings
     assert "is 0.400, below the 0.5" in warning
     assert judge(folder, min_agreement=0.3).warnings == []
-    tree["dimensions"]["alignment"]["spearman"]["value"] = None
-    (folder / "validation.json").write_text(json.dumps(tree))
-    assert "no Spearman" in judge(folder, min_agreement=0.3).warnings[0]
+    undefined = {"value": None, "low": None, "high": None, "reason": "fewer than 3 rows"}
+    for found, words in (
+        (undefined, "'alignment' is undefined (fewer than 3 rows)"),
+        ({"value": None}, "'alignment' is undefined (no reason is given)"),
+    ):
+        tree["dimensions"]["alignment"]["spearman"] = found
+        (folder / "validation.json").write_text(json.dumps(tree))
+        (warning,) = judge(folder, min_agreement=0.3).warnings
+        assert words in warning, warning
+    for broken in ("NaN", "Infinity", "[]", '"high"'):
+        (folder / "validation.json").write_text(
+            json.dumps(tree).replace('{"value": null}', f'{{"value": {broken}}}')
+        )
+        with pytest.raises(ValueError, match="is damaged"):
+            judge(folder, min_agreement=0.3)
+    (folder / "validation.json").write_text('{"dimensions": {"portrait": {}}}')
+    (warning,) = judge(folder, min_agreement=0.3).warnings
+    assert "'alignment' was not validated, portrait alone was" in warning
     (folder / "validation.json").write_text("{}")
     with pytest.raises(ValueError, match="is damaged"):
         judge(folder, min_agreement=0.3)

@@ -143,8 +143,11 @@ def agreement_warnings(folder: str | Path, dimension: str, least: float) -> list
             "train it with held-out rows, or watch it closely"
         ]
     found = _spearman(path, dimension)
-    if found is None:
-        return [f"{path}: no Spearman correlation for {dimension!r}; validate on that dimension"]
+    if isinstance(found, str):
+        return [
+            f"{path}: {found}, so nobody knows how far this judge agrees with people; validate it "
+            "on enough held-out rows of that dimension, or watch it closely"
+        ]
     if found < least:
         return [
             f"{path}: held-out Spearman correlation for {dimension!r} is {found:.3f}, below the "
@@ -153,13 +156,18 @@ def agreement_warnings(folder: str | Path, dimension: str, least: float) -> list
     return []
 
 
-def _spearman(path: Path, dimension: str) -> float | None:
-    """The number in validation.json (qirl_fast.evaluation.agreement); None where it is undefined
-    or the dimension was not validated.
-    """
+def _spearman(path: Path, dimension: str) -> float | str:
+    """The number in validation.json (qirl_fast.evaluation.agreement), or why there is none."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))["dimensions"]
-        value = tree[dimension]["spearman"]["value"] if dimension in tree else None
-        return None if value is None else float(value)
+        if dimension not in tree:
+            return f"{dimension!r} was not validated, {', '.join(tree) or 'nothing'} alone was"
+        found = tree[dimension]["spearman"]
+        if found["value"] is None:
+            why = found.get("reason") or "no reason is given"
+            return f"the held-out Spearman correlation for {dimension!r} is undefined ({why})"
+        if not -1 <= float(found["value"]) <= 1:  # also true of NaN
+            raise ValueError(f"spearman is {found['value']!r}; wanted a number from -1 to 1")
+        return float(found["value"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); validate the judge again") from error

@@ -91,8 +91,9 @@ class Scorer:
         self.repeats: list[tuple[Reading, ...]] = []
 
     def check_row(self, row: Row) -> None:
-        """ValueError for a prompt that can never be judged."""
+        """ValueError for a prompt, or for an edit without its source, that can never be judged."""
         self._text(row)
+        self._sources(row)
 
     def __call__(self, images_BHW3: np.ndarray, metadata: list[Row]) -> Scored:
         """Scores in [1, 5] of uint8 images [B, H, W, 3]; failed rows carry their reason."""
@@ -140,17 +141,27 @@ class Scorer:
             raise ValueError(f"the row's prompt is {prompt!r}; wanted text")
         return question(self.how.dimension, prompt, self.how.rubric, self.how.reading)
 
+    def _sources(self, row: Row) -> list[np.ndarray]:
+        """The condition images that the dimension asks for: those of an edit, else none."""
+        if self.how.dimension != "instruction":
+            return []
+        sources = row.get(SOURCES)
+        sources = () if sources is None else sources
+        if not isinstance(sources, list | tuple):
+            raise ValueError(
+                f"the row's {SOURCES} are a {type(sources).__name__}; wanted a list of images, "
+                "uint8 [h, w, 3] each"
+            )
+        if not sources:
+            raise ValueError(
+                f"no condition image in the row ({SOURCES}), and an edit is judged against its "
+                "source; use this judge for rows that carry one, or another dimension"
+            )
+        return [_picture(source) for source in sources]
+
     def _ask(self, image: np.ndarray, row: Row) -> Ask:
         text = self._text(row)
-        sources: list[Any] = []
-        if self.how.dimension == "instruction":
-            sources = list(row.get(SOURCES) or ())
-            if not sources:
-                raise ValueError(
-                    f"no condition image in the row ({SOURCES}), and an edit is judged against its "
-                    "source; use this judge for editing data"
-                )
-        pictures = (*map(_picture, sources), _picture(image))
+        pictures = (*self._sources(row), _picture(image))
         reading, n = self.how.reading, self.how.reasonings
         seeds = tuple(_seed(pictures, text, j) for j in range(n)) if n > 1 else ()
         lead = LEAD if reading == "expected" else ""
