@@ -67,7 +67,9 @@ class JudgeTiers(Section):
     failed_below: Score = Field(default=2.5, description="a lower score has failed its tier")
     cap: Score = Field(default=2.5, description="most that later tiers may be given then")
     cap_labels: bool = Field(
-        default=False, description="true: labels above it are capped; false: they are an error"
+        default=False,
+        description="true: training labels above it are capped, held-out ones stay what people "
+        "said; false: labels above it are an error",
     )
 
 

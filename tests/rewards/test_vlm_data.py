@@ -199,6 +199,11 @@ def test_a_failed_higher_tier_caps_the_lower_ones(folder: Path) -> None:
     capped = load_rows(path, 0.0, Tiers(order, cap_labels=True))
     assert [row.score for row in capped] == [2, 2.5, 2.5, 4]
     assert [r.score for r in load_rows(path, 0.0, Tiers(order[::-1]))] == [2, 4, 2.5, 4]
+    held = load_rows(path, 1.0, Tiers(order, cap_labels=True))
+    assert [row.split for row in held] == ["heldout"] * 4
+    assert [row.score for row in held] == [2, 4, 2.5, 4], "held out: what people said"
+    with pytest.raises(DataError, match=":2: score 4 in aesthetics"):
+        load_rows(path, 1.0, Tiers(order))
     inline = later | {"image": "c.png", "tier_scores": {"alignment": 1}}
     path = write(folder, inline)
     (row,) = load_rows(path, 0.0, Tiers(order, failed_below=2, cap=3, cap_labels=True))

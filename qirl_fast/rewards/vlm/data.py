@@ -16,7 +16,8 @@ all rows of a prompt are on one side, in every run and whatever else the file ho
 Leak check: no prompt and no image (by the SHA-256 of its decoded pixels) may be in both splits.
 
 Tier rule: where an image of a prompt failed a tier (score below `failed_below`), its
-labels in later tiers may not exceed `cap`: an error, or capped where `cap_labels` is set.
+labels in later tiers may not exceed `cap`: an error, or, where `cap_labels` is set, capped in
+training rows and left as people gave them in held-out ones.
 """
 
 from __future__ import annotations

@@ -117,6 +117,10 @@ def leaks(rows: Sequence[Judgement]) -> Iterator[str]:
 
 
 def capped(rows: Sequence[Judgement], tiers: Tiers) -> list[Judgement]:
+    """The rows with the tier rule applied to the labels that are learnt. Held-out labels stay what
+    people said: validation compares the judge with them. DataError without tiers.cap_labels, for
+    labels of both splits.
+    """
     scores: dict[tuple[Any, ...], dict[str, float]] = defaultdict(dict)
     for row in rows:
         own = scores[row.cluster, row.pixels]
@@ -134,7 +138,8 @@ def capped(rows: Sequence[Judgement], tiers: Tiers) -> list[Judgement]:
                 f"with {own[failed[0]]:g}; at most {tiers.cap:g}: mend the labels or set "
                 "data.tiers.cap_labels"
             )
-            row = replace(row, score=tiers.cap)
+            if row.split == "train":
+                row = replace(row, score=tiers.cap)
         kept.append(row)
     if problems and not tiers.cap_labels:
         raise DataError(problems)
