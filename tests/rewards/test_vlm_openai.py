@@ -14,6 +14,7 @@ import re
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -408,6 +409,29 @@ def test_failures_that_pass_are_asked_again_and_others_are_not() -> None:
     with raw(hang) as (url, calls):
         found = one(url, retries=50, timeout_s=0.2, deadline_s=0.5)
     assert found.status.tolist() == [FAILED] and 1 <= len(calls) <= 4, "the deadline ends it"
+
+
+def test_the_deadline_is_that_of_the_whole_call() -> None:
+    """Nine rows in turn at a server that never answers: one deadline, not nine."""
+    deadline = 3.0
+    began = time.monotonic()
+    with raw(hang) as (url, calls):
+        how = {"concurrency": 1, "retries": 50, "timeout_s": 60.0, "deadline_s": deadline}
+        found = judge(url, reasonings=0, **how)(images(9, 32, 32), PROMPTS * 3)
+    assert time.monotonic() - began < 4 * deadline
+    assert found.status.tolist() == [FAILED] * 9 and len(calls) == 1
+    over = "the call's deadline_s 3 s leaves no time: "
+    assert all(over in reason for reason in found.reasons.values())
+    said = Counter(reason.partition(over)[2] for reason in found.reasons.values())
+    no_turn = "it had no turn, 1 requests being under way; 0 tries"
+    assert said == {no_turn: 8, "no answer by then; 1 try": 1}
+
+
+def test_rows_answered_before_the_deadline_stand() -> None:
+    with raw(say(GOOD), hang) as (url, calls):
+        how = {"concurrency": 1, "timeout_s": 60.0, "deadline_s": 5.0}
+        found = judge(url, reasonings=0, **how)(images(3, 32, 32), PROMPTS)
+    assert sorted(found.status.tolist()) == [SCORED, FAILED, FAILED] and len(calls) == 2
 
 
 def test_one_bad_row_does_not_take_the_others_with_it() -> None:

@@ -12,9 +12,12 @@ candidates are wanted, `logprobs` with `top_logprobs`. Two forms of request:
 Log-probabilities are taken as the model's own, before temperature: vLLM's default.
 
 A request that fails (no connection, time-out, status 408, 429 or 5xx, an answer that is no JSON of
-the right shape or longer than `max_body`) is made again, up to `retries` times within
-`deadline_s` of the first, after a random wait of up to 0.5, 1, 2, ... seconds. Then its row has
-failed with the last reason. Other statuses fail at once: asking again would not help.
+the right shape or longer than `max_body`) is made again, up to `retries` times, after a random
+wait of up to 0.5, 1, 2, ... seconds. Then its row has failed with the last reason. Other statuses
+fail at once: asking again would not help.
+
+`deadline_s` is that of the whole call, all rows with all their requests: rows that are not answered
+by then, or had no turn, have failed, and the others stand.
 """
 
 from __future__ import annotations
@@ -24,7 +27,6 @@ import base64
 import io
 import json
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,8 +52,8 @@ class Unusable(RuntimeError):
 
 @dataclass(frozen=True)
 class Server:
-    """url: up to and with /v1. timeout_s: of one request; deadline_s: of one row's request with
-    all its tries. max_body: bytes of one answer.
+    """url: up to and with /v1. timeout_s: of one request; deadline_s: of one call, all rows with
+    all tries. max_body: bytes of one answer.
     """
 
     url: str
@@ -80,6 +82,7 @@ class ChatEngine:
         import httpx
 
         server = self.server
+        until = asyncio.get_running_loop().time() + server.deadline_s
         headers = {"Accept-Encoding": "identity"}
         if server.api_key:
             headers["Authorization"] = f"Bearer {server.api_key}"
@@ -89,17 +92,16 @@ class ChatEngine:
         async with httpx.AsyncClient(
             headers=headers, limits=limits, timeout=timeout, trust_env=False
         ) as client:
-            turns = asyncio.Semaphore(server.concurrency)
-            return await asyncio.gather(*(self._row(client, turns, ask) for ask in asks))
+            post = _Poster(self, client, until)
+            return await asyncio.gather(*(self._row(post, ask) for ask in asks))
 
-    async def _row(self, client: Any, turns: asyncio.Semaphore, ask: Ask) -> list[Answer] | str:
+    async def _row(self, post: _Poster, ask: Ask) -> list[Answer] | str:
         urls = await asyncio.gather(*(asyncio.to_thread(_data_url, im) for im in ask.images))
         content: list[dict[str, Any]] = [
             {"type": "image_url", "image_url": {"url": url}} for url in urls
         ]
         content.append({"type": "text", "text": ask.text})
         user = {"role": "user", "content": content}
-        post = _Poster(self, client, turns)
         tasks = [self._reasoning(post, user, ask, j) for j in range(max(1, ask.reasonings))]
         found = await asyncio.gather(*tasks, return_exceptions=True)
         for result in found:
@@ -182,34 +184,41 @@ class Written:
 
 
 class _Poster:
-    """Posts one request with its tries, in turn with all others."""
+    """Posts requests with their tries, `concurrency` at once, until the loop's time is `until`."""
 
-    def __init__(self, engine: ChatEngine, client: Any, turns: asyncio.Semaphore) -> None:
-        self.engine, self.client, self.turns = engine, client, turns
+    def __init__(self, engine: ChatEngine, client: Any, until: float) -> None:
+        self.engine, self.client, self.until = engine, client, until
+        self.turns = asyncio.Semaphore(engine.server.concurrency)
 
     async def __call__(self, talk: list[Any], more: dict[str, Any], logprobs: bool) -> Written:
         server = self.engine.server
         body = {"model": server.model, "messages": talk, **more}
         if logprobs:
             body |= {"logprobs": True, "top_logprobs": server.top_logprobs}
-        async with self.turns:
-            until = time.monotonic() + server.deadline_s
-            for number in range(server.retries + 1):
-                try:
+        tries, reason = 0, f"it had no turn, {server.concurrency} requests being under way"
+        try:
+            async with asyncio.timeout_at(self.until), self.turns:
+                reason = "no answer by then"
+                while True:
+                    tries += 1
                     self.engine.requests += 1
-                    limit = min(server.timeout_s, until - time.monotonic())
-                    async with asyncio.timeout(limit):
-                        return _parsed(await self._fetch(body), logprobs)
-                except TimeoutError:
-                    reason = f"no answer within {limit:.3g} s"
-                except Unusable as error:
-                    reason = str(error)
-                wait = random.uniform(0.0, FIRST_WAIT_S * 2**number)
-                if number == server.retries or time.monotonic() + wait >= until:
-                    break
-                await asyncio.sleep(wait)
-        tries = f"{number + 1} {'try' if number == 0 else 'tries'}"
-        raise Unusable(f"{server.url}: {reason}; {tries} within {server.deadline_s:g} s")
+                    try:
+                        async with asyncio.timeout(server.timeout_s):
+                            return _parsed(await self._fetch(body), logprobs)
+                    except TimeoutError:
+                        reason = f"no answer within {server.timeout_s:g} s"
+                    except Unusable as error:
+                        reason = str(error)
+                    if tries > server.retries:
+                        break
+                    wait = random.uniform(0.0, FIRST_WAIT_S * 2 ** (tries - 1))
+                    if asyncio.get_running_loop().time() + wait >= self.until:
+                        raise TimeoutError
+                    await asyncio.sleep(wait)
+        except TimeoutError:
+            reason = f"the call's deadline_s {server.deadline_s:g} s leaves no time: {reason}"
+        counted = f"{tries} {'try' if tries == 1 else 'tries'}"
+        raise Unusable(f"{server.url}: {reason}; {counted}")
 
     async def _fetch(self, body: dict[str, Any]) -> bytes:
         import httpx

@@ -58,7 +58,10 @@ class Settings(Section):
         default=None, description="environment variable that holds the API key; null: none is sent"
     )
     timeout_s: Positive = Field(default=120.0, description="seconds for one request")
-    deadline_s: Positive = Field(default=300.0, description="seconds for a request and its retries")
+    deadline_s: Positive = Field(
+        default=600.0,
+        description="seconds for one call, all rows with their retries; others fail",
+    )
     retries: Natural = Field(default=3, description="further tries after a failed one")
     concurrency: Count = Field(default=32, description="requests under way at once")
     max_body: Count = Field(default=16 * 2**20, description="most bytes of one answer")
