@@ -28,7 +28,7 @@ from qirl_fast.rewards.vlm.folder import JudgeCard, base_of, load_processor, mod
 from qirl_fast.rewards.vlm.images import read_image
 from qirl_fast.rewards.vlm.loss import Losses, Sample, batch_losses, build_sample
 from qirl_fast.rewards.vlm.prompt import score_ids
-from qirl_fast.rewards.vlm.rows import Judgement, Tiers
+from qirl_fast.rewards.vlm.rows import Judgement, Tiers, digest
 from qirl_fast.rewards.vlm.rubric import question, rubric
 
 LANGUAGE = r"language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -60,7 +60,7 @@ def rubrics_of(cfg: RewardConfig, rows: Sequence[Judgement]) -> dict[str, str]:
 
 
 class RewardTrainer:
-    """Model, optimizer and data of one run.
+    """Model, optimizer and data of one run. `digests`: of each split's rows (`rows.digest`).
 
     Raises ValueError or FileNotFoundError for a model or data that do not fit.
     """
@@ -70,6 +70,7 @@ class RewardTrainer:
             torch.set_num_threads(cfg.threads)
         self.cfg = cfg
         self.splits = read_data(cfg)
+        self.digests = {name: digest(part) for name, part in self.splits.items()}
         self.rubrics = rubrics_of(cfg, [*self.splits["train"], *self.splits["heldout"]])
         torch.manual_seed(cfg.seed)
         found = "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ from qirl_fast.rewards.judge import SOURCES
 from qirl_fast.rewards.vlm.images import read_image
 from qirl_fast.rewards.vlm.local import Settings, Vlm
 from qirl_fast.rewards.vlm.rows import Judgement
+from qirl_fast.rewards.vlm.score import Reading
+from qirl_fast.rewards.vlm.scorer import Scorer
 from qirl_fast.tracking import Tracker, prepare_run_dir
 
 USAGE = f"""{__doc__}
@@ -69,7 +72,7 @@ def train(cfg: RewardConfig) -> Path:
             tracker.log(update, metrics, images=cfg.train.batch)
             if due(update, cfg.tracking.checkpoint_every, cfg.train.steps):
                 tensors, tree = pack(trainer.state())
-                state = {"tree": tree, "config": settings(cfg)}
+                state = {"tree": tree, "config": settings(cfg), "data": trainer.digests}
                 keep = cfg.tracking.keep_checkpoints
                 save_checkpoint(run_dir, update, tensors, state, None, keep)
         judge = run_dir / "judge"
@@ -95,6 +98,14 @@ def resume(trainer: RewardTrainer, run_dir: Path, cfg: RewardConfig) -> int:
     if found is None:
         return 0
     refuse_changes(found.state["config"], cfg, f"resume: {found.path}")
+    kept = found.state.get("data", {})
+    changed = [name for name, now in trainer.digests.items() if kept.get(name) != now]
+    if changed:
+        raise ValueError(
+            f"resume: {found.path} was made from other {' and '.join(changed)} rows than those "
+            f"that data.file, {cfg.data.file}, now holds (texts, scores, images or their order); "
+            "restore the file and its images, or start anew under run=NAME"
+        )
     trainer.load_state(unpack(found.tensors, found.state["tree"]))
     return found.step
 
@@ -102,7 +113,8 @@ def resume(trainer: RewardTrainer, run_dir: Path, cfg: RewardConfig) -> int:
 def validate(cfg: RewardConfig, folder: Path, rows: Sequence[Judgement], device: str) -> str:
     """Judge the held-out rows with the judge in the folder, as RL would, and write validation.*.
 
-    Returns what came of it, in words. Rows that the judge failed on are left out and counted.
+    Returns what came of it, in words. Rows that the judge failed on are left out and counted; rows
+    whose repeats alone failed are kept without repeats.
     """
     if not rows:
         return "no held-out rows: validation.json is not written; this judge's agreement is unknown"
@@ -112,7 +124,10 @@ def validate(cfg: RewardConfig, folder: Path, rows: Sequence[Judgement], device:
     if not judged:
         return f"validation.json is not written: all rows failed, the first with: {failed[0]}"
     tree = write_validation(judged, folder, n_boot=cfg.validation.bootstrap, seed=cfg.seed)
-    lines = [f"validation: {folder / 'validation.md'}; {len(failed)} of {len(rows)} rows failed"]
+    bad = len(rows) - len(judged)
+    lines = [f"validation: {folder / 'validation.md'}; {bad} of {len(rows)} rows failed"]
+    if len(failed) > bad:
+        lines[0] += f", {len(failed) - bad} more in their repeats"
     lines += [f"  failed: {reason}" for reason in failed[:3]]
     for name, group in tree["dimensions"].items():
         found = group["spearman"]
@@ -120,13 +135,22 @@ def validate(cfg: RewardConfig, folder: Path, rows: Sequence[Judgement], device:
             "undefined" if found[k] is None else f"{found[k]:.3f}" for k in ("value", "low", "high")
         )
         lines.append(f"  {name}: Spearman {value} (95 % {low} to {high}), {group['n']} rows")
+        if again := group["repeats"]["n"]:
+            icc, sd = (
+                "undefined" if found["value"] is None else f"{found['value']:.3f}"
+                for found in (group["repeats"]["icc"], group["repeats"]["within_sd"])
+            )
+            lines.append(f"    repeats: ICC {icc}, deviation within a row {sd}, {again} rows")
     return "\n".join(lines)
 
 
 def judge_rows(
     cfg: RewardConfig, folder: Path, rows: Sequence[Judgement], device: str
 ) -> tuple[list[Any], list[str]]:
-    """(Judged items, reasons of failed rows) of the judge in the folder, dimension by dimension."""
+    """(Judged items, reasons of failed rows) of the judge in the folder, dimension by dimension.
+
+    Rows whose repeats failed are among both.
+    """
     from qirl_fast.evaluation.agreement import Judged
 
     how = cfg.validation
@@ -146,13 +170,18 @@ def judge_rows(
             ),
             device,
         )
-        for row in (row for row in rows if row.dimension == dimension):
-            *sources, image = (read_image(path) for path in row.images)
-            scored = judge.score_rows([image], [{"prompt": row.text, SOURCES: sources}])
-            if scored.reasons:
-                failed.append(f"{row.where}: {scored.reasons[0]}")
+        again = Scorer(judge.engine, replace(judge.how, reasonings=how.repeats))
+        own = [row for row in rows if row.dimension == dimension]
+        repeated = len(own[: how.repeat_rows or None]) if how.repeats else 0
+        for number, row in enumerate(own):
+            readings, why = judge_row(judge, row)
+            if why is not None:
+                failed.append(f"{row.where}: {why}")
                 continue
-            readings = judge.repeats[0]
+            others = readings if len(readings) > 1 else ()
+            if number < repeated:
+                others, why = judge_row(again, row)
+                failed += [] if why is None else [f"{row.where}: its repeats: {why}"]
             probs = np.mean([reading.p for reading in readings], axis=0)
             judged.append(
                 Judged(
@@ -161,11 +190,18 @@ def judge_rows(
                     dimension=dimension,
                     category=row.category,
                     cluster=row.cluster,
-                    repeats=tuple(r.value for r in readings) if len(readings) > 1 else (),
+                    repeats=tuple(reading.value for reading in others),
                     probs=tuple(map(float, probs)),
                 )
             )
     return judged, failed
+
+
+def judge_row(judge: Scorer, row: Judgement) -> tuple[tuple[Reading, ...], str | None]:
+    """The judge's readings of a row, or why there are none."""
+    *sources, image = (read_image(path) for path in row.images)
+    scored = judge.score_rows([image], [{"prompt": row.text, SOURCES: sources}])
+    return judge.repeats[0], scored.reasons.get(0)
 
 
 def plan(cfg: RewardConfig) -> str:

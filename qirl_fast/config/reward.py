@@ -126,6 +126,14 @@ class JudgeValidation(Section):
     )
     rows: Natural = Field(default=0, description="most held-out rows used, from the top; 0: all")
     reasonings: Natural = Field(default=1, description="as the judge's setting `reasonings`")
+    repeats: Natural = Field(
+        default=0,
+        description="sampled reasonings of a row that are compared with each other, 2 or more; 0: "
+        "none; what is compared with people stays what reasonings says",
+    )
+    repeat_rows: Natural = Field(
+        default=0, description="rows of each dimension they are made for, from the top; 0: all"
+    )
     max_new_tokens: Count = Field(default=512, description="as the judge's")
     temperature: Positive = Field(default=1.0, description="as the judge's")
     bootstrap: Annotated[int, Field(ge=100)] = Field(
@@ -186,6 +194,20 @@ def _problems(cfg: RewardConfig) -> Iterator[tuple[tuple[str, ...], str]]:
             keys,
             f"train.warmup {train.warmup} is not below train.steps {train.steps}: the learning "
             "rate would never be reached; lower it",
+        )
+    again = cfg.validation
+    if again.repeats == 1:
+        yield (
+            ("validation.repeats",),
+            "validation.repeats 1: one reasoning has nothing to agree with; allowed: 0, or 2 and "
+            "more",
+        )
+    if again.repeats and again.reasonings > 1:
+        keys = ("validation.repeats", "validation.reasonings")
+        yield (
+            keys,
+            f"validation.repeats {again.repeats} with validation.reasonings {again.reasonings}: "
+            "several reasonings of a row are compared with each other already; set repeats to 0",
         )
     if len(set(tiers.order)) != len(tiers.order):
         yield ("data.tiers.order",), f"data.tiers.order names a dimension twice: {tiers.order}"

@@ -4,31 +4,37 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from small_judges import REASONS, RUBRIC, picture, write_base, write_rows
 
+from qirl_fast import train_reward
 from qirl_fast.config import ConfigError
 from qirl_fast.config.load import load_settings
 from qirl_fast.config.reward import RewardConfig
+from qirl_fast.evaluation import write_validation
 from qirl_fast.reward_trainer import RewardTrainer, place_of
 from qirl_fast.rewards.judge import SCORED
+from qirl_fast.rewards.vlm.data import load_rows
 from qirl_fast.rewards.vlm.folder import load_model, load_processor
 from qirl_fast.rewards.vlm.images import read_image
 from qirl_fast.rewards.vlm.local import Settings, Vlm
 from qirl_fast.rewards.vlm.loss import batch_losses, build_sample
 from qirl_fast.rewards.vlm.prompt import score_ids
 from qirl_fast.rewards.vlm.rubric import question
-from qirl_fast.train_reward import main
+from qirl_fast.train_reward import judge_rows, main
 
 RECIPES = Path(__file__).parents[2] / "configs"
 
@@ -291,6 +297,89 @@ def test_a_run_goes_on_under_its_own_settings_only(
     assert "train.lr: was 0.003, is now 0.1" in capsys.readouterr().err
 
 
+def test_a_run_goes_on_with_its_own_data_only(
+    recipe: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "data" / "rows.jsonl"
+    shutil.copytree(rows.parent, file.parent)
+    argv = [str(recipe), f"output={tmp_path}", f"data.file={file}", "train.steps=1"]
+    assert main(argv) == 0
+    argv.append("resume=auto")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    image = file.parent / "0.png"
+    shown = image.read_bytes()
+
+    def write(place: int | None = None, **change: Any) -> None:
+        changed = [line | change if i == place else line for i, line in enumerate(lines)]
+        file.write_text("".join(json.dumps(line) + "\n" for line in changed))
+
+    def refused(which: str) -> None:
+        assert main(argv) == 2
+        said = capsys.readouterr().err
+        assert f"was made from other {which} rows than those that data.file, {file}" in said
+        assert "start anew under run=NAME" in said
+
+    write(0, score=4.5)
+    refused("train")
+    write(0, rationale="another")
+    refused("train")
+    write(11, score=1.5)
+    refused("heldout")
+    lines.reverse()
+    write()
+    refused("train and heldout")
+    lines.reverse()
+    write()
+    Image.fromarray(picture(64, 64, 0)).save(image)
+    refused("train")
+    image.write_bytes(shown)
+    assert main(argv) == 0
+
+
+def judged(base: Path, rows: Path, recipe: Path, validation: str) -> tuple[list[Any], list[str]]:
+    heldout = [row for row in load_rows(rows, 0.0) if row.split == "heldout"]
+    cfg = load_settings([str(recipe), f"validation={{{validation}}}"], RewardConfig)
+    return judge_rows(cfg, base, heldout, "cpu")
+
+
+def test_repeats_are_compared_with_each_other_alone(
+    base: Path, rows: Path, recipe: Path, tmp_path: Path
+) -> None:
+    how = "reasonings: 1, max_new_tokens: 4"
+    plain, _ = judged(base, rows, recipe, how)
+    found, failed = judged(base, rows, recipe, how + ", repeats: 3, repeat_rows: 2")
+    assert not failed and [len(item.repeats) for item in plain] == [0] * 4
+    assert [len(item.repeats) for item in found] == [3, 3, 0, 0]
+    assert len(set(found[0].repeats)) > 1, "sampled, not one greedy reasoning three times"
+    assert [replace(item, repeats=()) for item in found] == plain, "what people are compared with"
+    tree = write_validation(found, tmp_path, n_boot=100)
+    assert tree["dimensions"]["alignment"]["repeats"]["n"] == 2
+    averaged, _ = judged(base, rows, recipe, "reasonings: 3, max_new_tokens: 4")
+    assert averaged[0].repeats == found[0].repeats
+    assert averaged[0].predicted == pytest.approx(np.mean(found[0].repeats))
+    every, _ = judged(base, rows, recipe, "reasonings: 0, max_new_tokens: 4, repeats: 2")
+    assert [len(item.repeats) for item in every] == [2] * 4
+
+
+def test_a_row_whose_repeats_fail_is_kept_without_and_told(
+    base: Path, rows: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge_row = train_reward.judge_row
+
+    def torn(judge: Any, row: Any) -> Any:
+        return ((), "no reading") if judge.how.reasonings == 3 else judge_row(judge, row)
+
+    monkeypatch.setattr(train_reward, "judge_row", torn)
+    heldout = [row for row in load_rows(rows, 0.0) if row.split == "heldout"]
+    more = "validation={reasonings: 0, repeats: 3, repeat_rows: 1, bootstrap: 100}"
+    cfg = load_settings([str(recipe), more], RewardConfig)
+    folder = shutil.copytree(base, tmp_path / "judge")
+    said = train_reward.validate(cfg, folder, heldout, "cpu")
+    assert "0 of 4 rows failed, 1 more in their repeats" in said
+    assert f"failed: {rows}:9: its repeats: no reading" in said
+    assert json.loads((folder / "validation.json").read_text())["dimensions"]["alignment"]["n"] == 4
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
@@ -370,6 +459,7 @@ def test_bad_settings_and_data_are_named(
                 "model.path=/nowhere",
                 "data.file=/nowhere.jsonl",
                 "data.tiers.order=[alignment, alignment]",
+                "validation={repeats: 1, reasonings: 2}",
             ],
             RewardConfig,
         )
@@ -380,6 +470,8 @@ def test_bad_settings_and_data_are_named(
         "model.path: '/nowhere' holds no config.json",
         "data.file: no such file: '/nowhere.jsonl'",
         "data.tiers.order names a dimension twice",
+        "validation.repeats 1: one reasoning has nothing to agree with; allowed: 0, or 2 and more",
+        "several reasonings of a row are compared with each other already; set repeats to 0",
     ):
         assert words in shown, words
     with pytest.raises(ConfigError, match=r"train\.step: unknown key; did you mean train\.steps"):
@@ -413,6 +505,7 @@ def test_the_recipes_are_valid(name: str, base: Path, rows: Path) -> None:
     cfg = load_settings(
         [str(RECIPES / name), f"model.path={base}", f"data.file={rows}"], RewardConfig
     )
+    assert cfg.validation.reasonings == 1 and cfg.validation.repeats >= 2
     assert cfg.model.adapter == "lora" and cfg.model.dtype == "bfloat16"
 
 
