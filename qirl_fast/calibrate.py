@@ -60,7 +60,7 @@ def calibrate(folder: Path, keys: Settings) -> Path:
     ratings = {}
     if keys.labels is not None:
         ratings = load_ratings(keys.labels, prompts, scores.samples, names)
-    s_PnK = scores.array()
+    s_PnK, raw_PnK = scores.array(cfg.tiers), scores.array()
     categories = np.array([r.category or "" for r in records], object)
     std_K = global_std(s_PnK)
     limits = Limits(keys.floor, cfg.advantage.std_floor, keys.min_labels)
@@ -68,7 +68,7 @@ def calibrate(folder: Path, keys: Settings) -> Path:
     rewards = len(cfg.rewards)
     for name in sorted(set(categories)):
         own = categories == name
-        people = [agreed(s_PnK, ratings, names, k, own, keys.min_labels) for k in range(rewards)]
+        people = [agreed(raw_PnK, ratings, names, k, own, keys.min_labels) for k in range(rewards)]
         mine = s_PnK[own][:, :, :rewards]
         weights = propose(mine, std_K[:rewards], people, names[:rewards], limits)
         outs = [f"{judge} {w.reason}" for judge, w in zip(names, weights, strict=False)]

@@ -52,8 +52,8 @@ from qirl_fast.tiny import packaged
 from qirl_fast.trainer import Trainer
 
 # Settings that decide what is drawn and scored; the others, such as the weights, may change.
-DRAWING = ("seed", "device", "algorithm", "model", "rollout", "judges", "failures")
-NOT_DRAWING = ("model.lora", "rollout.group_size", "failures.budget")
+DRAWING = ("seed", "device", "algorithm", "model", "rollout", "judges")
+NOT_DRAWING = ("model.lora", "rollout.group_size")
 SAY_EVERY_S = 10.0
 
 
@@ -71,14 +71,18 @@ def curate(cfg: Config, argv: Sequence[str] = ()) -> Path:
     for text in trainer.judges.warnings():
         print(f"warning: {text}")
     samples = BaseSamples(trainer, prompts, cfg.curation.samples)
-    seconds = draw(samples, scores, folder)
+    try:
+        seconds = draw(samples, scores, folder)
+    finally:
+        trainer.judges.abandon()
     scores.finish()
     try:
-        decision = decide(scores.array(), _weights(cfg, prompts, scores), _rules(cfg))
+        decision = decide(scores.array(cfg.tiers), _weights(cfg, prompts, scores), _rules(cfg))
     except ValueError as error:
         raise StepFailed(f"{error}; the first reason: {_first_reason(scores)}") from error
     write(folder, source, scores, decision)
     picture(folder, samples, decision)
+    trainer.judges.close()
     summarise(folder, cfg, prompts, decision, names, seconds)
     _say_next(folder, cfg, decision, argv)
     return folder
@@ -233,7 +237,7 @@ def summarise(
         "std": std,
         "verdicts": {v: decision.verdicts.count(v) for v in VERDICTS},
         "categories": counts,
-        "drawing_s": seconds,
+        "drawing_s": seconds + _drawn_before(folder),
     }
     _write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     table = Table(title=f"{len(prompts)} prompts x {cfg.curation.samples} samples")
@@ -250,6 +254,12 @@ def summarise(
     for name in names:
         if std[name] == 0:
             print(f"judge {name!r} gave every sample the same score, so it entered no range")
+
+
+def _drawn_before(folder: Path) -> float:
+    """Seconds of earlier calls that came to their end."""
+    path = folder / "summary.json"
+    return float(json.loads(path.read_text())["drawing_s"]) if path.exists() else 0.0
 
 
 def _say_next(folder: Path, cfg: Config, decision: Decision, argv: Sequence[str]) -> None:

@@ -33,7 +33,7 @@ def preflight(
     """
     problems = [*_size_problems(cfg, model, scheduler_config), *_count_problems(cfg, prompts)]
     for name, rows in prompts.items():
-        problems += _row_problems(judges, rows, files[name])
+        problems += _row_problems(cfg, judges, rows, files[name])
     if problems:
         raise ConfigError(problems)
 
@@ -90,11 +90,12 @@ def _count_problems(cfg: Config, prompts: Mapping[str, list[Prompt]]) -> Iterato
         )
 
 
-def _row_problems(judges: Judges, rows: list[Prompt], file: Path) -> Iterator[str]:
+def _row_problems(cfg: Config, judges: Judges, rows: list[Prompt], file: Path) -> Iterator[str]:
     """The first row of the file that a judge refuses, for each judge."""
     refused: set[str] = set()
     for number, row in enumerate(rows, start=1):
-        for judge, fault in judges.check_row(row.metadata):
+        weights = cfg.category_weights.get(row.category or "", cfg.rewards)
+        for judge, fault in judges.check_row(row.metadata, weights):
             if judge not in refused:
                 refused.add(judge)
                 yield f"{file}:{number}: judge {judge!r} cannot score this row: {fault}"

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -19,9 +19,9 @@ from qirl_fast.data.prompts import Prompt
 from qirl_fast.models import Model
 from qirl_fast.models.adapter import NotFinite
 from qirl_fast.rewards.composite import weights_for, without_missing
-from qirl_fast.rewards.judge import FAILED, MISSING, SCORED
-from qirl_fast.rewards.judges import BadReward, Judges, Pending
-from qirl_fast.rewards.tiers import cap
+from qirl_fast.rewards.judge import FAILED, MISSING
+from qirl_fast.rewards.judges import BadReward, Judges, Pending, Span, Verdict
+from qirl_fast.rewards.tiers import cap_columns
 from qirl_fast.rollout.replay import replay
 from qirl_fast.rollout.sample import Sampling, Trajectory, sample_then
 from qirl_fast.rollout.workers import Workers
@@ -69,12 +69,9 @@ def advantages(cfg: Config, batch: Batch, clamp: float | None = None) -> ops.Gro
 
 def capped_scores(cfg: Config, batch: Batch) -> Tensor:
     """Scores [B, K] of the optimised judges, those of lower tiers capped by failed higher ones."""
-    scores = batch.scores[:, : len(cfg.rewards)].clone()
-    if cfg.tiers:
-        columns = [list(cfg.rewards).index(tier.judge) for tier in cfg.tiers]
-        tiered = cap(scores[:, columns].numpy(), batch.valid[:, columns].numpy(), cfg.tiers)
-        scores[:, columns] = torch.as_tensor(tiered)
-    return scores
+    k = len(cfg.rewards)
+    scores, valid = batch.scores[:, :k].numpy(), batch.valid[:, :k].numpy()
+    return torch.as_tensor(cap_columns(scores, valid, list(cfg.rewards), cfg.tiers))
 
 
 def mean_scores(cfg: Config, batch: Batch) -> dict[str, float]:
@@ -94,13 +91,15 @@ def mean_scores(cfg: Config, batch: Batch) -> dict[str, float]:
 
 def spread_metrics(cfg: Config, batch: Batch) -> dict[str, float]:
     """For each judge: `std/` mean in-group standard deviation, `flat/` the share of groups whose
-    own is 0 or under advantage.std_floor, both over groups all of whose members are scored;
-    `failed/` and `missing/` shares of rows.
+    own is 0 or under advantage.std_floor, both over groups all of whose members are scored, and of
+    scores as capped by tiers; `failed/` and `missing/` shares of rows.
     """
     metrics = {}
+    scores = batch.scores.clone()
+    scores[:, : len(cfg.rewards)] = capped_scores(cfg, batch)
     for i, name in enumerate([*cfg.rewards, *cfg.watch]):
         scored_M = batch.valid[:, i].view(-1, batch.group).all(1)
-        scores_MG = batch.scores[:, i].double().view(-1, batch.group)[scored_M]
+        scores_MG = scores[:, i].double().view(-1, batch.group)[scored_M]
         if len(scores_MG):
             std_M = scores_MG.std(1, correction=cfg.advantage.ddof)
             spread_M = scores_MG.amax(1) > scores_MG.amin(1)
@@ -115,8 +114,8 @@ def spread_metrics(cfg: Config, batch: Batch) -> dict[str, float]:
 @dataclass
 class Rollouts:
     """Makes an update's batch. how: of the rollout; on: inside it the rollout's fp8 is on, if any;
-    embed: prompts to text embeddings [L, C] each; null: that of the empty prompt. `waited_s`:
-    seconds in which nothing was left to do but wait for judges.
+    embed: prompts to text embeddings [L, C] each; null: that of the empty prompt. `waits`:
+    when, in the last batch, nothing was left to do but wait for judges.
     """
 
     cfg: Config
@@ -129,7 +128,7 @@ class Rollouts:
     on: Callable[[], AbstractContextManager[None]]
     embed: Callable[[Sequence[str]], list[Tensor]]
     null: Tensor
-    waited_s: float = 0.0
+    waits: list[Span] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         fp8 = self.cfg.model.fp8
@@ -137,6 +136,8 @@ class Rollouts:
 
     def batch(self, prompts: list[Prompt], update: int) -> Batch:
         """Every prompt's group, drawn and judged; under fp8 as its mode says."""
+        self.waits.clear()
+        self.judges.busy.clear()
         if self.mode == "explore":
             return self._explored(prompts, update)
         with self.on():
@@ -153,10 +154,12 @@ class Rollouts:
         kept = best_and_worst(value, len(prompts), fp8.keep)
         explored, scores, valid = len(found.images), found.scores[kept], found.valid[kept]
         means = mean_scores(self.cfg, found).items()
+        spreads = spread_metrics(self.cfg, found).items()
         del found  # its images
         batch = self._draw(prompts, update, kept)
         gap = (batch.scores - scores)[batch.valid & valid]
         metrics = {f"explored/{n.removeprefix('reward/')}": value for n, value in means}
+        metrics |= {f"explored/{n}": value for n, value in spreads}
         if len(gap):
             metrics["explored/score_gap"] = gap.double().abs().mean().item()
         return replace(batch, metrics=metrics, explored=explored)
@@ -208,12 +211,15 @@ class Rollouts:
 
         chunks: list[Judged] = []
 
-        def failed(message: str, results: Sequence[Tensor] = ()) -> StepFailed:
-            """The error, with what there is of the batch; results: scores of the first chunks."""
+        def failed(message: str, found: Sequence[Verdict] = ()) -> StepFailed:
+            """The error, with what there is of the batch; found: on the first chunks."""
             scores = torch.full((len(rows), len(self.judges.names)), torch.nan)
-            for (chunk, _, _), known in zip(chunks, results, strict=False):
-                scores[chunk.rows.start : chunk.rows.stop] = known
-            status = torch.where(scores.isfinite(), SCORED, FAILED)
+            status = torch.full(scores.shape, FAILED, dtype=torch.int8)
+            for (chunk, _, _), known in zip(chunks, found, strict=False):
+                part = slice(chunk.rows.start, chunk.rows.stop)
+                status[part] = torch.as_tensor(known.status)
+                valid = torch.as_tensor(known.valid)
+                scores[part] = torch.where(valid, torch.as_tensor(known.scores), torch.nan)
             size = (0, r.height, r.width, 3)
             drawn = np.concatenate([np.empty(size, np.uint8), *(images for _, images, _ in chunks)])
             trajectories = [chunk for chunk, _, _ in chunks]
@@ -255,43 +261,31 @@ class Rollouts:
         A reward that is none, and a judge that fails on more rows than it may, stop the step.
         """
         begin = time.perf_counter()
-        results: list[Tensor] = []
-        states: list[Tensor] = []
-        reasons: dict[str, str] = {}
-        names = list(self.judges.names)
+        found: list[Verdict] = []
         for chunk, _, pending in chunks:
             try:
-                found = pending.result()
+                found.append(pending.result())
             except BadReward as error:
                 row = chunk.rows.start + error.row
-                known = results[:]
-                if error.scores is not None:
-                    scores = torch.full((len(chunk.rows), len(names)), torch.nan)
-                    scores[:, names.index(error.judge)] = torch.as_tensor(error.scores)
-                    known.append(scores)
                 raise failed(
                     f"judge {error.judge!r}, row {row} ({rows[row].prompt!r}): {error.reason}",
-                    known,
+                    [*found, error.verdict(self.judges.names, len(chunk.rows))],
                 ) from error
-            results.append(torch.as_tensor(found.scores))
-            states.append(torch.as_tensor(found.status))
-            for (_, name), reason in found.reasons.items():
-                reasons.setdefault(name, reason)
-        self.waited_s = time.perf_counter() - begin
-        scores, status = torch.cat(results), torch.cat(states)
-        for problem in self._over_budget(status, reasons):
-            pairs = zip(results, states, strict=True)
-            raise failed(problem, [torch.where(t == SCORED, r, torch.nan) for r, t in pairs])
-        return scores, status
+            for problem in self._over_budget(Verdict.of(found), len(rows)):
+                raise failed(problem, found)
+        self.waits.append((begin, time.perf_counter()))
+        whole = Verdict.of(found)
+        return torch.as_tensor(whole.scores), torch.as_tensor(whole.status)
 
-    def _over_budget(self, status: Tensor, reasons: Mapping[str, str]) -> Iterator[str]:
-        """For each judge that failed on more rows than it may, what to say. status: [B, K]."""
+    def _over_budget(self, found: Verdict, rows: int) -> Iterator[str]:
+        """For each judge that has failed on more of all `rows` than it may, what to say."""
         allowed = self.cfg.failures
         for i, name in enumerate(self.judges.names):
-            share = (status[:, i] == FAILED).double().mean().item()
+            share = int((found.status[:, i] == FAILED).sum()) / rows
             if share > allowed.budget:
+                reason = next(text for (_, n), text in found.reasons.items() if n == name)
                 yield (
                     f"judge {name!r} failed on {share:.0%} of the images (failures.reask="
                     f"{allowed.reask}) and failures.budget allows {allowed.budget:.0%}; "
-                    f"the first reason: {reasons.get(name, 'none given')}"
+                    f"the first reason: {reason}"
                 )

@@ -170,7 +170,7 @@ class BaseSamples:
             if self.images >= ENOUGH and failed > allowed.budget * self.images:
                 reason = next((r for (_, n), r in verdict.reasons.items() if n == name), "")
                 raise StepFailed(
-                    f"judge {name!r} failed on {failed} of {self.images} images, asked "
-                    f"{1 + allowed.reask} times, and failures.budget allows {allowed.budget:.0%}"
+                    f"judge {name!r} failed on {failed} of {self.images} images (failures.reask="
+                    f"{allowed.reask}) and failures.budget allows {allowed.budget:.0%}"
                     + (f"; a reason: {reason}" if reason else "")
                 )

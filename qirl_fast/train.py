@@ -61,14 +61,18 @@ def train(cfg: Config) -> Path:
     fresh = not any(Path(cfg.output, str(cfg.run)).glob("*"))
     run_dir = prepare_run_dir(cfg)
     with log_file(run_dir):
-        return loop(cfg, run_dir, fresh)
+        trainer, step = prepared(cfg, run_dir, fresh)
+        try:
+            return loop(trainer, step, cfg, run_dir)
+        finally:
+            trainer.judges.close()
 
 
-def loop(cfg: Config, run_dir: Path, fresh: bool) -> Path:
-    """The loop of `train`; a fresh folder is taken away again where nothing could be computed."""
+def prepared(cfg: Config, run_dir: Path, fresh: bool) -> tuple[Trainer, int]:
+    """The trainer, at the step it goes on from; a fresh folder is taken away again on failure."""
     try:
         trainer = Trainer(cfg)
-        step = resume(trainer, run_dir, cfg)
+        return trainer, resume(trainer, run_dir, cfg)
     except BaseException as error:
         if fresh:
             shutil.rmtree(run_dir)  # nothing was computed: the mended command finds its place free
@@ -76,6 +80,10 @@ def loop(cfg: Config, run_dir: Path, fresh: bool) -> Path:
         if isinstance(error, ValueError | OSError | Unavailable):
             raise ConfigError([str(error)]) from error
         raise
+
+
+def loop(trainer: Trainer, step: int, cfg: Config, run_dir: Path) -> Path:
+    """The loop of `train`."""
     with Tracker(run_dir, cfg, step=step) as tracker:
         tracker.say(f"{run_dir}: from step {step} to {cfg.train.steps}")
         for text in trainer.judges.warnings():
@@ -91,20 +99,23 @@ def loop(cfg: Config, run_dir: Path, fresh: bool) -> Path:
                     advantage = trainer.advantages(batch)
                     metrics = trainer.update(batch, advantage)
             except StepFailed as error:
-                if trainer.go_back(position):
+                latest = find_latest(run_dir)
+                unsaved = update > 1 and (latest is None or latest.step < update - 1)
+                if trainer.go_back(position) and unsaved:
                     save(trainer, run_dir, update - 1, cfg)
                 raise stopped(error, batch or error.batch, run_dir, update) from error
             metrics |= trainer.reward_metrics(batch, advantage)
-            every = cfg.evaluation.every
-            if every and update % every == 0 and update < cfg.train.steps:
-                with tracker.phase("evaluate"):
-                    scores = trainer.evaluate().scores
-                means = {name: float(np.nanmean(s)) for name, s in scores.items() if any(s == s)}
-                metrics |= {f"heldout/{name}": mean for name, mean in means.items()}
-            tracker.log(update, metrics, images=len(batch.images) + batch.explored)
-            samples_every = cfg.tracking.samples_every
-            if samples_every and due(update, samples_every, cfg.train.steps):
-                draw_samples(trainer, run_dir, update)
+            try:
+                metrics |= heldout_means(trainer, tracker, update, cfg)
+                tracker.log(update, metrics, images=len(batch.images) + batch.explored)
+                samples_every = cfg.tracking.samples_every
+                if samples_every and due(update, samples_every, cfg.train.steps):
+                    draw_samples(trainer, run_dir, update)
+            except EvaluationFailed:  # the update itself stands
+                if tracker.step < update:
+                    tracker.log(update, metrics, images=len(batch.images) + batch.explored)
+                save(trainer, run_dir, update, cfg)
+                raise
             if due(update, cfg.tracking.checkpoint_every, cfg.train.steps):
                 save(trainer, run_dir, update, cfg)
         tracker.say("evaluating the trained policy on the held-out prompts")
@@ -113,16 +124,25 @@ def loop(cfg: Config, run_dir: Path, fresh: bool) -> Path:
     return run_dir
 
 
+def heldout_means(trainer: Trainer, tracker: Tracker, update: int, cfg: Config) -> dict[str, float]:
+    """Mean held-out scores where an evaluation is due, of those judges that had any to give."""
+    every = cfg.evaluation.every
+    if not every or update % every or update == cfg.train.steps:
+        return {}
+    with tracker.phase("evaluate"):
+        scores = trainer.evaluate().scores
+    return {
+        f"heldout/{n}": float(np.nanmean(s)) for n, s in scores.items() if not np.isnan(s).all()
+    }
+
+
 def due(update: int, every: int, last: int) -> bool:
     """True at every `every`-th update and at the last one; 0: at the last one only."""
     return update == last or (every > 0 and update % every == 0)
 
 
 def save(trainer: Trainer, run_dir: Path, update: int, cfg: Config) -> None:
-    """Write checkpoint-`update`, exports included, unless it is there; 0 is no update."""
-    latest = find_latest(run_dir)
-    if update == 0 or (latest is not None and latest.step == update):
-        return
+    """Write checkpoint-`update`, exports included."""
     tensors, tree = pack(trainer.state())
     state = {"tree": tree, "config": settings(cfg)}
     save_checkpoint(run_dir, update, tensors, state, trainer.lora(), cfg.tracking.keep_checkpoints)

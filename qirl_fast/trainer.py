@@ -29,7 +29,7 @@ from qirl_fast.models.fused.attention import use_attention
 from qirl_fast.models.graphs import ForwardGraphs
 from qirl_fast.preflight import preflight
 from qirl_fast.rewards.judge import FAILED
-from qirl_fast.rewards.judges import BadReward, Judges
+from qirl_fast.rewards.judges import BadReward, Judges, Verdict, covered
 from qirl_fast.rollout.guidance import Guidance
 from qirl_fast.rollout.sample import Sampling
 from qirl_fast.rollout.workers import Workers, cpu_workers
@@ -147,9 +147,9 @@ class Trainer:
         """Seconds of the last rollout in which nothing was left but to wait for judges, and in
         which they worked beside it.
         """
-        waited, busy = self.rollouts.waited_s, sum(self.judges.busy_s.values())
-        self.judges.busy_s = dict.fromkeys(self.judges.busy_s, 0.0)
-        return waited, max(0.0, busy - waited)
+        waits = self.rollouts.waits
+        beside = covered(self.judges.busy) - covered(self.judges.busy, waits)
+        return covered(waits), beside
 
     def advantages(self, batch: Batch) -> ops.GroupAdvantage:
         """Of each sample, see `rollouts.advantages`."""
@@ -204,18 +204,26 @@ class Trainer:
     def _scores_by_name(
         self, images: np.ndarray, metadata: list[dict[str, Any]]
     ) -> dict[str, np.ndarray]:
-        """Scores of each judge; NaN where there was nothing to judge."""
+        """Scores of each judge; NaN where there was nothing to judge, or it failed within its
+        budget: the prompt is left out of the comparison.
+        """
+        allowed, rows = self.cfg.failures, self.cfg.rollout.max_rows
+        starts = range(0, len(images), rows)
         try:
-            found = self.judges.score(images, metadata)
+            parts = [
+                self.judges.submit(images[i : i + rows], metadata[i : i + rows]) for i in starts
+            ]
+            found = Verdict.of([part.result() for part in parts])
         except BadReward as error:
             raise EvaluationFailed(f"held-out images: {error}") from error
-        failed = (found.status == FAILED).any(0)
-        if failed.any():
-            names = [name for name, one in zip(self.judges.names, failed, strict=True) if one]
-            (row, name), reason = next(iter(found.reasons.items()))
+        share = (found.status == FAILED).mean(0)
+        failed = [n for n, s in zip(self.judges.names, share, strict=True) if s > allowed.budget]
+        if failed:
+            reason = next(text for (_, name), text in found.reasons.items() if name == failed[0])
             raise EvaluationFailed(
-                f"judges {names} failed on held-out images (failures.reask={self.judges.reask}); "
-                f"the first: {name!r} on image {row}: {reason}"
+                f"judges {failed} failed on up to {share.max():.0%} of the held-out images "
+                f"(failures.reask={allowed.reask}) and failures.budget allows "
+                f"{allowed.budget:.0%}; the first reason of {failed[0]!r}: {reason}"
             )
         scores = np.where(found.valid, found.scores, np.float32("nan"))
         return {name: scores[:, i] for i, name in enumerate(self.judges.names)}
@@ -235,6 +243,7 @@ class Trainer:
         """
         weights = self.learner.trainable.values()
         sound = all(bool(torch.isfinite(p).all()) for p in weights)
+        self.judges.abandon()
         if not sound or self.learner.optimizer_steps != position["optimizer_steps"]:
             return False
         self.sampler.load_state_dict(position["sampler"])

@@ -31,6 +31,10 @@ def score(images, metadata):
         batches += 1
     if mode == "held-out" and len(metadata) == 4:
         scores[1] = numpy.nan
+    if mode == "later" and len(metadata) != 8 and batches == 2:
+        raise RuntimeError("no contact")
+    if mode == "nothing" and len(metadata) == 4:
+        return numpy.ma.masked_array(scores, [True, False, False, False])
     if mode == "raise" and len(metadata) != 8 or mode == "away" and batches == 3:
         raise RuntimeError("no contact")
     if mode == "partly" and len(metadata) != 4:
@@ -209,7 +213,7 @@ def test_a_learning_rate_that_bursts_the_weights(moody, output: Path) -> None:
     ("mode", "reason"),
     [
         ("held-out", r"held-out images: judge 'moody:score', row 1: scored nan"),
-        ("raise", r"judges \['moody:score'\] failed on held-out images"),
+        ("raise", r"judges \['moody:score'\] failed on up to 100% of the held-out images"),
     ],
     ids=["nan", "raise"],
 )
@@ -219,3 +223,29 @@ def test_held_out_images_that_cannot_be_scored(moody, mode: str, reason: str) ->
     assert re.search(rf"stopped: {reason}.*run the same command with resume=auto", run.output())
     mended = moody(mode, "fine", "resume=auto")
     assert mended.wait() == 0, mended.output()
+
+
+def test_an_evaluation_that_fails_loses_no_update(moody, output: Path, whole, read_jsonl) -> None:
+    settings = ("evaluation.every=2", "tracking={checkpoint_every: 0}")
+    broken = moody("later", "later", *settings)
+    assert broken.wait() == 1, broken.output()
+    assert "failed on up to 100% of the held-out images" in broken.output()
+    rows = read_jsonl(output / "later" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2] and "heldout/alignment" not in rows[1]
+    mended = moody("later", "fine", "resume=auto", *settings)
+    assert mended.wait() == 0, mended.output()
+    assert "from step 2 to 3" in mended.output()
+    assert outcome(output / "later")[1] == whole[1]
+
+
+def test_a_prompt_with_nothing_to_judge_leaves_the_comparison(moody, output: Path) -> None:
+    """The judge stands first, so the pictures show its scores."""
+    settings = ("rewards=null", "watch=null", "rewards={'moody:score': 1.0}", "watch=[alignment]")
+    run = moody("nothing", "nothing", *settings, "tracking={samples_every: 1}")
+    assert run.wait() == 0, run.output()
+    summary = json.loads((output / "nothing" / "summary.json").read_text())
+    assert {name: row["n"] for name, row in summary["judges"].items()} == {
+        "moody:score": 3,
+        "alignment": 4,
+    }
+    assert (output / "nothing" / "samples" / "before_after.png").exists()

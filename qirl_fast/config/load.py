@@ -204,6 +204,11 @@ def _judge_problems(plain: Mapping[str, Any]) -> list[str]:
         for key, name in used
         if name in MONITORS and key != "watch"
     ]
+    lines += [
+        f"judges.{name}: is used nowhere; name it in rewards or watch, or take it out"
+        for name in specs
+        if name not in [used_name for _, used_name in used] and name not in JUDGES
+    ]
     for key, name in used:
         try:
             resolve(str(name), specs)

@@ -43,8 +43,9 @@ def before_after_grid(
 ) -> Path:
     """Draw the grid as PNG and return its path.
 
-    before, after: uint8 [N, H, W, 3], N >= 1. prompts: N texts. scores: N pairs (before, after),
-    finite. The file appears whole or not at all. Raises ValueError naming what does not fit.
+    before, after: uint8 [N, H, W, 3], N >= 1. prompts: N texts. scores: N pairs (before, after);
+    NaN, shown as a dash: there was nothing to judge. The file appears whole or not at all. Raises
+    ValueError naming what does not fit.
     """
     _check(before, after, prompts, scores)
     row_height = TILE + SCORE_HEIGHT + GAP
@@ -68,7 +69,7 @@ def before_after_grid(
             canvas.paste(enlarge(pixels), (left, top))
             draw.rectangle((left - 1, top - 1, left + TILE, top + TILE), outline=PALE)
             spot = (left + TILE / 2, top + TILE + SCORE_HEIGHT / 2)
-            draw.text(spot, f"{score:.2f}", color, font, anchor="mm")
+            draw.text(spot, "-" if score != score else f"{score:.2f}", color, font, anchor="mm")
     path = Path(path)
     beside = path.with_name(f".{path.name}.tmp")
     canvas.save(beside, format="PNG", optimize=True)
@@ -97,8 +98,8 @@ def _check(
             f"got images {list(before.shape)} and {list(after.shape)}, {len(prompts)} prompts, "
             f"{len(scores)} scores; wanted one of each per row"
         )
-    if not np.isfinite(np.asarray(scores, np.float64)).all():
-        raise ValueError(f"scores hold NaN or infinity: {list(scores)}")
+    if np.isinf(np.asarray(scores, np.float64)).any():
+        raise ValueError(f"scores hold infinity: {list(scores)}")
 
 
 def enlarge(pixels: NDArray[np.uint8], side: int = TILE) -> Image.Image:

@@ -21,6 +21,7 @@ import numpy as np
 
 from qirl_fast.rewards.judge import FAILED, MISSING, SCORED
 from qirl_fast.rewards.judges import Verdict
+from qirl_fast.rewards.tiers import Tier, cap_columns
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,15 @@ class ScoreFile:
         """The records by row."""
         return [self.records[row] for row in sorted(self.records)]
 
-    def array(self) -> np.ndarray:
-        """Scores float64 [P, n, K] in the order of the rows and of `names`; NaN: none."""
+    def array(self, tiers: Sequence[Tier] = ()) -> np.ndarray:
+        """Scores float64 [P, n, K] in the order of the rows and of `names`, capped by `tiers` as
+        training caps them; NaN: none.
+        """
         values = [[record.scores[name] for name in self.names] for record in self.ordered()]
         shape = (len(values), len(self.names), self.samples)
-        return np.array(values, np.float64).reshape(shape).swapaxes(1, 2)
+        s_PnK = np.array(values, np.float64).reshape(shape).swapaxes(1, 2)
+        s_BK = s_PnK.reshape(-1, len(self.names))
+        return cap_columns(s_BK, ~np.isnan(s_BK), self.names, tiers).reshape(s_PnK.shape)
 
     def status(self) -> np.ndarray:
         """int8 [P, n, K] of SCORED, FAILED, MISSING."""

@@ -8,6 +8,7 @@ A judge that raises has failed on every row. Failed and missing are never 0.
 
 A judge may also have
 - `check_row(row)`: ValueError, with the reason, for a metadata row it can never score;
+- `masks = True`: scored all the same, such a row is missing and does not fail the others;
 - `state_dict()`, `load_state_dict(state)`: if its scores depend on what it has seen;
 - `warnings`: list of texts a person should read before a run;
 - `waits = True`: it waits for a server, which it asks again by itself: it gets a thread of its own;

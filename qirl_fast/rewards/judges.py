@@ -19,7 +19,9 @@ import copy
 import difflib
 import importlib
 import logging
+import math
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -43,8 +45,11 @@ MONITORS = ("sharpness", "grid_artefacts")  # to be watched: noise and blur woul
 # Those of JUDGES that cannot score every row: each raises ValueError for one it cannot.
 ROW_CHECKS = {"alignment": alignment.check_row}
 
+Span = tuple[float, float]  # begin, end: seconds of time.perf_counter
+STATE_ARRAYS = ("scores", "status")
+
 logger = logging.getLogger(__name__)
-_logged: set[str] = set()
+_logged: set[tuple[str, str]] = set()
 
 
 class BadReward(ValueError):
@@ -57,6 +62,16 @@ class BadReward(ValueError):
     def __init__(self, judge: str, row: int, reason: str, scores: np.ndarray | None = None) -> None:
         self.judge, self.row, self.reason, self.scores = judge, row, reason, scores
         super().__init__(f"judge {judge!r}, row {row}: {reason}")
+
+    def verdict(self, names: Sequence[str], rows: int) -> "Verdict":
+        """What is known of the batch: this judge's numbers, everything else failed."""
+        scores = np.zeros((rows, len(names)), np.float32)
+        status = np.full(scores.shape, FAILED, np.int8)
+        if self.scores is not None:
+            k = list(names).index(self.judge)
+            scores[:, k] = self.scores
+            status[:, k] = SCORED
+        return Verdict(scores, status, {})
 
 
 @dataclass(frozen=True)
@@ -73,6 +88,30 @@ class Verdict:
     def valid(self) -> np.ndarray:
         """Bool [B, K]: scored. Arithmetic must use the mask."""
         return self.status == SCORED
+
+    @staticmethod
+    def of(parts: Sequence["Verdict"]) -> "Verdict":
+        """The parts of a batch, in order, as one."""
+        starts = np.cumsum([0, *(len(part.scores) for part in parts)]).tolist()
+        reasons = {
+            (start + row, name): reason
+            for start, part in zip(starts, parts, strict=False)
+            for (row, name), reason in part.reasons.items()
+        }
+        scores, status = (np.concatenate([getattr(p, n) for p in parts]) for n in STATE_ARRAYS)
+        return Verdict(scores, status, reasons)
+
+
+def covered(spans: Sequence[Span], within: Sequence[Span] | None = None) -> float:
+    """Seconds that the spans cover, each once; within: and that these cover as well."""
+    if within is not None:
+        both = [(max(a, c), min(b, d)) for a, b in spans for c, d in within]
+        return covered([(a, b) for a, b in both if b > a])
+    total, end = 0.0, -math.inf
+    for a, b in sorted(spans):
+        total += max(0.0, b - max(a, end))
+        end = max(end, b)
+    return total
 
 
 def resolve(name: str, specs: Mapping[str, JudgeSettings] | None = None) -> Judge | None:
@@ -126,8 +165,8 @@ class Pending:
 class Judges:
     """names: one or more, in the order of the columns. specs: the recipe's judges by name.
 
-    reask: times a failed row is asked again. `busy_s`: seconds each judge has worked.
-    Raises ValueError for an unknown name, and what a judge raises while it is built.
+    reask: times a failed row is asked again. `busy`: when each of them worked. Raises ValueError
+    for an unknown name, and what a judge raises while it is built.
     """
 
     names: Sequence[str]
@@ -142,21 +181,27 @@ class Judges:
             name: resolve(name, self.specs) or build(self.specs[name], self.device)
             for name in self.names
         }
-        self.busy_s = dict.fromkeys(self.names, 0.0)
-        shared = ThreadPoolExecutor(1, thread_name_prefix="judges")
+        self.busy: list[Span] = []
+        self._asked: deque[Future[Scored]] = deque()
+        self._closed = False
+        self._shared = ThreadPoolExecutor(1, thread_name_prefix="judges")
         self._threads = {
             name: ThreadPoolExecutor(1, thread_name_prefix=f"judge-{name}")
             if getattr(judge, "waits", False)
-            else shared
+            else self._shared
             for name, judge in self.judges.items()
         }
 
     def submit(self, images_BHW3: np.ndarray, metadata: list[Row]) -> Pending:
         """Begin to score; earlier submissions come first."""
-        return Pending(
-            self.names,
-            [self._threads[n].submit(self._ask, n, images_BHW3, metadata) for n in self.names],
-        )
+        futures = [
+            self._threads[name].submit(self._ask, name, images_BHW3, metadata)
+            for name in self.names
+        ]
+        while self._asked and self._asked[0].done():
+            self._asked.popleft()
+        self._asked.extend(futures)
+        return Pending(self.names, futures)
 
     def score(self, images_BHW3: np.ndarray, metadata: list[Row]) -> Verdict:
         """Scores of uint8 images [B, H, W, 3]. Raises BadReward."""
@@ -176,27 +221,36 @@ class Judges:
                         reasons[i] = again.reasons.get(0, reasons.get(i, "no reason given"))
                     else:
                         reasons.pop(i, None)
+            for reason in dict.fromkeys(reasons.values()):
+                _log_failure(name, reason, "%r failed on an image: %s", reason)
             return Scored(found.values, found.status, reasons)
         finally:
-            self.busy_s[name] += time.perf_counter() - begin
+            self.busy.append((begin, time.perf_counter()))
 
     def _once(self, name: str, images_BHW3: np.ndarray, metadata: list[Row]) -> Scored:
         b = len(images_BHW3)
         try:
             result = self.judges[name](images_BHW3, metadata)
         except Exception as error:  # any fault of a judge is that judge's failure, not the run's
-            _log_failure(name, error, b)
+            if not self._closed:
+                text = "%r failed on a batch of %d images"
+                _log_failure(name, repr(error), text, b, exc_info=error)
             failed = np.full(b, FAILED, np.int8)
             return Scored(np.zeros(b, np.float32), failed, dict.fromkeys(range(b), repr(error)))
         return _checked(name, result, b)
 
-    def check_row(self, row: Row) -> Iterator[tuple[str, str]]:
-        """(judge, why) for each that can never score a metadata row like this one."""
+    def check_row(self, row: Row, weights: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+        """(judge, why) for each that can never score a metadata row like this one.
+
+        A judge that masks such rows (`masks`) is passed over where it weighs nothing; weights: of
+        the judges for the row, those left out weighing 0.
+        """
         for name, judge in self.judges.items():
             check = ROW_CHECKS.get(name) or getattr(judge, "check_row", None)
+            if check is None or (getattr(judge, "masks", False) and not weights.get(name, 0)):
+                continue
             try:
-                if check:
-                    check(row)
+                check(row)
             except ValueError as error:
                 yield name, str(error)
 
@@ -224,13 +278,28 @@ class Judges:
                 )
             judge.load_state_dict(copy.deepcopy(state))
 
+    def abandon(self) -> None:
+        """Give up what was submitted: the queue is emptied, and judges of this machine, whose state
+        may be saved next, have come to rest. One that waits for a server is not waited for.
+        """
+        for future in self._asked:
+            future.cancel()
+        self._asked.clear()
+        self._shared.submit(lambda: None).result()
+
     def close(self) -> None:
-        """End the threads and let judges release what they hold."""
+        """Empty the queue, end the threads, let judges release what they hold."""
+        self._closed = True
         for threads in self._threads.values():
-            threads.shutdown(wait=True, cancel_futures=True)
-        for judge in self.judges.values():
+            threads.shutdown(wait=False, cancel_futures=True)
+        ordered = sorted(self.judges.values(), key=lambda j: not getattr(j, "waits", False))
+        for judge in ordered:
+            if not getattr(judge, "waits", False):
+                self._shared.shutdown(wait=True)  # it may be at work on an image
             if hasattr(judge, "close"):
-                judge.close()
+                judge.close()  # of one that waits: ends what is in flight
+        for threads in self._threads.values():
+            threads.shutdown(wait=True)
 
 
 def _checked(name: str, result: Any, b: int) -> Scored:
@@ -267,8 +336,8 @@ def _checked(name: str, result: Any, b: int) -> Scored:
     return Scored(scores_B, status_B.astype(np.int8), reasons)
 
 
-def _log_failure(name: str, error: Exception, b: int) -> None:
-    key = f"{name}: {error!r}"
-    if key not in _logged:
-        _logged.add(key)
-        logger.error("judge %r failed on a batch of %d images", name, b, exc_info=error)
+def _log_failure(name: str, reason: str, text: str, *values: Any, exc_info: Any = None) -> None:
+    """Once for each judge and reason; text: with places for the name and the values."""
+    if (name, reason) not in _logged:
+        _logged.add((name, reason))
+        logger.error("judge " + text, name, *values, exc_info=exc_info)

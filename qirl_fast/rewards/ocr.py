@@ -66,6 +66,8 @@ class Judge:
     cannot read.
     """
 
+    masks = True
+
     def __init__(self, settings: Settings, device: str = "cpu") -> None:
         self.settings = settings
         self._engines: queue.SimpleQueue[Any] = queue.SimpleQueue()

@@ -22,6 +22,7 @@ import logging
 import random
 import threading
 import uuid
+from concurrent.futures import Future
 from contextlib import ExitStack
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -97,6 +98,7 @@ class Remote:
         self._lock = threading.Lock()
         self._open = ExitStack()
         self._portal: BlockingPortal | None = None
+        self._running: set[Future[Any]] = set()
         self._turns: anyio.Semaphore
         self._down = False
 
@@ -161,8 +163,10 @@ class Remote:
         return [f"{where} serves {judges}, not {self.settings.judge!r}"]
 
     def close(self) -> None:
-        """End the connections; a later call opens new ones."""
+        """End what is in flight and the connections; a later call opens new ones."""
         with self._lock:
+            for future in self._running:
+                future.cancel()
             self._open.close()
             self._portal = None
 
@@ -177,11 +181,14 @@ class Remote:
                 self._portal = self._open.enter_context(start_blocking_portal(name="remote judge"))
                 self._open.callback(self._portal.call, self._server.close)
             future = self._portal.start_task_soon(function, *arguments)
+            self._running.add(future)
         try:
             return future.result()
         except BaseException:  # a person's Ctrl-C included: nothing is left running
             future.cancel()
             raise
+        finally:
+            self._running.discard(future)
 
     async def _part(
         self, ids: list[str], images: np.ndarray, rows: list[Row], end: float

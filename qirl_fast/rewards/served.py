@@ -44,7 +44,7 @@ def score_rows(judges: Judges, images: Sequence[np.ndarray], rows: Sequence[Row]
     reasons: dict[int, str] = {}
     by_size: dict[tuple[int, ...], list[int]] = {}
     for i, (image, row) in enumerate(zip(images, rows, strict=True)):
-        refused = [why for _, why in judges.check_row(row)]
+        refused = [why for _, why in judges.check_row(row, {})]
         if refused:
             reasons[i] = refused[0]
         else:

@@ -71,3 +71,14 @@ def cap(values_BT: np.ndarray, valid_BT: np.ndarray, tiers: Sequence[Tier]) -> n
             held_B = failed_B & valid_BT[:, t]
             capped_BT[held_B, t] = np.minimum(capped_BT[held_B, t], most)
     return capped_BT
+
+
+def cap_columns(
+    values_BK: np.ndarray, valid_BK: np.ndarray, names: Sequence[str], tiers: Sequence[Tier]
+) -> np.ndarray:
+    """`cap` on those columns [B, K] of judges `names` that are tiers; the others as they came."""
+    capped_BK = values_BK.copy()
+    if tiers:
+        columns = [list(names).index(tier.judge) for tier in tiers]
+        capped_BK[:, columns] = cap(values_BK[:, columns], valid_BK[:, columns], tiers)
+    return capped_BK

@@ -26,6 +26,7 @@ from qirl_fast.evaluation.strips import Strip, examples, histogram, strips
 from qirl_fast.rewards.judge import FAILED as JUDGE_FAILED
 from qirl_fast.rewards.judge import MISSING, SCORED
 from qirl_fast.rewards.judges import Verdict
+from qirl_fast.rewards.tiers import Tier
 
 ANY = Rules(threshold=0.0, quantile=None)
 
@@ -252,3 +253,18 @@ def test_pictures_show_each_verdict(tmp_path: Path) -> None:
 def test_a_single_kept_prompt_is_shown_once() -> None:
     found = decide(scores([0.0, 1.0]), ones(1), ANY)
     assert examples(found) == {"kept, widest range": [0]}
+
+
+def test_curation_sees_scores_as_training_caps_them(tmp_path: Path) -> None:
+    """Alignment fails everywhere and caps aesthetics: flat for training, however wide it came."""
+    tiers = [
+        Tier(judge="alignment", fails_below=0.5, cap={"aesthetics": 0.0}),
+        Tier(judge="aesthetics", fails_below=0.0),
+    ]
+    file = ScoreFile(tmp_path / "scores.jsonl", ["alignment", "aesthetics"], 4)
+    own = {"alignment": [0.1] * 4, "aesthetics": [0.1, 0.9, 0.3, 0.5]}
+    file.append(Record(0, "a", None, "a", dict(own)))
+    weights = np.array([[0.5, 0.5]])
+    assert decide(file.array(), weights, ANY).verdicts == [KEPT]
+    assert np.array_equal(file.array(tiers)[0, :, 1], np.zeros(4))
+    assert decide(file.array(tiers), weights, ANY).verdicts == [NARROW]

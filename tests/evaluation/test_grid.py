@@ -85,7 +85,7 @@ def test_the_file_is_a_png_and_nothing_else_is_left(tmp_path: Path) -> None:
         ({"before": random_images(2, 32, 32, 0)}, "got images"),
         ({"prompts": ["a"]}, "1 prompts"),
         ({"scores": [(0, 1)] * 4}, "4 scores"),
-        ({"scores": [(0, float("nan"))] * 3}, "NaN or infinity"),
+        ({"scores": [(0, float("inf"))] * 3}, "infinity"),
     ],
 )
 def test_what_does_not_fit_is_refused(

@@ -11,7 +11,7 @@ import torch
 
 from qirl_fast.rewards import alignment, judges
 from qirl_fast.rewards.judge import FAILED, MISSING, SCORED, Scored
-from qirl_fast.rewards.judges import BadReward, Judges, resolve
+from qirl_fast.rewards.judges import BadReward, Judges, Verdict, covered, resolve
 from qirl_fast.rewards.kinds import PythonSettings
 from qirl_fast.tiny import scenes
 
@@ -214,6 +214,78 @@ def test_chunks_are_judged_in_the_order_they_came(some):
     assert seen == list(range(8))
 
 
+def test_what_is_given_up_is_not_begun_and_what_runs_has_ended(some):
+    began, gate, ended = threading.Event(), threading.Event(), []
+
+    def slow(images, rows):
+        began.set()
+        assert gate.wait(20)
+        ended.append(rows[0]["n"])
+        return np.zeros(len(images))
+
+    some.slow = slow
+    found = Judges(["some_judges:slow"])
+    for n in range(4):
+        found.submit(IMAGES[:1], [{"n": n}])
+    began.wait(20)
+    threading.Timer(0.1, gate.set).start()
+    found.abandon()
+    assert ended == [0]
+    assert found.score(IMAGES[:1], [{"n": 9}]).valid.all(), "it still works"
+    found.close()
+    assert ended == [0, 9]
+
+
+def test_closing_ends_what_waits_for_a_server(some):
+    class Waiting:
+        waits = True
+
+        def __init__(self):
+            self.gate = threading.Event()
+
+        def __call__(self, images, rows):
+            self.gate.wait(60)
+            raise RuntimeError("closed")
+
+        def close(self):
+            self.gate.set()
+
+    some.waiting = Waiting()
+    found = Judges(["some_judges:waiting", "alignment"])
+    pending = [found.submit(IMAGES, ROWS) for _ in range(3)]
+    found.close()
+    assert all(one.futures[0].done() for one in pending)
+
+
+def test_reasons_of_single_failures_are_logged_once(some, caplog):
+    reasons = {0: "no face", 2: "no face"}
+    some.partly = lambda images, rows: Scored(
+        np.zeros(3), np.int8([FAILED, SCORED, FAILED]), reasons
+    )
+    with caplog.at_level(logging.ERROR, logger=judges.__name__):
+        score(["some_judges:partly"])
+    assert [record.getMessage() for record in caplog.records] == [
+        "judge 'some_judges:partly' failed on an image: no face"
+    ]
+
+
+def test_covered_counts_a_second_once():
+    spans = [(0.0, 2.0), (1.0, 3.0), (5.0, 6.0), (5.2, 5.5)]
+    assert covered(spans) == pytest.approx(4.0)
+    assert covered(spans, [(2.5, 5.25), (5.1, 9.0)]) == pytest.approx(0.5 + 1.0)
+    assert covered([]) == covered(spans, []) == 0.0
+
+
+def test_verdicts_of_chunks_are_one(some):
+    some.first = lambda images, rows: Scored(
+        np.ones(len(images)), np.int8([FAILED] + [SCORED] * (len(images) - 1)), {0: "first"}
+    )
+    parts = [score(["some_judges:first"], IMAGES[:n], ROWS[:n]) for n in (2, 3)]
+    whole = Verdict.of(parts)
+    assert whole.status[:, 0].tolist() == [FAILED, SCORED, FAILED, SCORED, SCORED]
+    assert sorted(row for row, _ in whole.reasons) == [0, 2]
+
+
 def test_warnings_and_rows_a_judge_can_never_score_are_gathered(some):
     class Picky:
         warnings = ("agreement is 0.2",)
@@ -228,8 +300,12 @@ def test_warnings_and_rows_a_judge_can_never_score_are_gathered(some):
     some.picky = Picky()
     found = Judges(["some_judges:picky", "alignment"])
     assert found.warnings() == ["judge 'some_judges:picky': agreement is 0.2"]
-    assert [name for name, _ in found.check_row({"text": "x"})] == ["alignment"]
-    assert dict(found.check_row(ROWS[0])) == {"some_judges:picky": "no text"}
+    assert [name for name, _ in found.check_row({"text": "x"}, {})] == ["alignment"]
+    assert dict(found.check_row(ROWS[0], {})) == {"some_judges:picky": "no text"}
+    Picky.masks = True  # then a row it cannot score matters where it weighs something
+    assert dict(found.check_row(ROWS[0], {"alignment": 1.0})) == {}
+    weighs = {"some_judges:picky": 0.1}
+    assert dict(found.check_row(ROWS[0], weighs)) == {"some_judges:picky": "no text"}
 
 
 def test_the_state_of_a_judge_is_copied_out_and_back(some):
