@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qirl_fast.data.prompts import Prompt
+from qirl_fast.rewards.judge import SCORED
 from qirl_fast.rollout.sample import Trajectory
 
 
@@ -20,9 +21,19 @@ class Batch:
     trajectories: list[Trajectory]
     images: np.ndarray  # uint8 [B, H, W, 3]
     scores: Tensor  # float32 [B, K], all judges
-    valid: Tensor  # bool [B, K]
+    status: Tensor  # int8 [B, K], see rewards.judge
     metrics: dict[str, float] = field(default_factory=dict)  # of how they were drawn
     explored: int = 0  # samples drawn to choose these from
+
+    @property
+    def group(self) -> int:
+        """Samples of one prompt."""
+        return len(self.scores) // len(self.prompts)
+
+    @property
+    def valid(self) -> Tensor:
+        """Which scores are scores, bool [B, K]."""
+        return self.status == SCORED
 
 
 class StepFailed(RuntimeError):
@@ -43,7 +54,7 @@ def save_batch(batch: Batch, folder: Path) -> Path:
         folder / "batch.npz",
         images=batch.images,
         scores=batch.scores.numpy(),
-        valid=batch.valid.numpy(),
+        status=batch.status.numpy(),
     )
     rows = "".join(json.dumps(p.metadata) + "\n" for p in batch.prompts)
     (folder / "prompts.jsonl").write_text(rows, encoding="utf-8")

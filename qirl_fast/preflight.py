@@ -5,7 +5,7 @@ judges that will score it: a row that a judge cannot score would otherwise drop 
 update after update. All problems are reported together.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from qirl_fast.config import Config, ConfigError
 from qirl_fast.data.prompts import Prompt
-from qirl_fast.rewards.composite import ROW_CHECKS
+from qirl_fast.rewards.judges import Judges
 from qirl_fast.rollout.dynamics import step_coefficients
 from qirl_fast.rollout.sample import Model
 from qirl_fast.rollout.schedule import make_sigmas
@@ -22,6 +22,7 @@ from qirl_fast.rollout.schedule import make_sigmas
 def preflight(
     cfg: Config,
     model: Model,
+    judges: Judges,
     scheduler_config: Mapping[str, Any],
     prompts: Mapping[str, list[Prompt]],
     files: Mapping[str, Path],
@@ -32,7 +33,7 @@ def preflight(
     """
     problems = [*_size_problems(cfg, model, scheduler_config), *_count_problems(cfg, prompts)]
     for name, rows in prompts.items():
-        problems += _row_problems(cfg, rows, files[name])
+        problems += _row_problems(judges, rows, files[name])
     if problems:
         raise ConfigError(problems)
 
@@ -89,21 +90,11 @@ def _count_problems(cfg: Config, prompts: Mapping[str, list[Prompt]]) -> Iterato
         )
 
 
-def _row_problems(cfg: Config, rows: list[Prompt], file: Path) -> Iterator[str]:
+def _row_problems(judges: Judges, rows: list[Prompt], file: Path) -> Iterator[str]:
     """The first row of the file that a judge refuses, for each judge."""
-    for judge in [*cfg.rewards, *cfg.watch]:
-        if judge not in ROW_CHECKS:
-            continue
-        for number, row in enumerate(rows, start=1):
-            fault = _fault(ROW_CHECKS[judge], row)
-            if fault:
+    refused: set[str] = set()
+    for number, row in enumerate(rows, start=1):
+        for judge, fault in judges.check_row(row.metadata):
+            if judge not in refused:
+                refused.add(judge)
                 yield f"{file}:{number}: judge {judge!r} cannot score this row: {fault}"
-                break
-
-
-def _fault(check: Callable[[dict[str, Any]], None], row: Prompt) -> str:
-    try:
-        check(row.metadata)
-    except ValueError as error:
-        return str(error)
-    return ""

@@ -59,8 +59,12 @@ def write_report(
 ) -> None:
     """Print the before -> after table; write summary.json and samples/before_after.png."""
     judges: dict[str, dict[str, float]] = {}
-    for name in trainer.judges:
-        r = paired_bootstrap(before.scores[name], after.scores[name])
+    for name in trainer.judges.names:
+        pairs = np.isfinite(before.scores[name]) & np.isfinite(after.scores[name])
+        if pairs.sum() < 2:
+            tracker.say(f"judge {name!r} had something to judge in {pairs.sum()} held-out pairs")
+            continue
+        r = paired_bootstrap(before.scores[name][pairs], after.scores[name][pairs])
         judges[name] = {k: getattr(r, k) for k in ("before", "after", "diff", "low", "high", "n")}
     summary = {
         "judges": judges,
@@ -89,7 +93,7 @@ def write_report(
 def _grid(
     trainer: Trainer, before: Evaluation, after: Evaluation, path: Path, order: list[int]
 ) -> None:
-    judge = trainer.judges[0]
+    judge = trainer.judges.names[0]
     order = [i for i in order if i < len(after.images)]
     before_after_grid(
         before.images[order],

@@ -1,10 +1,10 @@
 """How one update's samples come to be: drawn, judged, and, in fp8, chosen or scored again."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -18,12 +18,14 @@ from qirl_fast.config import Config
 from qirl_fast.data.prompts import Prompt
 from qirl_fast.models import Model
 from qirl_fast.models.adapter import NotFinite
-from qirl_fast.rewards.composite import BadReward, score_all, weights_for
+from qirl_fast.rewards.composite import weights_for, without_missing
+from qirl_fast.rewards.judge import FAILED, MISSING, SCORED
+from qirl_fast.rewards.judges import BadReward, Judges, Pending
 from qirl_fast.rollout.replay import replay
 from qirl_fast.rollout.sample import Sampling, Trajectory, sample_then
 from qirl_fast.rollout.workers import Workers
 
-Judged = tuple[Trajectory, np.ndarray, Future[tuple[Tensor, Tensor]]]  # a chunk, images, scores
+Judged = tuple[Trajectory, np.ndarray, Pending]  # a chunk, its images, its scores on their way
 
 
 def best_and_worst(value: Tensor, groups: int, keep: int) -> list[int]:
@@ -40,12 +42,14 @@ def best_and_worst(value: Tensor, groups: int, keep: int) -> list[int]:
 def advantages(cfg: Config, batch: Batch, clamp: float | None = None) -> ops.GroupAdvantage:
     """Group advantages of the optimised judges, by each prompt's category weights.
 
+    A judge that had nothing to judge in a whole group weighs nothing there (`without_missing`).
     clamp: in place of the recipe's.
     """
     names = list(cfg.rewards)
-    group = len(batch.scores) // len(batch.prompts)
+    group = batch.group
     categories = [p.category for p in batch.prompts for _ in range(group)]
     weights = weights_for(categories, cfg.rewards, cfg.category_weights, names)
+    weights = without_missing(weights, batch.status[:, : len(names)].numpy(), group)
     a = cfg.advantage
     return ops.group_advantage(
         batch.scores[:, : len(names)],
@@ -77,35 +81,48 @@ def mean_scores(cfg: Config, batch: Batch) -> dict[str, float]:
     return metrics
 
 
-def score(judges: list[str], images: np.ndarray, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
-    """Scores float32 [B, K] and valid bool [B, K] of K judges."""
-    scores, valid = score_all(judges, images, [p.metadata for p in prompts])
-    return torch.as_tensor(scores), torch.as_tensor(valid)
+def spread_metrics(cfg: Config, batch: Batch) -> dict[str, float]:
+    """For each judge: `std/` mean in-group standard deviation, `flat/` the share of groups whose
+    own is 0 or under advantage.std_floor, both over groups all of whose members are scored;
+    `failed/` and `missing/` shares of rows.
+    """
+    metrics = {}
+    for i, name in enumerate([*cfg.rewards, *cfg.watch]):
+        scored_M = batch.valid[:, i].view(-1, batch.group).all(1)
+        scores_MG = batch.scores[:, i].double().view(-1, batch.group)[scored_M]
+        if len(scores_MG):
+            std_M = scores_MG.std(1, correction=cfg.advantage.ddof)
+            spread_M = scores_MG.amax(1) > scores_MG.amin(1)
+            flat_M = (std_M < cfg.advantage.std_floor) | ~spread_M
+            metrics[f"std/{name}"] = std_M.mean().item()
+            metrics[f"flat/{name}"] = flat_M.double().mean().item()
+        for what, state in (("failed", FAILED), ("missing", MISSING)):
+            metrics[f"{what}/{name}"] = (batch.status[:, i] == state).double().mean().item()
+    return metrics
 
 
 @dataclass
 class Rollouts:
     """Makes an update's batch. how: of the rollout; on: inside it the rollout's fp8 is on, if any;
-    embed: prompts to text embeddings [L, C] each; null: that of the empty prompt.
+    embed: prompts to text embeddings [L, C] each; null: that of the empty prompt. `waited_s`:
+    seconds in which nothing was left to do but wait for judges.
     """
 
     cfg: Config
     model: Model
     algorithm: ModuleType
+    judges: Judges
     workers: Workers
     how: Sampling
     scheduler: Mapping[str, Any]
     on: Callable[[], AbstractContextManager[None]]
     embed: Callable[[Sequence[str]], list[Tensor]]
     null: Tensor
-    _judging: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="judges")
-    )
+    waited_s: float = 0.0
 
     def __post_init__(self) -> None:
         fp8 = self.cfg.model.fp8
         self.mode = None if fp8 is None else fp8.mode
-        self.judges = [*self.cfg.rewards, *self.cfg.watch]
 
     def batch(self, prompts: list[Prompt], update: int) -> Batch:
         """Every prompt's group, drawn and judged; under fp8 as its mode says."""
@@ -182,15 +199,14 @@ class Rollouts:
 
         def failed(message: str, results: Sequence[Tensor] = ()) -> StepFailed:
             """The error, with what there is of the batch; results: scores of the first chunks."""
-            scores = torch.full((len(rows), len(self.judges)), torch.nan)
+            scores = torch.full((len(rows), len(self.judges.names)), torch.nan)
             for (chunk, _, _), known in zip(chunks, results, strict=False):
                 scores[chunk.rows.start : chunk.rows.stop] = known
+            status = torch.where(scores.isfinite(), SCORED, FAILED)
             size = (0, r.height, r.width, 3)
             drawn = np.concatenate([np.empty(size, np.uint8), *(images for _, images, _ in chunks)])
             trajectories = [chunk for chunk, _, _ in chunks]
-            return StepFailed(
-                message, Batch(prompts, trajectories, drawn, scores, scores.isfinite())
-            )
+            return StepFailed(message, Batch(prompts, trajectories, drawn, scores, status))
 
         with self.algorithm.sampling(self.model):
             for chunk, images in sample_then(
@@ -214,30 +230,57 @@ class Rollouts:
                 # Judges see the chunks in order, whichever was drawn first: one may draw numbers.
                 part = rows[chunk.rows.start : chunk.rows.stop]
                 chunks.append(
-                    (chunk, images, self._judging.submit(score, self.judges, images, part))
+                    (chunk, images, self.judges.submit(images, [p.metadata for p in part]))
                 )
-        scores, valid = self._scores(rows, chunks, failed)
+        scores, status = self._scores(rows, chunks, failed)
         drawn = np.concatenate([images for _, images, _ in chunks])
-        return Batch(prompts, [chunk for chunk, _, _ in chunks], drawn, scores, valid)
+        return Batch(prompts, [chunk for chunk, _, _ in chunks], drawn, scores, status)
 
     def _scores(
         self, rows: list[Prompt], chunks: list[Judged], failed: Callable[..., StepFailed]
     ) -> tuple[Tensor, Tensor]:
-        """Scores and valid [B, K] of all chunks; a reward that is none stops the step."""
-        results: list[tuple[Tensor, Tensor]] = []
-        for chunk, _, future in chunks:
+        """Scores and status [B, K] of all chunks.
+
+        A reward that is none, and a judge that fails on more rows than it may, stop the step.
+        """
+        begin = time.perf_counter()
+        results: list[Tensor] = []
+        states: list[Tensor] = []
+        reasons: dict[str, str] = {}
+        names = list(self.judges.names)
+        for chunk, _, pending in chunks:
             try:
-                results.append(future.result())
+                found = pending.result()
             except BadReward as error:
                 row = chunk.rows.start + error.row
-                known = [scores for scores, _ in results]
+                known = results[:]
                 if error.scores is not None:
-                    scores = torch.full((len(chunk.rows), len(self.judges)), torch.nan)
-                    scores[:, self.judges.index(error.judge)] = torch.as_tensor(error.scores)
+                    scores = torch.full((len(chunk.rows), len(names)), torch.nan)
+                    scores[:, names.index(error.judge)] = torch.as_tensor(error.scores)
                     known.append(scores)
                 raise failed(
                     f"judge {error.judge!r}, row {row} ({rows[row].prompt!r}): {error.reason}",
                     known,
                 ) from error
-        scores, valid = (torch.cat(parts) for parts in zip(*results, strict=True))
-        return scores, valid
+            results.append(torch.as_tensor(found.scores))
+            states.append(torch.as_tensor(found.status))
+            for (_, name), reason in found.reasons.items():
+                reasons.setdefault(name, reason)
+        self.waited_s = time.perf_counter() - begin
+        scores, status = torch.cat(results), torch.cat(states)
+        for problem in self._over_budget(status, reasons):
+            pairs = zip(results, states, strict=True)
+            raise failed(problem, [torch.where(t == SCORED, r, torch.nan) for r, t in pairs])
+        return scores, status
+
+    def _over_budget(self, status: Tensor, reasons: Mapping[str, str]) -> Iterator[str]:
+        """For each judge that failed on more rows than it may, what to say. status: [B, K]."""
+        allowed = self.cfg.failures
+        for i, name in enumerate(self.judges.names):
+            share = (status[:, i] == FAILED).double().mean().item()
+            if share > allowed.budget:
+                yield (
+                    f"judge {name!r} failed on {share:.0%} of the images, asked "
+                    f"{1 + allowed.reask} times, and failures.budget allows {allowed.budget:.0%}; "
+                    f"the first reason: {reasons.get(name, 'none given')}"
+                )

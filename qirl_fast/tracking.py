@@ -30,12 +30,13 @@ from rich.table import Table
 
 from qirl_fast.checkpoint import truncate_metrics
 from qirl_fast.config import Config, ConfigError, refuse_changes, save_resolved
+from qirl_fast.config.reward import RewardConfig
 
 RESOLVED = "config.resolved.yaml"
 FOLDERS = ("tb", "samples", "checkpoints")
 
 
-def prepare_run_dir(cfg: Config) -> Path:
+def prepare_run_dir(cfg: Config | RewardConfig) -> Path:
     """Make <output>/<run> and write the resolved recipe into it; return the folder.
 
     A folder that already holds a run is taken only when resuming (resume 'auto' or a path), and
@@ -75,14 +76,15 @@ class Tracker:
     run_dir: from `prepare_run_dir`. step: last finished step, 0 at the start; the files are cut
     back to it, so that a resumed run's metrics.jsonl equals an uninterrupted one's. rank: a process
     of another rank than 0 writes and shows nothing. stream: where progress goes, default stdout.
-    `phase_s`: seconds by phase since the last `log`; `totals_s`: over all steps of this process.
+    `phase_s`: seconds by phase since the last `log`; `beside_s`: those in which a phase's work went
+    on beside another; `totals_s`: over all steps of this process.
     Raises ConfigError if W&B is asked for and not installed.
     """
 
     def __init__(
         self,
         run_dir: str | os.PathLike[str],
-        cfg: Config,
+        cfg: Config | RewardConfig,
         *,
         step: int = 0,
         rank: int = 0,
@@ -93,6 +95,7 @@ class Tracker:
         self.step = step
         self.total = cfg.train.steps
         self.phase_s: dict[str, float] = {}
+        self.beside_s: dict[str, float] = {}
         self.totals_s: dict[str, float] = {}
         self.images = 0
         self._inside = ""
@@ -104,7 +107,7 @@ class Tracker:
         if rank == 0:
             self._open(cfg)
 
-    def _open(self, cfg: Config) -> None:
+    def _open(self, cfg: Config | RewardConfig) -> None:
         if cfg.tracking.wandb:
             self._wandb = _start_wandb(self.run_dir, cfg)
         for name in ("metrics", "timings"):
@@ -145,6 +148,14 @@ class Tracker:
             self._inside = ""
             self.phase_s[name] = self.phase_s.get(name, 0.0) + seconds
 
+    def split(self, phase: str, name: str, seconds: float, beside: float) -> None:
+        """Take `seconds` out of a finished phase for one of another name, which also worked for
+        `beside` seconds at the same time as it.
+        """
+        self.phase_s[phase] -= seconds
+        self.phase_s[name] = self.phase_s.get(name, 0.0) + seconds
+        self.beside_s[name] = self.beside_s.get(name, 0.0) + beside
+
     def log(self, step: int, metrics: Mapping[str, Any], *, images: int = 0) -> None:
         """Write the metrics of a finished step and the seconds of its phases.
 
@@ -158,9 +169,11 @@ class Tracker:
         for name, value in self.phase_s.items():
             self.totals_s[name] = self.totals_s.get(name, 0.0) + value
         clock: dict[str, Any] = {"step": step, "phases_s": self.phase_s, "seconds": seconds}
+        if self.beside_s:
+            clock["beside_s"] = self.beside_s
         if images and seconds:
             clock["images_per_s"] = images / seconds
-        self.phase_s = {}
+        self.phase_s, self.beside_s = {}, {}
         self.step = step
         if self.rank:
             return
@@ -189,7 +202,8 @@ class Tracker:
             self._bar.update(self._bar.task_ids[0], completed=step, note=note)
             return
         left = (self.total - step) * clock["seconds"]
-        phases = " ".join(f"{k} {v:.2f}s" for k, v in clock["phases_s"].items())
+        beside = {k: f" (+{v:.2f}s beside)" for k, v in clock.get("beside_s", {}).items()}
+        phases = " ".join(f"{k} {v:.2f}s{beside.get(k, '')}" for k, v in clock["phases_s"].items())
         self.say(f"step {step}/{self.total}  {note}  {phases}  about {left:.0f}s left")
 
     def say(self, text: str) -> None:
@@ -257,12 +271,13 @@ def _number(value: Any) -> float | None:
 
 def _flat_clock(clock: Mapping[str, Any]) -> dict[str, float]:
     flat = {f"time/{name}_s": value for name, value in clock["phases_s"].items()}
+    flat |= {f"time/{name}_beside_s": v for name, v in clock.get("beside_s", {}).items()}
     if "images_per_s" in clock:
         flat["time/images_per_s"] = clock["images_per_s"]
     return flat
 
 
-def _start_wandb(run_dir: Path, cfg: Config) -> Any:
+def _start_wandb(run_dir: Path, cfg: Config | RewardConfig) -> Any:
     try:
         import wandb
     except ImportError as error:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from diffusers.utils import logging as diffusers_logging
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
@@ -77,23 +78,29 @@ def loop(cfg: Config, run_dir: Path, fresh: bool) -> Path:
         raise
     with Tracker(run_dir, cfg, step=step) as tracker:
         tracker.say(f"{run_dir}: from step {step} to {cfg.train.steps}")
+        for text in trainer.judges.warnings():
+            tracker.say(f"warning: {text}")
         before = before_evaluation(trainer, run_dir)
         for update in range(step + 1, cfg.train.steps + 1):
-            batch = None
+            batch, position = None, trainer.position()
             try:
                 with tracker.phase("rollout"):
                     batch = trainer.rollout(next(trainer.sampler), update)
+                tracker.split("rollout", "reward", *trainer.judging_s())
                 with tracker.phase("update"):
                     advantage = trainer.advantages(batch)
                     metrics = trainer.update(batch, advantage)
             except StepFailed as error:
+                if trainer.go_back(position):
+                    save(trainer, run_dir, update - 1, cfg)
                 raise stopped(error, batch or error.batch, run_dir, update) from error
             metrics |= trainer.reward_metrics(batch, advantage)
             every = cfg.evaluation.every
             if every and update % every == 0 and update < cfg.train.steps:
                 with tracker.phase("evaluate"):
                     scores = trainer.evaluate().scores
-                metrics |= {f"heldout/{name}": float(s.mean()) for name, s in scores.items()}
+                means = {name: float(np.nanmean(s)) for name, s in scores.items() if any(s == s)}
+                metrics |= {f"heldout/{name}": mean for name, mean in means.items()}
             tracker.log(update, metrics, images=len(batch.images) + batch.explored)
             samples_every = cfg.tracking.samples_every
             if samples_every and due(update, samples_every, cfg.train.steps):
@@ -112,7 +119,10 @@ def due(update: int, every: int, last: int) -> bool:
 
 
 def save(trainer: Trainer, run_dir: Path, update: int, cfg: Config) -> None:
-    """Write checkpoint-`update`, exports included."""
+    """Write checkpoint-`update`, exports included, unless it is there; 0 is no update."""
+    latest = find_latest(run_dir)
+    if update == 0 or (latest is not None and latest.step == update):
+        return
     tensors, tree = pack(trainer.state())
     state = {"tree": tree, "config": settings(cfg)}
     save_checkpoint(run_dir, update, tensors, state, trainer.lora(), cfg.tracking.keep_checkpoints)

@@ -28,16 +28,12 @@ from qirl_fast.models.fp8 import Fp8, describe, plan_layers, use_fp8
 from qirl_fast.models.fused.attention import use_attention
 from qirl_fast.models.graphs import ForwardGraphs
 from qirl_fast.preflight import preflight
-from qirl_fast.rewards.composite import (
-    BadReward,
-    judge_states,
-    load_judge_states,
-    score_all,
-)
+from qirl_fast.rewards.judge import FAILED
+from qirl_fast.rewards.judges import BadReward, Judges
 from qirl_fast.rollout.guidance import Guidance
 from qirl_fast.rollout.sample import Sampling
 from qirl_fast.rollout.workers import Workers, cpu_workers
-from qirl_fast.rollouts import Rollouts, advantages, mean_scores
+from qirl_fast.rollouts import Rollouts, advantages, mean_scores, spread_metrics
 from qirl_fast.tiny import packaged
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -82,10 +78,11 @@ class Trainer:
             self.model.graphs = ForwardGraphs(self.model.transformer, self.model.forward)
         self.scheduler = dict(self.model.pipeline.scheduler.config)
         self.algorithm: ModuleType = ALGORITHMS[cfg.algorithm.name]
-        self.judges = [*cfg.rewards, *cfg.watch]
+        names = [*cfg.rewards, *cfg.watch]
+        self.judges = Judges(names, cfg.judges, device, cfg.failures.reask)
         files = {"train": packaged(cfg.data.train), "heldout": packaged(cfg.data.heldout)}
         prompts = {name: load_prompts(file) for name, file in files.items()}
-        preflight(cfg, self.model, self.scheduler, prompts, files)
+        preflight(cfg, self.model, self.judges, self.scheduler, prompts, files)
         self.sampler = PromptSampler(prompts["train"], cfg.data.prompts_per_step, cfg.seed)
         self.heldout = prompts["heldout"][: cfg.evaluation.prompts]
         key = f"{fingerprint(folder)}-{cfg.model.dtype}"
@@ -98,6 +95,7 @@ class Trainer:
             cfg,
             self.model,
             self.algorithm,
+            self.judges,
             self.workers,
             self.rollout_sampling,
             self.scheduler,
@@ -145,15 +143,23 @@ class Trainer:
         """Every prompt's group, drawn and judged."""
         return self.rollouts.batch(prompts, update)
 
+    def judging_s(self) -> tuple[float, float]:
+        """Seconds of the last rollout in which nothing was left but to wait for judges, and in
+        which they worked beside it.
+        """
+        waited, busy = self.rollouts.waited_s, sum(self.judges.busy_s.values())
+        self.judges.busy_s = dict.fromkeys(self.judges.busy_s, 0.0)
+        return waited, max(0.0, busy - waited)
+
     def advantages(self, batch: Batch) -> ops.GroupAdvantage:
         """Of each sample, see `rollouts.advantages`."""
         return advantages(self.cfg, batch)
 
     def reward_metrics(self, batch: Batch, advantage: ops.GroupAdvantage) -> dict[str, float]:
-        """Mean score of each judge, the share of rows it failed on and of rows that train."""
-        metrics = mean_scores(self.cfg, batch) | batch.metrics
-        for i, name in enumerate(self.judges):
-            metrics[f"failed/{name}"] = (~batch.valid[:, i]).double().mean().item()
+        """Mean score and in-group spread of each judge, where it failed, and the share of rows
+        that train.
+        """
+        metrics = mean_scores(self.cfg, batch) | batch.metrics | spread_metrics(self.cfg, batch)
         metrics["kept_groups"] = advantage.keep.double().mean().item()
         return metrics
 
@@ -175,7 +181,7 @@ class Trainer:
         Generators and judges are left as they were: a resumed run may not evaluate again.
         """
         prompts = self.heldout[:count]
-        generators, judges = rng_state(), judge_states(self.judges)
+        generators, judges = rng_state(), self.judges.state_dict()
         try:
             found = evaluate(
                 self.model,
@@ -192,35 +198,57 @@ class Trainer:
         except NotFinite as error:
             raise EvaluationFailed(f"held-out images: {error}") from error
         set_rng_state(generators)
-        load_judge_states(judges)
+        self.judges.load_state_dict(judges)
         return found
 
     def _scores_by_name(
         self, images: np.ndarray, metadata: list[dict[str, Any]]
     ) -> dict[str, np.ndarray]:
+        """Scores of each judge; NaN where there was nothing to judge."""
         try:
-            scores, valid = score_all(self.judges, images, metadata)
+            found = self.judges.score(images, metadata)
         except BadReward as error:
             raise EvaluationFailed(f"held-out images: {error}") from error
-        failed = [n for i, n in enumerate(self.judges) if not bool(valid[:, i].all())]
-        if failed:
-            raise EvaluationFailed(f"judges {failed} failed on held-out images; see the log")
-        return {name: np.asarray(scores)[:, i] for i, name in enumerate(self.judges)}
+        failed = (found.status == FAILED).any(0)
+        if failed.any():
+            names = [name for name, one in zip(self.judges.names, failed, strict=True) if one]
+            (row, name), reason = next(iter(found.reasons.items()))
+            raise EvaluationFailed(
+                f"judges {names} failed on held-out images, asked {1 + self.judges.reask} times; "
+                f"the first: {name!r} on image {row}: {reason}"
+            )
+        scores = np.where(found.valid, found.scores, np.float32("nan"))
+        return {name: scores[:, i] for i, name in enumerate(self.judges.names)}
+
+    def position(self) -> dict[str, Any]:
+        """Where prompts, judges and generators stand; with the weights, all an update needs."""
+        return {
+            "sampler": self.sampler.state_dict(),
+            "judges": self.judges.state_dict(),
+            "rng": rng_state(),
+            "optimizer_steps": self.learner.optimizer_steps,
+        }
+
+    def go_back(self, position: dict[str, Any]) -> bool:
+        """To the beginning of a failed update; False where some of it was already applied."""
+        if self.learner.optimizer_steps != position["optimizer_steps"]:
+            return False
+        self.sampler.load_state_dict(position["sampler"])
+        self.judges.load_state_dict(position["judges"])
+        set_rng_state(position["rng"])
+        return True
 
     def state(self) -> dict[str, Any]:
         """Everything the next step depends on, as a tree for `checkpoint.pack`."""
-        return {
-            "learner": self.learner.state(),
-            "sampler": self.sampler.state_dict(),
-            "judges": judge_states(self.judges),
-            "rng": rng_state(),
-        }
+        position = self.position()
+        del position["optimizer_steps"]  # the learner has it
+        return {"learner": self.learner.state(), **position}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on exactly where `state` was taken."""
         self.learner.load_state(state["learner"])
         self.sampler.load_state_dict(state["sampler"])
-        load_judge_states(state["judges"])
+        self.judges.load_state_dict(state["judges"])
         set_rng_state(state["rng"])
 
     def lora(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

@@ -165,7 +165,7 @@ def stock_pipeline() -> Any:
     """The same folder through the stock pipeline's own loading."""
     from diffusers import QwenImage21Pipeline
 
-    from qirl_fast.models.processor import QwenVLProcessor
+    from qirl_fast.processor import QwenVLProcessor
 
     processor = QwenVLProcessor.from_pretrained(WEIGHTS / "processor")
     pipeline = QwenImage21Pipeline.from_pretrained(WEIGHTS, processor=processor)

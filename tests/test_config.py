@@ -21,7 +21,7 @@ from qirl_fast.config import (
     refuse_changes,
     save_resolved,
 )
-from qirl_fast.config.wording import schema_node, valid_keys
+from qirl_fast.config.wording import schema_of
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
 DRAWN = ["rollout.window=null", "rollout.sde_steps={count: 2, high: 5}"]
@@ -371,8 +371,9 @@ def test_derived_sizes() -> None:
 
 
 def test_every_key_is_documented() -> None:
-    sections = {key.rpartition(".")[0] for key in valid_keys()}
-    leaves = [key for key in valid_keys() if key not in sections]
+    schema = schema_of(Config)
+    sections = {key.rpartition(".")[0] for key in schema.dotted_keys()}
+    leaves = [key for key in schema.dotted_keys() if key not in sections]
     assert len(leaves) > 60
-    bare = [key for key in leaves if not schema_node(key.split(".")).get("description")]
+    bare = [key for key in leaves if not schema.node(key.split(".")).get("description")]
     assert not bare

@@ -22,13 +22,14 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": set(),
     "ops": {"_cpu", "_cuda", "kernels"},
     "compat": {"ops", "rollout"},
-    "models": {"ops"},
-    "rewards": {"ops", "section", "tiny.scenes"},
+    "models": {"ops", "processor"},
+    "rewards": {"ops", "section", "tiny.scenes", "processor"},
     "data": {"ops"},
     "rollout": {"ops", "models", "data"},
     "algorithms": {"ops", "models", "rollout"},
     "evaluation": {"ops", "models", "rewards", "data", "rollout"},
     "section": set(),
+    "processor": set(),
     "tiny.scenes": set(),
 }
 SERVICES = ("config", "checkpoint", "distributed", "tracking")

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from qirl_fast.checkpoint import lora_state, save_checkpoint
-from qirl_fast.config import default_recipe, load_config
-from qirl_fast.config.wording import valid_keys
+from qirl_fast.config import Config, default_recipe, load_config
+from qirl_fast.config.wording import schema_of
 from qirl_fast.models import load_model
 from qirl_fast.models.fused import is_patched
 from qirl_fast.tiny import packaged
@@ -115,7 +115,7 @@ def test_settings_named_in_commands_are_keys():
     commands = re.findall(r'(?:ARGS="([^"]*)"|-m qirl_fast\.train ([^#`\n]*))', README)
     settings = re.findall(r"([A-Za-z_.]+)=", " ".join(a + " " + b for a, b in commands))
     assert len(settings) >= 4
-    assert set(settings) <= set(valid_keys())
+    assert set(settings) <= set(schema_of(Config).dotted_keys())
 
 
 def test_files_named_in_the_pages_exist():

@@ -9,7 +9,7 @@ from qirl_fast.config.compare import (
     save_resolved,
     settings,
 )
-from qirl_fast.config.load import default_recipe, load_config
+from qirl_fast.config.load import default_recipe, load_config, load_settings
 from qirl_fast.config.rules import trained_group
 from qirl_fast.config.schema import Config
 from qirl_fast.config.wording import ConfigError
@@ -23,6 +23,7 @@ __all__ = [
     "derived",
     "describe",
     "load_config",
+    "load_settings",
     "refuse_changes",
     "save_resolved",
     "settings",

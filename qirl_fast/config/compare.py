@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from qirl_fast.config.rules import trained_group
 from qirl_fast.config.schema import Config
 from qirl_fast.config.wording import ConfigError
+from qirl_fast.section import Section
 
 UNHASHED = ("run", "output", "resume", "threads", "tracking")  # change no number
 
@@ -83,11 +84,11 @@ def describe(cfg: Config) -> str:
     return _yaml(cfg) + "\n" + "\n".join(f"# {row}" for row in rows) + "\n"
 
 
-def _yaml(cfg: Config) -> str:
+def _yaml(cfg: Section) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(cfg.model_dump(mode="json")))
 
 
-def save_resolved(cfg: Config, path: str | os.PathLike[str]) -> None:
+def save_resolved(cfg: Section, path: str | os.PathLike[str]) -> None:
     """Write the resolved recipe as YAML that `load_config` reads back; whole or not at all."""
     path = Path(path)
     beside = path.with_name(path.name + ".tmp")
@@ -95,16 +96,21 @@ def save_resolved(cfg: Config, path: str | os.PathLike[str]) -> None:
     beside.replace(path)
 
 
-def settings(cfg: Config) -> dict[str, Any]:
+def settings(cfg: Section) -> dict[str, Any]:
     """Dotted key -> value of everything that changes the numbers of a step.
 
     Left out: run, output, resume, threads, tracking, train.recompute_blocks, and train.steps, which
     only says when to end (not where train.decay counts the learning rate down to it).
     """
     flat = _numbers(cfg.model_dump(mode="json"))
-    if not flat["train.decay"]:
+    if _open_ended(flat):
         flat.pop("train.steps", None)
     return flat
+
+
+def _open_ended(flat: Mapping[str, Any]) -> bool:
+    """True where no learning rate depends on train.steps, so that it may grow."""
+    return flat.get("train.decay") == 0
 
 
 def config_hash(cfg: Config) -> str:
@@ -128,16 +134,16 @@ def _numbers(plain: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def changes(old: Config | Mapping[str, Any], new: Config) -> list[str]:
+def changes(old: Section | Mapping[str, Any], new: Section) -> list[str]:
     """Return one line per key that changes the numbers: 'key: was X, is now Y'.
 
-    old: a Config, its `model_dump(mode="json")`, or its `settings` as kept in a checkpoint.
+    old: settings, their `model_dump(mode="json")`, or their `settings` as kept in a checkpoint.
     A larger train.steps is no change where train.decay is 0; a smaller one is. Nor is a key that
     `old` lacks and that is at its default: there was none when that run was made.
     """
-    before = _numbers(old.model_dump(mode="json") if isinstance(old, Config) else old)
+    before = _numbers(old.model_dump(mode="json") if isinstance(old, Section) else old)
     after = _numbers(new.model_dump(mode="json"))
-    if "train.steps" not in before and not after["train.decay"]:
+    if "train.steps" not in before and _open_ended(after):
         after.pop("train.steps")
     chosen = _numbers(new.model_dump(mode="json", exclude_defaults=True))
     lines = []
@@ -146,13 +152,13 @@ def changes(old: Config | Mapping[str, Any], new: Config) -> list[str]:
             continue
         was, now = before.get(key, "absent"), after.get(key, "absent")
         grown = key == "train.steps" and "absent" not in (was, now) and now >= was
-        grown = grown and not after["train.decay"]
+        grown = grown and _open_ended(after)
         if was != now and not grown:
             lines.append(f"{key}: was {was!r}, is now {now!r}")
     return lines
 
 
-def refuse_changes(old: Config | Mapping[str, Any], new: Config, where: str) -> None:
+def refuse_changes(old: Section | Mapping[str, Any], new: Section, where: str) -> None:
     """Raise ConfigError unless a run saved under `old` at `where` may go on under `new`."""
     lines = changes(old, new)
     if lines:

@@ -8,20 +8,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ValidationError
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from qirl_fast import configs_dir
 from qirl_fast.config.files import missing_files
 from qirl_fast.config.rules import CrossError
 from qirl_fast.config.schema import Config
-from qirl_fast.config.wording import ConfigError, accepted_types, error_lines, schema_node
-from qirl_fast.rewards.composite import resolve
+from qirl_fast.config.wording import ConfigError, Schema, accepted_types, schema_of
+from qirl_fast.rewards.judges import JUDGES, resolve
+
+S = TypeVar("S", bound=BaseModel)
 
 
 def default_recipe() -> Path:
@@ -42,8 +43,9 @@ def load_config(argv: Sequence[str]) -> Config:
     Raises ConfigError naming every problem: unknown keys with the nearest valid one, wrong types
     and ranges, settings that contradict each other, unknown judges, missing files.
     """
-    raw, recipe = _read(argv)
-    cfg, problems = _validate(raw)
+    raw, recipe = _read(argv, schema_of(Config), default_recipe())
+    spare: Any = OmegaConf.to_container(OmegaConf.load(default_recipe()))
+    cfg, problems = _validate(raw, Config, spare)
     plain = raw if cfg is None else cfg.model_dump()
     problems += _judge_problems(plain)
     problems += missing_files(plain)
@@ -55,10 +57,22 @@ def load_config(argv: Sequence[str]) -> Config:
     }
     if cfg.run is None:
         update["run"] = f"{recipe.stem}-seed{cfg.seed}"
-    final, problems = _validate(plain | update)
+    final, problems = _validate(plain | update, Config, spare)
     if final is None:
         raise ConfigError(problems)
     return final
+
+
+def load_settings(argv: Sequence[str], model: type[S]) -> S:
+    """Read and check the settings of another program: one .yaml file and dotted overrides.
+
+    As `load_config`, for any model; rules that tie several keys raise CrossError in its validator.
+    """
+    raw, _ = _read(argv, schema_of(model), None)
+    cfg, problems = _validate(raw, model, {})
+    if cfg is None:
+        raise ConfigError(problems)
+    return cfg
 
 
 def _to_unit_sum(weights: Mapping[str, float]) -> dict[str, float]:
@@ -69,7 +83,7 @@ def _to_unit_sum(weights: Mapping[str, float]) -> dict[str, float]:
     return {name: weight / total for name, weight in weights.items()}
 
 
-def _read(argv: Sequence[str]) -> tuple[dict[str, Any], Path]:
+def _read(argv: Sequence[str], schema: Schema, default: Path | None) -> tuple[dict[str, Any], Path]:
     """Return the recipe merged with the overrides, as plain nested dicts, and the recipe's path."""
     files = [arg for arg in argv if "=" not in arg]
     strange = [arg for arg in files if not arg.endswith((".yaml", ".yml"))]
@@ -79,7 +93,10 @@ def _read(argv: Sequence[str]) -> tuple[dict[str, Any], Path]:
         )
     if len(files) > 1:
         raise ConfigError([f"got {len(files)} recipes ({', '.join(files)}); wanted at most one"])
-    recipe = Path(files[0]) if files else default_recipe()
+    if not files and default is None:
+        raise ConfigError(["no settings came; wanted a .yaml file first, then any key=value"])
+    recipe = Path(files[0]) if files else default
+    assert recipe is not None
     if not recipe.is_file():
         raise ConfigError([f"{recipe}: no such recipe file"])
     try:
@@ -88,7 +105,7 @@ def _read(argv: Sequence[str]) -> tuple[dict[str, Any], Path]:
             raise ConfigError([f"{recipe}: got a list; wanted keys and values"])
         for arg in argv:
             if "=" in arg:
-                merged = _merged(merged, arg)
+                merged = _merged(merged, arg, schema)
         plain = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError([f"{recipe}: {' '.join(str(error).split())}"]) from error
@@ -96,12 +113,12 @@ def _read(argv: Sequence[str]) -> tuple[dict[str, Any], Path]:
     return {str(key): value for key, value in plain.items()}, recipe
 
 
-def _merged(recipe: Any, arg: str) -> Any:
+def _merged(recipe: Any, arg: str, schema: Schema) -> Any:
     """The recipe with one override; where a section meets a list or a number, the new one stands.
 
     Which of the two was wanted is for the schema to say.
     """
-    override = _override(arg)
+    override = _override(arg, schema)
     try:
         return OmegaConf.merge(recipe, override)
     except TypeError:
@@ -110,10 +127,10 @@ def _merged(recipe: Any, arg: str) -> Any:
         return recipe
 
 
-def _override(arg: str) -> Any:
+def _override(arg: str, schema: Schema) -> Any:
     """Parse `key=value`; a key that holds text takes the value as written ('007' stays '007')."""
     key, _, value = arg.partition("=")
-    node = schema_node(key.split("."))
+    node = schema.node(key.split("."))
     is_text = bool(node) and accepted_types(node) <= {"string", "null"} and "enum" not in node
     is_null = "null" in accepted_types(node) and value in ("null", "~", "") if is_text else False
     if is_text and not is_null:
@@ -121,19 +138,23 @@ def _override(arg: str) -> Any:
     return OmegaConf.from_dotlist([arg])
 
 
-def _validate(raw: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
-    """Return the Config and no problems, or None and every problem found.
+def _validate(
+    raw: Mapping[str, Any], model: type[S], spare: Mapping[str, Any]
+) -> tuple[S | None, list[str]]:
+    """Return the settings and no problems, or None and every problem found.
 
     Rules across keys need every key to be valid by itself, so after a failure the offending keys
-    are dropped or taken from the packaged recipe, and the rules that do not involve them run too.
+    are dropped or taken from `spare`, valid settings, and the rules that do not involve them run.
     """
     try:
-        return Config.model_validate(raw), []
+        return model.model_validate(raw), []
     except ValidationError as error:
         details = error.errors()
-    lines, bad = error_lines(details)
+    schema = schema_of(model)
+    lines, bad = schema.error_lines(details)
     try:
-        Config.model_validate(_repair(raw, details) if bad else {})
+        failed = [schema.keys_of(detail) for detail in details]
+        model.model_validate(_repair(raw, failed, spare) if bad else {})
     except ValidationError as error:
         causes = [detail.get("ctx", {}).get("error") for detail in error.errors()]
         for cause in causes:
@@ -148,17 +169,18 @@ def _touches(keys: Sequence[str], bad: Sequence[str]) -> bool:
     )
 
 
-def _repair(raw: Mapping[str, Any], details: Sequence[ErrorDetails]) -> dict[str, Any]:
-    """Return raw with failed keys dropped or, where one is known, given the packaged value."""
+def _repair(
+    raw: Mapping[str, Any], failed: Sequence[Sequence[str]], spare: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return raw with failed keys dropped or, where one is known, given the spare value."""
     repaired = json.loads(json.dumps(raw, default=str))
-    spare = OmegaConf.to_container(OmegaConf.load(default_recipe()))
-    for detail in details:
+    for loc in failed:
         here: Any = repaired
         there: Any = spare
-        for part in detail["loc"]:
+        for part in loc:
             below = here.get(part)
             there = there.get(part) if isinstance(there, dict) else None
-            if not isinstance(below, dict) or part == detail["loc"][-1]:
+            if not isinstance(below, dict) or part == loc[-1]:
                 here.pop(part, None)
                 if there is not None:
                     here[part] = there
@@ -168,13 +190,18 @@ def _repair(raw: Mapping[str, Any], details: Sequence[ErrorDetails]) -> dict[str
 
 
 def _judge_problems(plain: Mapping[str, Any]) -> list[str]:
-    rewards, watch = plain.get("rewards"), plain.get("watch")
+    rewards, watch, specs = (plain.get(key) for key in ("rewards", "watch", "judges"))
+    specs = specs if isinstance(specs, dict) else {}
     used = [(f"rewards.{name}", name) for name in rewards] if isinstance(rewards, dict) else []
     used += [("watch", name) for name in watch] if isinstance(watch, list) else []
-    lines = []
+    lines = [
+        f"judges.{name}: is the name of a packaged judge; choose another"
+        for name in specs
+        if name in JUDGES
+    ]
     for key, name in used:
         try:
-            resolve(str(name))
+            resolve(str(name), specs)
         except ValueError as error:
             lines.append(f"{key}: {error}")
     return lines

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, Strict, model_validator
 
 from qirl_fast.config.rules import CrossError, cross_problems
+from qirl_fast.rewards.kinds import JudgeSettings
 from qirl_fast.section import (
     Count,
     Decay,
@@ -190,6 +191,19 @@ class AdvantageConfig(Section):
     )
 
 
+class FailureConfig(Section):
+    """What happens where a judge fails. A failed reward is never 0: its group is left out."""
+
+    reask: Natural = Field(
+        default=1, description="times a row that a judge failed on is asked again, by itself"
+    )
+    budget: Level = Field(
+        default=0.1,
+        description="share of an update's images a judge may fail on, all tries counted; above it "
+        "the run stops, its state saved",
+    )
+
+
 class EmaConfig(Section):
     """Moving average of the trained weights."""
 
@@ -308,6 +322,10 @@ class Config(Section):
     watch: list[Text] = Field(
         default=[], description="judges that are scored and shown, not optimised"
     )
+    judges: dict[str, JudgeSettings] = Field(
+        default={}, description="judges with settings, by the name under which rewards use them"
+    )
+    failures: FailureConfig = FailureConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     train: TrainConfig
     evaluation: EvaluationConfig = EvaluationConfig()

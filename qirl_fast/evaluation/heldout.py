@@ -15,7 +15,9 @@ ScoreFn = Callable[[np.ndarray, list[dict[str, Any]]], dict[str, np.ndarray]]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Per prompt: each judge's mean score, float64 [P]; the first image, uint8 [P, H, W, 3]."""
+    """Per prompt: each judge's mean score, float64 [P], NaN where it had nothing to judge; the
+    first image, uint8 [P, H, W, 3].
+    """
 
     scores: dict[str, np.ndarray]
     images: np.ndarray
@@ -39,7 +41,7 @@ def evaluate(
     Args:
         model: a model adapter; embeddings: P tensors [L_p, C]; metadata: P rows for the judges.
         how: sampling with dynamics "ode" steps only (nothing is recorded).
-        score: images [B, H, W, 3] and B metadata rows -> {judge: [B]}.
+        score: images [B, H, W, 3] and B metadata rows -> {judge: [B]}, NaN for what is left out.
         workers: make the chunks.
     """
     model_: Model = model
@@ -58,7 +60,17 @@ def evaluate(
     drawn: np.ndarray = np.concatenate(list(images))
     rows = [row for row in metadata for _ in range(samples_per_prompt)]
     scores = {
-        name: values.astype(np.float64).reshape(-1, samples_per_prompt).mean(1)
+        name: _mean_of_some(values.astype(np.float64).reshape(-1, samples_per_prompt))
         for name, values in score(drawn, rows).items()
     }
     return Evaluation(scores, drawn[::samples_per_prompt])
+
+
+def _mean_of_some(values_PS: np.ndarray) -> np.ndarray:
+    """Mean of each row's numbers, NaN where there is none."""
+    some_PS = ~np.isnan(values_PS)
+    if some_PS.all():
+        return values_PS.mean(1)
+    count_P = some_PS.sum(1)
+    total_P = np.where(some_PS, values_PS, 0.0).sum(1)
+    return np.where(count_P > 0, total_P / np.maximum(count_P, 1), np.nan)

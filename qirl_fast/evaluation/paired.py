@@ -5,7 +5,7 @@ d_i = after_i - before_i. The mean of d is resampled with replacement over pairs
 percentile interval). Where a prompt has several images, average them first: images of one prompt
 are not independent.
 
-Shapes: n pairs, R resamples of one block.
+Shapes: n pairs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-BLOCK_ELEMENTS = 1 << 22  # resampled indices held at once, 32 MiB
+from qirl_fast.evaluation.bootstrap import percentiles, resamples
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,14 @@ def paired_bootstrap(
         raise ValueError(f"got n_boot {n_boot}, level {level}; wanted >= 100 and within (0, 1)")
     diff_n = new - old
     n = len(diff_n)
-    generator = np.random.default_rng(seed)
-    block = max(1, BLOCK_ELEMENTS // n)
-    means = np.concatenate(
-        [
-            diff_n[generator.integers(0, n, (min(block, n_boot - start), n))].mean(axis=1)
-            for start in range(0, n_boot, block)
-        ]
-    )
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    # a sum of its own per resample: a matrix product's rounding would depend on the block
+    means = np.concatenate([(c * diff_n).sum(axis=1) for c in resamples(n, n_boot, seed)]) / n
+    low, high = percentiles(means, level)
     return PairedResult(
         before=float(old.mean()),
         after=float(new.mean()),
         diff=float(diff_n.mean()),
-        low=float(low),
-        high=float(high),
+        low=low,
+        high=high,
         n=n,
     )

@@ -42,7 +42,7 @@ from qirl_fast.models.prefix import (
     spread_rows,
     to_rows,
 )
-from qirl_fast.models.processor import QwenVLProcessor
+from qirl_fast.processor import QwenVLProcessor
 
 PIXELS_PER_TOKEN = 16
 TEMPLATE = 10  # tokens of the chat template that stay around a prompt

@@ -21,7 +21,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from qirl_fast.models.processor import QwenVLProcessor
+from qirl_fast.processor import QwenVLProcessor
 from qirl_fast.tiny import scenes
 
 LATENT_CHANNELS = 16

@@ -53,7 +53,7 @@ def test_same_seed_same_result_whatever_the_block(monkeypatch: pytest.MonkeyPatc
     whole = paired_bootstrap(before, after, n_boot=1000, seed=7)
     assert whole == paired_bootstrap(before.tolist(), after.tolist(), n_boot=1000, seed=7)
     assert whole != paired_bootstrap(before, after, n_boot=1000, seed=8)
-    monkeypatch.setattr("qirl_fast.evaluation.paired.BLOCK_ELEMENTS", 40 * 7)
+    monkeypatch.setattr("qirl_fast.evaluation.bootstrap.BLOCK_ELEMENTS", 40 * 7)
     assert whole == paired_bootstrap(before, after, n_boot=1000, seed=7)
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, ProcessorMixin
 
-from qirl_fast.models.processor import QwenVLProcessor
+from qirl_fast.processor import QwenVLProcessor
 
 SLOT = "<|vision_start|><|image_pad|><|vision_end|>"
 MERGED = 32  # pixels along one side of one image token: patch 16, merged 2 x 2

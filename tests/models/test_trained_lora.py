@@ -33,7 +33,7 @@ LORA = Path("checkpoints", "latest", "pytorch_lora_weights.safetensors")
 def new_stock_pipeline(weights: Path) -> Any:
     from diffusers import QwenImage21Pipeline
 
-    from qirl_fast.models.processor import QwenVLProcessor
+    from qirl_fast.processor import QwenVLProcessor
 
     processor = QwenVLProcessor.from_pretrained(weights / "processor")
     pipeline = QwenImage21Pipeline.from_pretrained(weights, processor=processor)

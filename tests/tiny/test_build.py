@@ -63,7 +63,7 @@ def test_it_is_the_packaged_folder_but_for_the_numbers(built: Path, weights: Pat
 def test_it_loads_here_and_in_the_stock_pipeline(built: Path) -> None:
     from diffusers import QwenImage21Pipeline
 
-    from qirl_fast.models.processor import QwenVLProcessor
+    from qirl_fast.processor import QwenVLProcessor
 
     model = load_model(built / "weights", "auto", torch.float32, "cpu")
     processor = QwenVLProcessor.from_pretrained(built / "weights" / "processor")

@@ -1,0 +1,268 @@
+"""Several named judges on one batch of images: built, checked, asked, asked again.
+
+A name is one of JUDGES, a dotted path "package.module:function", or one the recipe's `judges`
+section describes (`kinds.py`). What a judge gives back is checked:
+- failed rows (the judge raised, or said so) are asked again `reask` times, each by itself, so that
+  one bad row does not fail the others, then stay FAILED;
+- a judge that returns NaN, infinity or another shape is broken: BadReward, which stops the step.
+The first exception of each wording is logged with its traceback.
+
+Judges that only wait, such as a remote one (attribute `waits = True`), have a thread each; the
+others share one, in order, since they may draw from global generators. Chunks are judged in the
+order in which they were submitted.
+
+Shapes: B images, K judges.
+"""
+
+import copy
+import difflib
+import importlib
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from qirl_fast.rewards import aesthetics, alignment
+from qirl_fast.rewards.judge import FAILED, MISSING, SCORED, Judge, Row, Scored, Stateful
+from qirl_fast.rewards.kinds import JudgeSettings, build
+
+JUDGES: dict[str, Judge] = {
+    "alignment": alignment.score,
+    "aesthetics": aesthetics.score,
+}
+
+# Those of JUDGES that cannot score every row: each raises ValueError for one it cannot.
+ROW_CHECKS = {"alignment": alignment.check_row}
+
+logger = logging.getLogger(__name__)
+_logged: set[str] = set()
+
+
+class BadReward(ValueError):
+    """A judge returned NaN, infinity or something else than a number a row.
+
+    `judge` is its name, `row` the first such row, `scores` [B] what it returned where those are
+    numbers (rows that are not scored NaN).
+    """
+
+    def __init__(self, judge: str, row: int, reason: str, scores: np.ndarray | None = None) -> None:
+        self.judge, self.row, self.reason, self.scores = judge, row, reason, scores
+        super().__init__(f"judge {judge!r}, row {row}: {reason}")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """scores float32 [B, K], 0.0 where not scored; status int8 [B, K]; reasons of failed entries,
+    by (row, judge's name).
+    """
+
+    scores: np.ndarray
+    status: np.ndarray
+    reasons: dict[tuple[int, str], str]
+
+    @property
+    def valid(self) -> np.ndarray:
+        """Bool [B, K]: scored. Arithmetic must use the mask."""
+        return self.status == SCORED
+
+
+def resolve(name: str, specs: Mapping[str, JudgeSettings] | None = None) -> Judge | None:
+    """The judge of a name in JUDGES or of a dotted path; None for a name in `specs`, unbuilt.
+
+    ValueError when there is none, naming the nearest known name or what the module lacks.
+    """
+    specs = specs or {}
+    if name in specs:
+        return None
+    if name in JUDGES:
+        return JUDGES[name]
+    module_name, _, attribute = name.partition(":")
+    if not attribute:
+        known = [*JUDGES, *specs]
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"no judge is called {name!r}: {hint}known are {', '.join(known)}, any dotted path "
+            "'package.module:function', and what the section `judges` describes"
+        )
+    try:
+        judge = getattr(importlib.import_module(module_name), attribute, None)
+    except Exception as error:  # a module may raise anything while it is imported
+        raise ValueError(f"judge {name!r}: cannot import {module_name!r} ({error!r})") from error
+    if not callable(judge):
+        raise ValueError(f"judge {name!r}: module {module_name!r} has no function {attribute!r}")
+    return judge
+
+
+@dataclass
+class Pending:
+    """Scores on their way: one future a judge."""
+
+    names: Sequence[str]
+    futures: Sequence[Future[Scored]]
+
+    def result(self) -> Verdict:
+        """Wait for all of them. Raises BadReward, of the first such judge."""
+        found = [future.result() for future in self.futures]
+        reasons = {
+            (row, name): reason
+            for name, one in zip(self.names, found, strict=True)
+            for row, reason in one.reasons.items()
+        }
+        scores, status = ([getattr(one, n) for one in found] for n in ("values", "status"))
+        return Verdict(np.stack(scores, 1), np.stack(status, 1), reasons)
+
+
+@dataclass
+class Judges:
+    """names: one or more, in the order of the columns. specs: the recipe's judges by name.
+
+    reask: times a failed row is asked again. `busy_s`: seconds each judge has worked.
+    Raises ValueError for an unknown name, and what a judge raises while it is built.
+    """
+
+    names: Sequence[str]
+    specs: Mapping[str, JudgeSettings] = field(default_factory=dict)
+    device: str = "cpu"
+    reask: int = 0
+
+    def __post_init__(self) -> None:
+        for name in self.names:
+            resolve(name, self.specs)  # every name before any model is loaded
+        self.judges: dict[str, Any] = {
+            name: resolve(name, self.specs) or build(self.specs[name], self.device)
+            for name in self.names
+        }
+        self.busy_s = dict.fromkeys(self.names, 0.0)
+        shared = ThreadPoolExecutor(1, thread_name_prefix="judges")
+        self._threads = {
+            name: ThreadPoolExecutor(1, thread_name_prefix=f"judge-{name}")
+            if getattr(judge, "waits", False)
+            else shared
+            for name, judge in self.judges.items()
+        }
+
+    def submit(self, images_BHW3: np.ndarray, metadata: list[Row]) -> Pending:
+        """Begin to score; earlier submissions come first."""
+        return Pending(
+            self.names,
+            [self._threads[n].submit(self._ask, n, images_BHW3, metadata) for n in self.names],
+        )
+
+    def score(self, images_BHW3: np.ndarray, metadata: list[Row]) -> Verdict:
+        """Scores of uint8 images [B, H, W, 3]. Raises BadReward."""
+        return self.submit(images_BHW3, metadata).result()
+
+    def _ask(self, name: str, images_BHW3: np.ndarray, metadata: list[Row]) -> Scored:
+        begin = time.perf_counter()
+        try:
+            found = self._once(name, images_BHW3, metadata)
+            reasons = dict(found.reasons)
+            for _ in range(self.reask):
+                for i in np.flatnonzero(found.status == FAILED).tolist():
+                    again = self._once(name, images_BHW3[i : i + 1], [metadata[i]])
+                    found.values[i], found.status[i] = again.values[0], again.status[0]
+                    if again.status[0] == FAILED:
+                        reasons[i] = again.reasons.get(0, reasons.get(i, "no reason given"))
+                    else:
+                        reasons.pop(i, None)
+            return Scored(found.values, found.status, reasons)
+        finally:
+            self.busy_s[name] += time.perf_counter() - begin
+
+    def _once(self, name: str, images_BHW3: np.ndarray, metadata: list[Row]) -> Scored:
+        b = len(images_BHW3)
+        try:
+            result = self.judges[name](images_BHW3, metadata)
+        except Exception as error:  # any fault of a judge is that judge's failure, not the run's
+            _log_failure(name, error, b)
+            failed = np.full(b, FAILED, np.int8)
+            return Scored(np.zeros(b, np.float32), failed, dict.fromkeys(range(b), repr(error)))
+        return _checked(name, result, b)
+
+    def check_row(self, row: Row) -> Iterator[tuple[str, str]]:
+        """(judge, why) for each that can never score a metadata row like this one."""
+        for name, judge in self.judges.items():
+            check = ROW_CHECKS.get(name) or getattr(judge, "check_row", None)
+            try:
+                if check:
+                    check(row)
+            except ValueError as error:
+                yield name, str(error)
+
+    def warnings(self) -> list[str]:
+        """What a person should know before these judges are optimised."""
+        found = {name: getattr(judge, "warnings", ()) for name, judge in self.judges.items()}
+        return [f"judge {name!r}: {text}" for name, texts in found.items() for text in texts]
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """A copy of the state of each judge that has one, by name."""
+        return {
+            name: copy.deepcopy(judge.state_dict())
+            for name, judge in self.judges.items()
+            if isinstance(judge, Stateful)
+        }
+
+    def load_state_dict(self, states: Mapping[str, dict[str, Any]]) -> None:
+        """Give judges back what `state_dict` took; ValueError for one that takes none any more."""
+        for name, state in states.items():
+            judge = self.judges.get(name)
+            if not isinstance(judge, Stateful):
+                raise ValueError(
+                    f"judge {name!r} had a state when it was saved and has no load_state_dict now; "
+                    "resume with the judge the run was begun with"
+                )
+            judge.load_state_dict(copy.deepcopy(state))
+
+    def close(self) -> None:
+        """End the threads and let judges release what they hold."""
+        for threads in self._threads.values():
+            threads.shutdown(wait=True, cancel_futures=True)
+        for judge in self.judges.values():
+            if hasattr(judge, "close"):
+                judge.close()
+
+
+def _checked(name: str, result: Any, b: int) -> Scored:
+    """One judge's result as a Scored of its own arrays, each entry finite."""
+    if isinstance(result, Scored):
+        values_B, status_B = result.values, np.asarray(result.status)
+        reasons = dict(result.reasons)
+        if status_B.shape != (b,) or not np.isin(status_B, (SCORED, FAILED, MISSING)).all():
+            raise BadReward(name, 0, f"the states are {status_B!r}; wanted ({b},) of 0, 1, 2")
+    else:
+        values_B, status_B, reasons = result, None, {}
+    try:
+        values_B = np.ma.asarray(values_B)
+    except Exception as error:  # e.g. a tensor on a GPU or with a gradient
+        kind = type(values_B).__name__
+        raise BadReward(name, 0, f"a {kind} is no numpy array of ({b},): {error}") from error
+    if values_B.shape != (b,):
+        raise BadReward(name, 0, f"the result has shape {values_B.shape}; wanted ({b},)")
+    if values_B.dtype.kind not in "biuf":
+        raise BadReward(name, 0, f"the result is of {values_B.dtype}; wanted numbers")
+    if status_B is None:
+        status_B = np.where(np.ma.getmaskarray(values_B), MISSING, SCORED)
+    scored_B = status_B == SCORED
+    scores_B = np.where(scored_B, np.ma.getdata(values_B), 0.0).astype(np.float32)
+    bad = np.flatnonzero(~np.isfinite(scores_B))
+    if bad.size:
+        raise BadReward(
+            name,
+            int(bad[0]),
+            f"scored {scores_B[bad[0]]}; a judge that cannot score a row must mask it "
+            "(numpy.ma), say that it failed (Scored), or raise",
+            np.where(scored_B, scores_B, np.float32("nan")),
+        )
+    return Scored(scores_B, status_B.astype(np.int8), reasons)
+
+
+def _log_failure(name: str, error: Exception, b: int) -> None:
+    key = f"{name}: {error!r}"
+    if key not in _logged:
+        _logged.add(key)
+        logger.error("judge %r failed on a batch of %d images", name, b, exc_info=error)
