@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
-from qirl_fast.models.processor import QwenVLProcessor
+from qirl_fast.processor import QwenVLProcessor
 from qirl_fast.tiny import pictures, scenes
 from qirl_fast.tiny.pictures import Quarter
 from qirl_fast.tiny.scenes import COLORS, RELATIONS, SHAPES
@@ -30,10 +30,10 @@ class Recipe:
     """Sizes of one pre-training run."""
 
     seed: int = 0
-    pictures: int = 20000
-    steps: int = 1800
+    pictures: int = 16000
+    steps: int = 800
     batch: int = 64
-    lr: float = 2e-3
+    lr: float = 3e-3
     questions: int = 2
 
 

@@ -1,4 +1,4 @@
-"""The tiny judge's base: a Qwen3-VL of 1.1 million parameters, untrained, and its tokenizer.
+"""The tiny judge's base, untrained: a Qwen3-VL of 0.8 million parameters, and its tokenizer.
 
 At 64 x 64 pixels, with patches of 16 and two merged each way, one image token is one quarter of
 the canvas, where the tiny world has at most one object.
@@ -12,7 +12,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from qirl_fast.models.processor import QwenVLProcessor
+from qirl_fast.processor import QwenVLProcessor
 from qirl_fast.tiny import scenes
 from qirl_fast.tiny.model import CHAT_TEMPLATE, PRE_TOKENIZE, SPECIAL_TOKENS
 
@@ -22,12 +22,17 @@ LAYERS = 4
 VISION_WIDTH = 64
 VISION_LAYERS = 3
 ENGLISH = (
-    "Rate how well the image shows the prompt. Rate how cleanly the image is drawn.",
-    "Describe the image. How many are there? Is there one? Look at it and think step by step.",
-    "Prompt: Score: Instruction: Answer: system user assistant image",
-    "Background clean, edges sharp, colors even, objects. none one two three four many",
-    "yes, partly, no, good, fair, bad, odd shape, none, extra none, extra one.",
-    "How many red circles? How many blue squares? Is there a green triangle above a circle?",
+    "Rate how well the image shows the prompt.",
+    "Rate how cleanly the image is drawn.",
+    "Describe the image.",
+    "How many red circles? one two three four none",
+    "Is there a red circle above a blue square? yes no",
+    "Look at the image and think step by step, then answer.",
+    "\nPrompt: \nInstruction: \nScore: \nAnswer: ",
+    "assistant\n",
+    "Score: Yes No user",
+    "yes, partly, no, odd shape, none, extra none, extra one, extra two, extra many.",
+    "the background is clean, the edges are sharp, the colors are even, good, fair, bad.",
 )
 
 
@@ -81,7 +86,7 @@ def build_processor() -> QwenVLProcessor:
 
 
 def build_model(processor: QwenVLProcessor) -> Qwen3VLForConditionalGeneration:
-    """Four layers, 128 wide, with a vision tower of three layers; weights from torch's generator."""
+    """Four layers, 96 wide, with a vision tower of three layers; weights from torch's generator."""
     ids = processor.tokenizer.convert_tokens_to_ids
     config = Qwen3VLConfig(
         text_config={
