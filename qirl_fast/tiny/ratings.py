@@ -34,6 +34,7 @@ Report = Callable[[str, int, int, dict[str, float]], None]
 
 BIAS, NOISE = 0.35, 0.8
 MET, PARTLY = 0.75, 0.3  # credits from which a wish is met, or partly so
+KINDS = {"right": 0.3, "misread": 0.4, "lacking": 0.1, "crowded": 0.1, "other": 0.1}
 EXTRA = ("none", "one", "two", "many")
 PER_PROMPT = 4  # pictures of one prompt in a row: model samples of a group
 
@@ -102,7 +103,9 @@ def rate(truth: float, biases: np.ndarray, rng: np.random.Generator) -> tuple[in
 
 def draw(row: Row, rng: np.random.Generator) -> np.ndarray:
     """A picture for a row, uint8 [64, 64, 3]: its scene, or one misread, lacking, crowded."""
-    kind = rng.choice(("right", "misread", "lacking", "crowded", "other"), p=(0.3, 0.4, 0.1, 0.1, 0.1))
+    kind = rng.choice(
+        ("right", "misread", "lacking", "crowded", "other"), p=(0.3, 0.4, 0.1, 0.1, 0.1)
+    )
     if kind == "other":
         shapes = pictures.random_scene(rng)
     else:
@@ -118,7 +121,9 @@ def draw(row: Row, rng: np.random.Generator) -> np.ndarray:
     picture = pictures.spoil(shapes, strength, rng)
     if shapes:
         return picture
-    grain = rng.integers(-3, 4, picture.shape)  # clean empty ones would be one picture, in two splits
+    grain = rng.integers(
+        -3, 4, picture.shape
+    )  # clean empty ones would be one picture, in two splits
     return np.clip(picture + grain, 0, 255).astype(np.uint8)
 
 
@@ -182,7 +187,9 @@ def rated(recipe: Recipe, report: Report) -> list[Rated]:
         groups = -(-count // PER_PROMPT)
         rows = [scenes.sample_row(by_tag, rng) for _ in range(groups)]
         own = round(recipe.from_model * groups)
-        samples = model_samples(rows[:own], recipe.seed + (split == "heldout"), report) if own else ()
+        samples = (
+            model_samples(rows[:own], recipe.seed + (split == "heldout"), report) if own else ()
+        )
         for i in range(count):
             row = rows[i // PER_PROMPT]
             picture = samples[i] if i < own * PER_PROMPT else draw(row, rng)
@@ -216,15 +223,17 @@ def write(items: Sequence[Rated], folder: Path) -> dict[str, Any]:
                 "split": item.split,
             }
         )
-        truths.append({"image": name, "truth": item.truth, "ratings": item.ratings, "row": item.row})
+        truths.append(
+            {"image": name, "truth": item.truth, "ratings": item.ratings, "row": item.row}
+        )
     for name, data in (("ratings", lines), ("truth", truths)):
         text = "".join(json.dumps(line) + "\n" for line in data)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    known: dict[str, Any] = {"bias": BIAS, "noise": NOISE}
+    noise: dict[str, Any] = {"bias": BIAS, "noise": NOISE}
     for split in ("train", "heldout"):
         part = [item for item in items if item.split == split]
         if len(part) > 1:
             ceiling = spearmanr([i.truth for i in part], [i.score for i in part]).statistic
-            known[split] = {"rows": len(part), "spearman_truth_score": float(ceiling)}
-    (folder / "ratings.json").write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-    return known
+            noise[split] = {"rows": len(part), "spearman_truth_score": float(ceiling)}
+    (folder / "ratings.json").write_text(json.dumps(noise, indent=2) + "\n", encoding="utf-8")
+    return noise

@@ -1,7 +1,7 @@
 """Pre-training of the tiny judge's base: it learns to see and to read, and is never shown a rating.
 
-One picture a sequence, then turns in random order: describe it quarter by quarter, count things,
-say whether a thing is there or stands so to another. Loss on the answers alone.
+One picture a sequence: describe it quarter by quarter, then, in every other batch, answer questions
+on how many of a thing there are and whether one stands so to another. Loss on the answers alone.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
 from qirl_fast.processor import QwenVLProcessor
-from qirl_fast.tiny import pictures, scenes
+from qirl_fast.tiny import pictures
 from qirl_fast.tiny.pictures import Quarter
 from qirl_fast.tiny.scenes import COLORS, RELATIONS, SHAPES
 
@@ -30,8 +30,8 @@ class Recipe:
     """Sizes of one pre-training run."""
 
     seed: int = 0
-    pictures: int = 16000
-    steps: int = 800
+    pictures: int = 10000
+    steps: int = 500
     batch: int = 64
     lr: float = 3e-3
     questions: int = 2
@@ -75,7 +75,7 @@ def question(quarters: list[Quarter], rng: np.random.Generator) -> tuple[str, st
 
 
 class Sequences:
-    """Tokenized conversations: pictures with the turns asked about each, drawn anew every time."""
+    """Tokenized conversations: pictures, with questions that are drawn anew every time."""
 
     def __init__(self, processor: QwenVLProcessor, recipe: Recipe, report: Report):
         self.processor, self.questions = processor, recipe.questions
@@ -90,7 +90,7 @@ class Sequences:
                 report("pictures", i + 1, recipe.pictures, {})
 
     def turns(self, i: int, questions: int, rng: np.random.Generator) -> list[tuple[str, str]]:
-        """Description and questions of picture i, in random order."""
+        """Description of picture i, then questions on it."""
         described = (DESCRIBE, pictures.words(self.quarters[i]))
         return [described, *(question(self.quarters[i], rng) for _ in range(questions))]
 
@@ -99,14 +99,18 @@ class Sequences:
         ids: list[int] = []
         labels: list[int] = []
         for n, (asked, answer) in enumerate(turns):
-            head = f"<|im_start|>user\n{'' if n else IMAGE}{asked}<|im_end|>\n<|im_start|>assistant\n"
+            head = (
+                f"<|im_start|>user\n{'' if n else IMAGE}{asked}<|im_end|>\n<|im_start|>assistant\n"
+            )
             for text, learnt in ((head, False), (f"{answer}<|im_end|>", True), ("\n", False)):
                 own = self.processor.tokenizer(text)["input_ids"]
                 ids += own
                 labels += own if learnt else [IGNORED] * len(own)
         return ids, labels
 
-    def batch(self, chosen: np.ndarray, questions: int, rng: np.random.Generator) -> dict[str, Tensor]:
+    def batch(
+        self, chosen: np.ndarray, questions: int, rng: np.random.Generator
+    ) -> dict[str, Tensor]:
         """Model inputs and labels, right-padded, of the chosen pictures."""
         encoded = [self.encode(self.turns(i, questions, rng)) for i in chosen]
         length = max(len(ids) for ids, _ in encoded)
