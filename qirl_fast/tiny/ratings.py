@@ -44,8 +44,8 @@ class Recipe:
     """Sizes of one rating set."""
 
     seed: int = 0
-    train: int = 9600
-    heldout: int = 480
+    train: int = 6400
+    heldout: int = 384
     from_model: float = 0.5
     raters: int = 12
     raters_each: int = 2
