@@ -175,10 +175,10 @@ class RewardTrainer:
     def _samples(self, rows: Sequence[Judgement], direct: Sequence[bool]) -> list[Sample]:
         built = []
         for row, alone in zip(rows, direct, strict=True):
-            images = [read_image(path) for path in row.images]
             text = question(row.dimension, row.text, self.rubrics[row.dimension])
             label = ("" if alone else row.rationale, row.score)
             try:
+                images = [read_image(path) for path in row.images]
                 built.append(build_sample(self.processor, self.ids5, images, text, label))
             except ValueError as error:
                 raise ValueError(f"{row.where}: the model cannot take it: {error}") from error

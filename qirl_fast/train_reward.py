@@ -116,13 +116,10 @@ def validate(cfg: RewardConfig, folder: Path, rows: Sequence[Judgement], device:
     lines += [f"  failed: {reason}" for reason in failed[:3]]
     for name, group in tree["dimensions"].items():
         found = group["spearman"]
-        shown = {
-            k: "-" if found[k] is None else f"{found[k]:.3f}" for k in ("value", "low", "high")
-        }
-        lines.append(
-            f"  {name}: Spearman {shown['value']} (95 % {shown['low']} to {shown['high']}), "
-            f"{group['n']} rows"
+        value, low, high = (
+            "undefined" if found[k] is None else f"{found[k]:.3f}" for k in ("value", "low", "high")
         )
+        lines.append(f"  {name}: Spearman {value} (95 % {low} to {high}), {group['n']} rows")
     return "\n".join(lines)
 
 

@@ -70,7 +70,7 @@ _CRITERIA = {
     ),
 }
 
-_SPECIAL = re.compile(r"<\|[A-Za-z0-9_]+\|>")
+CONTROL = re.compile(r"<\|[A-Za-z0-9_]+\|>")
 
 
 def rubric(dimension: str, reading: str = "expected") -> str:
@@ -81,7 +81,7 @@ def rubric(dimension: str, reading: str = "expected") -> str:
 
 def refuse_control(text: str, what: str) -> None:
     """ValueError for text that holds a control token or is no Unicode (lone surrogates)."""
-    if found := _SPECIAL.search(text):
+    if found := CONTROL.search(text):
         raise ValueError(f"{what} holds the control token {found[0]}; remove it")
     try:
         text.encode()

@@ -10,7 +10,8 @@ say something else, and its score means little.
 A server lists only its most likely tokens. A candidate that is not listed has a probability
 between 0 and that of the least likely one listed (and no more than is left over). It is left out
 of the sum, and `spread` says by how much the score could lie elsewhere: the width of the interval
-that those bounds allow. Nothing listed at all is no score.
+that those bounds allow. Of yes and no only a word without any listed spelling counts as missing.
+Nothing listed at all is no score.
 """
 
 from __future__ import annotations
@@ -66,11 +67,18 @@ def read_tokens(reading: str, logprobs: Mapping[str, float], least: float | None
     outside = min(1.0, max(0.0, 1.0 - inside))
     worth = _worth(reading)
     value = math.fsum(p * worth[token] for token, p in mass.items()) / inside
-    missing = [token for token in wanted if token not in mass]
+    missing = _missing(reading, mass)
     bound = 0.0 if least is None else min(math.exp(least), outside)
     low, high = (_bound(mass, missing, worth, bound, outside, sign) for sign in (1.0, -1.0))
     p = tuple(mass.get(token, 0.0) / inside for token in wanted) if reading == "expected" else ()
     return Reading(min(5.0, max(1.0, value)), outside, max(0.0, high - low), p)
+
+
+def _missing(reading: str, mass: Mapping[str, float]) -> list[str]:
+    """The candidates that are not listed; of a word, one where none of its spellings is."""
+    if reading == "expected":
+        return [token for token in SCALE if token not in mass]
+    return [word[0] for word in (YES, NO) if not mass.keys() & set(word)]
 
 
 def _probability(token: str, logprob: float) -> float:
