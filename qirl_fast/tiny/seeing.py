@@ -1,7 +1,8 @@
 """Pre-training of the tiny judge's base: it learns to see and to read, and is never shown a rating.
 
-One picture a sequence: describe it quarter by quarter, then, in every other batch, answer questions
-on how many of a thing there are and whether one stands so to another. Loss on the answers alone.
+One picture a sequence: describe it quarter by quarter; in every other batch, answer questions on
+how many of a thing there are and whether one stands so to another, and say some words after the
+user, which makes it read, copy and know its vocabulary. Loss on the answers alone.
 """
 
 from collections.abc import Callable
@@ -23,6 +24,9 @@ DESCRIBE = "Describe the image."
 NUMBERS = ("none", "one", "two", "three", "four")
 IMAGE = f"<|vision_start|>{'<|image_pad|>' * 4}<|vision_end|>"  # 64 x 64 pixels: four tokens
 IGNORED = -100
+WORDS = (*COLORS, *SHAPES, *RELATIONS, *NUMBERS, "extra", "odd shape", "edges", "colors")
+TELLS = ("yes", "partly", "no", "none", "one", "two", "many", "good", "fair", "bad")
+STEPS = {"left of": 1, "right of": -1, "above": 2, "below": -2}  # to the quarter related to
 
 
 @dataclass(frozen=True)
@@ -43,35 +47,60 @@ def is_there(quarters: list[Quarter], thing: Quarter, cell: int) -> bool:
     return bool(here and thing and here[1] == thing[1] and thing[0] in ("", here[0]))
 
 
+def is_named(thing: Quarter) -> bool:
+    """Whether it is of a named colour and a named shape."""
+    return thing is not None and thing[0] != "odd" and thing[1] != "shape"
+
+
+def beside(cell: int, relation: str) -> int | None:
+    """The quarter that `cell` is left of, right of, above or below; None at the border."""
+    other = cell + STEPS[relation]
+    in_line = abs(STEPS[relation]) == 2 or cell // 2 == other // 2
+    return other if 0 <= other < 4 and in_line else None
+
+
 def stands(quarters: list[Quarter], a: Quarter, relation: str, b: Quarter) -> bool:
     """Whether some `a` is `relation` some `b`, side by side or one above the other."""
-    step = {"left of": 1, "right of": -1, "above": 2, "below": -2}[relation]
     return any(
-        is_there(quarters, a, cell) and is_there(quarters, b, cell + step)
+        is_there(quarters, a, cell) and other is not None and is_there(quarters, b, other)
         for cell in range(4)
-        if 0 <= cell + step < 4 and (abs(step) == 2 or cell // 2 == (cell + step) // 2)
+        for other in [beside(cell, relation)]
     )
 
 
 def question(quarters: list[Quarter], rng: np.random.Generator) -> tuple[str, str]:
     """A question on the picture and its answer; things asked for are mostly in it."""
-    here = [q for q in quarters if q and q[0] != "odd" and q[1] != "shape"]
+    here = [cell for cell in range(4) if is_named(quarters[cell])]
 
-    def thing() -> tuple[str, str]:
-        if here and rng.random() < 0.7:
-            color, shape = here[rng.integers(len(here))]
-        else:
-            color, shape = str(rng.choice(list(COLORS))), str(rng.choice(SHAPES))
+    def thing(cell: int | None) -> tuple[str, str]:
+        found = None if cell is None else quarters[cell]
+        color, shape = found or (str(rng.choice(list(COLORS))), str(rng.choice(SHAPES)))
         return ("" if rng.random() < 0.35 else color), shape
 
-    a, b = thing(), thing()
-    noun, other = (f"{t[0]} {t[1]}".strip() for t in (a, b))
+    def any_cell() -> int | None:
+        return here[rng.integers(len(here))] if here and rng.random() < 0.7 else None
+
     if rng.random() < 0.5:
+        a = thing(any_cell())
         count = sum(is_there(quarters, a, cell) for cell in range(4))
-        return f"How many {noun}s?", NUMBERS[count]
+        return f"How many {' '.join(a).strip()}s?", NUMBERS[count]
     relation = RELATIONS[rng.integers(4)]
-    met = stands(quarters, a, relation, b)
-    return f"Is there a {noun} {relation} a {other}?", "yes" if met else "no"
+    pairs = [(c, beside(c, relation)) for c in here if beside(c, relation) in here]
+    first, second = any_cell(), any_cell()
+    if pairs and rng.random() < 0.6:
+        first, second = pairs[rng.integers(len(pairs))]
+    a, b = thing(first), thing(second)
+    asked = f"Is there a {' '.join(a).strip()} {relation} a {' '.join(b).strip()}?"
+    return asked, "yes" if stands(quarters, a, relation, b) else "no"
+
+
+def phrase(rng: np.random.Generator) -> tuple[str, str]:
+    """Random words to say after the user, and a random number; nothing about the picture."""
+    picked = [(rng.choice(WORDS), rng.choice(TELLS)) for _ in range(rng.integers(1, 4))]
+    said = ", ".join(f"{word} {tell}" for word, tell in picked) + "."
+    if rng.random() < 0.7:
+        said += f"\nScore: {rng.integers(1, 6)}"
+    return f"Say: {said}", said
 
 
 class Sequences:
@@ -90,9 +119,12 @@ class Sequences:
                 report("pictures", i + 1, recipe.pictures, {})
 
     def turns(self, i: int, questions: int, rng: np.random.Generator) -> list[tuple[str, str]]:
-        """Description of picture i, then questions on it."""
+        """Description of picture i; with questions on it, words to say after these."""
         described = (DESCRIBE, pictures.words(self.quarters[i]))
-        return [described, *(question(self.quarters[i], rng) for _ in range(questions))]
+        if not questions:
+            return [described]
+        asked = [question(self.quarters[i], rng) for _ in range(questions)]
+        return [described, *asked, phrase(rng)]
 
     def encode(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
         """Token ids and labels; labels hold the answers and their end tokens, else IGNORED."""

@@ -31,6 +31,7 @@ ENGLISH = (
     "\nPrompt: \nInstruction: \nScore: \nAnswer: ",
     "assistant\n",
     "Score: Yes No user",
+    "Say: ",
     "yes, partly, no, odd shape, none, extra none, extra one, extra two, extra many.",
     "the background is clean, the edges are sharp, the colors are even, good, fair, bad.",
 )
