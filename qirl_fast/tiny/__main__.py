@@ -1,8 +1,15 @@
-"""`python -m qirl_fast.tiny build`: make the packaged tiny model and its prompt files anew."""
+"""`python -m qirl_fast.tiny build | judge | ratings`: make anew what is packaged, and ratings.
+
+build: the tiny model and its prompt files. judge: the base of the tiny judge, pre-trained to see.
+ratings: a simulated rating set to fine-tune it on, with `python -m qirl_fast.train_reward`.
+"""
 
 import argparse
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +17,7 @@ from diffusers import QwenImage21Pipeline
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qirl_fast.models.qwenimage21 import QwenImage21
-from qirl_fast.tiny import HERE, pretrain, scenes
+from qirl_fast.tiny import HERE, pretrain, ratings, scenes, seeing, vlm
 from qirl_fast.tiny import model as tiny
 
 
@@ -31,10 +38,9 @@ def write_model(model: QwenImage21, folder: Path) -> int:
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
 
-def build(output: Path, recipe: pretrain.Recipe) -> None:
-    """Train everything from `recipe.seed` and write weights/ and prompts/ under `output`."""
-    start = time.monotonic()
-    write_prompts(output / "prompts")
+@contextmanager
+def shown() -> Iterator[pretrain.Report]:
+    """A reporter that draws a progress bar for each phase."""
     with Progress(
         TextColumn("{task.description:<14}"),
         BarColumn(),
@@ -50,8 +56,16 @@ def build(output: Path, recipe: pretrain.Recipe) -> None:
             task, losses = tasks[phase]
             losses += values.values()
             note = f"loss {sum(losses[-100:]) / len(losses[-100:]):.4f}" if losses else ""
-            progress.update(task, completed=step, note=note)  # type: ignore[arg-type]
+            progress.update(task, completed=step, total=total, note=note)  # type: ignore[arg-type]
 
+        yield report
+
+
+def build(output: Path, recipe: pretrain.Recipe) -> None:
+    """Train everything from `recipe.seed` and write weights/ and prompts/ under `output`."""
+    start = time.monotonic()
+    write_prompts(output / "prompts")
+    with shown() as report:
         torch.manual_seed(recipe.seed)
         processor = tiny.build_processor()
         vae = tiny.build_vae()
@@ -74,27 +88,80 @@ def build(output: Path, recipe: pretrain.Recipe) -> None:
     )
 
 
+def build_judge(output: Path, recipe: seeing.Recipe) -> None:
+    """Pre-train the judge's base from `recipe.seed` and write a transformers folder."""
+    start, used = time.monotonic(), time.process_time()
+    torch.manual_seed(recipe.seed)
+    processor = vlm.build_processor()
+    model = vlm.build_model(processor)
+    with shown() as report:
+        seeing.pretrain(model, processor, recipe, report)
+    model.save_pretrained(output)
+    processor.save_pretrained(output)
+    size = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
+    print(
+        f"built {output}: {size / 1e6:.1f} MB, {(time.monotonic() - start) / 60:.1f} minutes, "
+        f"{(time.process_time() - used) / 60:.1f} of the CPU, {torch.get_num_threads()} threads"
+    )
+
+
+def build_ratings(output: Path, recipe: ratings.Recipe) -> None:
+    """Draw and rate the set, and write it."""
+    with shown() as report:
+        known = ratings.write(ratings.rated(recipe, report), output)
+    for split in ("train", "heldout"):
+        if split in known:
+            print(
+                f"{split}: {known[split]['rows']} ratings, Spearman of truth and score "
+                f"{known[split]['spearman_truth_score']:.3f}"
+            )
+    print(f"written: {output / 'ratings.jsonl'}")
+
+
+def parser() -> argparse.ArgumentParser:
+    whole = argparse.ArgumentParser(
+        prog="python -m qirl_fast.tiny",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = whole.add_subparsers(dest="command", required=True)
+    quick = "a few steps only: checks the path, learns nothing"
+    build_ = commands.add_parser("build", help="pre-train the tiny model and write its files")
+    build_.add_argument(
+        "--output", type=Path, default=HERE, help="gets weights/ and prompts/ (default: here)"
+    )
+    judge_ = commands.add_parser("judge", help="pre-train the tiny judge's base")
+    judge_.add_argument("--output", type=Path, required=True, help="gets the model folder")
+    for command in (build_, judge_):
+        command.add_argument("--quick", action="store_true", help=quick)
+    ratings_ = commands.add_parser("ratings", help="draw and rate a set for train_reward")
+    ratings_.add_argument("--output", type=Path, required=True, help="gets ratings.jsonl, images/")
+    default = ratings.Recipe()
+    ratings_.add_argument("--train", type=int, default=default.train, help="training rows")
+    ratings_.add_argument("--heldout", type=int, default=default.heldout, help="held-out rows")
+    for command in (build_, judge_, ratings_):
+        command.add_argument("--seed", type=int, default=0)
+    return whole
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m qirl_fast.tiny", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("build", help="pre-train the tiny model and write its files")
-    command.add_argument(
-        "--output",
-        type=Path,
-        default=HERE,
-        help="gets weights/ and prompts/ (default: here)",
-    )
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument(
-        "--quick", action="store_true", help="a few steps only: checks the path, draws nothing"
-    )
-    args = parser.parse_args()
-    recipe = pretrain.Recipe(seed=args.seed)
-    if args.quick:
-        recipe = pretrain.Recipe(
-            seed=args.seed, vae_steps=5, vae_scenes=320, dit_steps=5, wrong_steps=2, dit_scenes=512
+    args = parser().parse_args()
+    if args.command == "ratings":
+        build_ratings(
+            args.output, ratings.Recipe(seed=args.seed, train=args.train, heldout=args.heldout)
         )
-    build(args.output, recipe)
+    elif args.command == "judge":
+        recipe = seeing.Recipe(seed=args.seed)
+        if args.quick:
+            recipe = replace(recipe, pictures=64, steps=3, batch=8)
+        build_judge(args.output, recipe)
+    else:
+        recipe_ = pretrain.Recipe(seed=args.seed)
+        if args.quick:
+            recipe_ = replace(
+                recipe_, vae_steps=5, vae_scenes=320, dit_steps=5, wrong_steps=2, dit_scenes=512
+            )
+        build(args.output, recipe_)
 
 
 if __name__ == "__main__":
