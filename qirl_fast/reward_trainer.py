@@ -177,7 +177,7 @@ class RewardTrainer:
         built = []
         for row, alone in zip(rows, direct, strict=True):
             text = question(row.dimension, row.text, self.rubrics[row.dimension])
-            label = ("" if alone else row.rationale, row.score)
+            label = (None if alone else row.rationale, row.score)
             try:
                 images = [read_image(path) for path in row.images]
                 built.append(build_sample(self.processor, self.ids5, images, text, label))

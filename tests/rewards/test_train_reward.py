@@ -433,6 +433,7 @@ def test_direct_samples_leave_their_rationale_out(recipe: Path) -> None:
         built = [s for step in range(1, 11) for s in trainer._submit(step).result()]
         trainer.close()
         share[direct] = np.mean([s.place - s.start < 8 for s in built])
+    assert all(s.start == s.place for s in built), "the lead is given, not learnt"
     assert share["0.0"] == 0.0 and share["1.0"] == 1.0 and 0.2 < share["0.5"] < 0.8
 
 

@@ -8,6 +8,9 @@ CE is the mean, over the tokens of "{rationale}\\nScore: " and of the end, of th
 cross-entropy (teacher forced), and, as one term more of that mean, -log of the probability at the
 score's place that any of the five comes: which of them is the squared error's business, that it is
 one of them is the text's. The N that is fed for the end token is the label rounded to the nearest.
+A sample shown without its rationale is given "Score: ", as a judge with reasonings: 0 is; its CE
+begins at the score token. Learnt, the lead would be one of some five terms, the first word of a
+rationale one of some fifty: even a few such samples would teach the judge never to reason.
 A batch's loss is the mean over its samples, each weighing the same whatever it is batched with, so
 accumulating micro-batches gives the gradient of one big batch (to rounding).
 
@@ -35,7 +38,8 @@ from qirl_fast.rewards.vlm.rubric import answer
 @dataclass(frozen=True)
 class Sample:
     """Tokens of one conversation with its answer. ids, kinds: int64 [L]. pixels, grids: see
-    `prompt.Prompt`. start: the first answer token; place: the score token. target: the label.
+    `prompt.Prompt`. start: the first answer token that is learnt; place: the score token.
+    target: the label.
     """
 
     ids: Tensor
@@ -61,16 +65,20 @@ class Losses:
 def build_sample(
     processor: Any, ids5: Sequence[int], images: Sequence[np.ndarray], text: str, label: Any
 ) -> Sample:
-    """label: (rationale, score in [1, 5]). ids5: of the digits, see `prompt.score_ids`."""
+    """label: (rationale, score in [1, 5]); rationale None: shown without, "Score: " is given; "":
+    the judge is to say "Score: " at once. ids5: of the digits, see `prompt.score_ids`.
+    """
     rationale, score = label
     prompt = build_prompt(processor, images, text)
     digit = ids5[int(np.floor(score + 0.5)) - 1]
-    before = encode(processor, answer(rationale))
+    before = encode(processor, answer(rationale or ""))
     tail = torch.tensor([*before, digit, processor.tokenizer.eos_token_id])
     start = prompt.ids.shape[1]
     ids = torch.cat([prompt.ids[0], tail])
     kinds = torch.cat([prompt.kinds[0], torch.zeros_like(tail)])
-    return Sample(ids, kinds, prompt.pixels, prompt.grids, start, start + len(before), float(score))
+    place = start + len(before)
+    first = place if rationale is None else start
+    return Sample(ids, kinds, prompt.pixels, prompt.grids, first, place, float(score))
 
 
 def batch_losses(
