@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -121,6 +122,17 @@ def test_questions_have_every_answer_and_true_counts() -> None:
     assert answers["Is there a circle left of a circle?"] == "yes"
     assert answers["Is there a circle above a square?"] == "yes"
     assert answers["Is there a circle below a circle?"] == "no"
+
+
+def test_words_to_say_hold_the_judge_s_whole_vocabulary_and_say_nothing_of_a_picture() -> None:
+    rng = np.random.default_rng(0)
+    pairs = [seeing.phrase(rng) for _ in range(600)]
+    assert all(asked == f"Say: {answer}" for asked, answer in pairs)
+    said = set(re.findall(r"\w+", " ".join(answer for _, answer in pairs)))
+    judged = (
+        "two yes, red partly, circle no, left of no, above yes, below no, extra many. Score 12345"
+    )
+    assert set(re.findall(r"[a-zA-Z]+|\d", judged)) <= said
 
 
 def test_only_answers_are_learnt() -> None:
