@@ -14,15 +14,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 from transformers import Qwen3VLForConditionalGeneration
 
 from qirl_fast.processor import QwenVLProcessor
 from qirl_fast.rewards import alignment
 from qirl_fast.rewards.vlm.data import load_rows
+from qirl_fast.rewards.vlm.local import Settings, Vlm
 from qirl_fast.tiny import packaged, pictures, ratings, scenes, seeing
 from qirl_fast.tiny.scenes import CELLS, Shape
 
-BASE = packaged("tiny-judge")
+BASE, JUDGE = packaged("tiny-judge"), packaged("tiny-judge:alignment")
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "reward_tiny.yaml"
 RED_LEFT = {
     "tag": "position",
@@ -249,7 +251,7 @@ def test_packaged_files_are_small() -> None:
     def size(folder: Path) -> int:
         return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
-    assert size(BASE) < 6e6
+    assert size(BASE) < 6e6 and size(JUDGE) < 1e6
 
 
 def test_the_base_sees_fresh_scenes_through_the_stock_class() -> None:
@@ -262,6 +264,39 @@ def test_the_base_sees_fresh_scenes_through_the_stock_class() -> None:
     truth = [pictures.words(pictures.look(image)) for image in images]
     right = np.mean([a == b for a, b in zip(said, truth, strict=True)])
     assert right >= 0.9, f"{right:.0%} of the scenes described right, quarter by quarter"
+
+
+@pytest.fixture(scope="module")
+def judge() -> Vlm:
+    settings = {"kind": "vlm", "path": str(JUDGE), "dimension": "alignment"}
+    return Vlm(Settings.model_validate(settings | {"max_new_tokens": 48, "rows": 64}))
+
+
+def test_the_judge_agrees_with_the_truth_on_fresh_pictures_of_held_out_prompts(judge: Vlm) -> None:
+    fresh = ratings.rated(ratings.Recipe(seed=77, train=0, heldout=192), quiet)
+    scored = judge(np.stack([i.picture for i in fresh]), [i.row for i in fresh])
+    assert not scored.reasons and judge.last["closed"] == 0
+    assert spearmanr(scored.values, [i.truth for i in fresh]).statistic >= 0.6
+    assert spearmanr(scored.values, [i.score for i in fresh]).statistic >= 0.5
+
+
+def test_the_judge_reasons_before_it_scores_and_the_reasons_are_those_of_the_picture(
+    judge: Vlm,
+) -> None:
+    picture = place((0, "red", "circle"), (1, "blue", "square"))
+    ((answer,),) = judge.engine.ask([judge._ask(picture, RED_LEFT)])
+    assert answer.text.startswith("red circle, blue square, none, none. ")
+    assert not answer.closed and answer.text.endswith(".\nScore:")
+
+
+def test_the_judge_reads_prompt_and_picture_and_a_row_alone_scores_the_same(judge: Vlm) -> None:
+    right, wrong = place((0, "red", "circle"), (1, "blue", "square")), place((2, "green", "square"))
+    images = np.stack([right, wrong, right, wrong])
+    rows = [RED_LEFT, RED_LEFT, {"prompt": "a photo of a yellow triangle"}, TWO_RED]
+    values = judge(images, rows).values
+    assert values[0] > 4.0 and (values[1:] < 3.0).all()
+    alone = [judge(images[i : i + 1], rows[i : i + 1]).values[0] for i in range(4)]
+    assert values == pytest.approx(alone, abs=1e-3)
 
 
 # ------- making them anew
@@ -281,6 +316,7 @@ def run(*argv: str, cwd: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_command_makes_the_packaged_folder_but_for_the_numbers(tmp_path: Path) -> None:
     said = run("qirl_fast.tiny", "judge", "--quick", "--output", "base", cwd=tmp_path)
     assert "MB" in said and "of the CPU" in said
