@@ -104,6 +104,7 @@ def test_the_output_folder(cold: Path) -> None:
         "summary.json",
         "samples/before.npz",
         "samples/before_after.png",
+        "samples/rewards.png",
         *(f"checkpoints/checkpoint-{n}/{name}" for n in (1, 2) for name in checkpoint),
     }
     assert os.readlink(cold / "checkpoints" / "latest") == "checkpoint-2"
@@ -252,7 +253,7 @@ def test_every_option_at_once(
     saved = state(folder)
     assert saved["optimizer_steps"] == 4, "two updates of two minibatches"
     names = {p.name for p in (folder / "samples").glob("*.png")}
-    assert names == {"step-1.png", "step-2.png", "before_after.png"}
+    assert names == {"step-1.png", "step-2.png", "before_after.png", "rewards.png"}
     assert not list((folder / "tb").iterdir())
 
 
