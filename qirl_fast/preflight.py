@@ -5,40 +5,111 @@ judges that will score it: a row that a judge cannot score would otherwise drop 
 update after update. All problems are reported together.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qirl_fast.conditioning import Conditioning
 from qirl_fast.config import Config, ConfigError
+from qirl_fast.data.images import ImageError
 from qirl_fast.data.prompts import Prompt
+from qirl_fast.models.adapter import Adapter
+from qirl_fast.rewards.judge import SOURCES
 from qirl_fast.rewards.judges import Judges
 from qirl_fast.rollout.dynamics import step_coefficients
-from qirl_fast.rollout.sample import Model
 from qirl_fast.rollout.schedule import make_sigmas
+
+SHOWN = 10  # bad images named in an error
+BLANK = np.zeros((64, 64, 3), np.uint8)  # in place of condition images, which no row check reads
+
+log = logging.getLogger(__name__)
 
 
 def preflight(
     cfg: Config,
-    model: Model,
+    model: Adapter,
     judges: Judges,
     scheduler_config: Mapping[str, Any],
+    conditioning: Conditioning,
     prompts: Mapping[str, list[Prompt]],
     files: Mapping[str, Path],
-) -> None:
-    """Raise ConfigError with one line per problem.
+) -> dict[str, list[Prompt]]:
+    """The rows to use; ConfigError with one line per problem.
 
-    prompts, files: "train" and "heldout", the rows and where they were read from.
+    prompts, files: "train" and "heldout", the rows and where they were read from. Rows whose
+    images cannot be used are problems, or left out, as data.bad_images says.
     """
-    problems = [*_size_problems(cfg, model, scheduler_config), *_count_problems(cfg, prompts)]
+    bad = {name: _bad_images(cfg, conditioning, name, rows) for name, rows in prompts.items()}
+    used = {
+        name: [row for i, row in enumerate(rows) if i not in bad[name]]
+        for name, rows in prompts.items()
+    }
+    problems = [*_size_problems(cfg, model, scheduler_config), *_count_problems(cfg, used)]
     for name, rows in prompts.items():
-        problems += _row_problems(cfg, judges, rows, files[name])
+        problems += _row_problems(cfg, judges, rows, bad[name], files[name])
+        problems += _image_problems(cfg, model, rows, bad[name], files[name])
     if problems:
         raise ConfigError(problems)
+    for name, faults in bad.items():
+        for i, fault in faults.items():
+            log.warning("%s, row %d is left out: %s", files[name], i + 1, fault)
+    return used
 
 
-def _size_problems(cfg: Config, model: Model, scheduler_config: Mapping[str, Any]) -> Iterator[str]:
+def _bad_images(
+    cfg: Config, conditioning: Conditioning, name: str, rows: list[Prompt]
+) -> dict[int, ImageError]:
+    """The rows with an image that is refused, by number.
+
+    Those that the evaluation would use are decoded, the others' headers are read.
+    """
+    bad: dict[int, ImageError] = {}
+    room = cfg.evaluation.prompts if name == "heldout" else 0
+    for i, row in enumerate(rows):
+        try:
+            for source in row.images:
+                conditioning.shape(source)
+        except ImageError as error:
+            bad[i] = error
+            continue
+        if room:
+            found = conditioning.faults([row])
+            bad |= {i: error for error in found.values()}
+            room -= not found
+    return bad
+
+
+def _image_problems(
+    cfg: Config, model: Adapter, rows: list[Prompt], bad: Mapping[int, ImageError], file: Path
+) -> Iterator[str]:
+    """What is wrong with condition images: the first few that are refused, or that there are any."""
+    first = next((n for n, row in enumerate(rows, start=1) if row.images), None)
+    if first is not None and not model.takes_images():
+        yield (
+            f"{file}:{first}: the row has a condition image, and {cfg.model.path} draws from text "
+            "alone; wanted an editing model, or rows without images"
+        )
+    elif cfg.data.bad_images == "stop" and bad:
+        for i, fault in list(bad.items())[:SHOWN]:
+            yield f"{file}, row {i + 1}: {fault}"
+        more = f" (and {len(bad) - SHOWN} more)" if len(bad) > SHOWN else ""
+        yield (
+            f"{file}: {len(bad)} of {len(rows)} rows have an image that cannot be used{more}; mend "
+            "them, or leave them out with data.bad_images=skip"
+        )
+
+
+def _size_problems(
+    cfg: Config, model: Adapter, scheduler_config: Mapping[str, Any]
+) -> Iterator[str]:
+    for height, width in cfg.data.buckets or ():
+        try:
+            model.latent_shape(height, width)
+        except ValueError as error:
+            yield f"data.buckets: {error}"
     height, width = cfg.rollout.height, cfg.rollout.width
     try:
         tokens, _ = model.latent_shape(height, width)
@@ -90,12 +161,21 @@ def _count_problems(cfg: Config, prompts: Mapping[str, list[Prompt]]) -> Iterato
         )
 
 
-def _row_problems(cfg: Config, judges: Judges, rows: list[Prompt], file: Path) -> Iterator[str]:
+def _row_problems(
+    cfg: Config,
+    judges: Judges,
+    rows: list[Prompt],
+    bad: Mapping[int, ImageError],
+    file: Path,
+) -> Iterator[str]:
     """The first row of the file that a judge refuses, for each judge."""
     refused: set[str] = set()
     for number, row in enumerate(rows, start=1):
+        if number - 1 in bad:
+            continue
         weights = cfg.category_weights.get(row.category or "", cfg.rewards)
-        for judge, fault in judges.check_row(row.metadata, weights):
+        sources = {SOURCES: [BLANK] * len(row.images)} if row.images else {}
+        for judge, fault in judges.check_row(row.metadata | sources, weights):
             if judge not in refused:
                 refused.add(judge)
                 yield f"{file}:{number}: judge {judge!r} cannot score this row: {fault}"

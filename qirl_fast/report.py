@@ -38,13 +38,15 @@ def before_evaluation(trainer: Trainer, run_dir: Path) -> Evaluation:
                     ]
                 )
             scores = {n.removeprefix("score_"): saved[n] for n in saved if n.startswith("score_")}
-            return Evaluation(scores, saved["images"])
+            images = [saved[f"image_{i}"] for i in range(len(ids))]
+            return Evaluation(scores, images)
     with trainer.model.reference():
         before = trainer.evaluate_weights()
     path.parent.mkdir(exist_ok=True)
     beside = path.with_name(".before.npz")
     arrays: dict[str, Any] = {f"score_{name}": values for name, values in before.scores.items()}
-    np.savez(beside, images=before.images, prompts=ids, **arrays)
+    arrays |= {f"image_{i}": image for i, image in enumerate(before.images)}
+    np.savez(beside, prompts=ids, **arrays)
     beside.replace(path)
     return before
 
@@ -101,8 +103,8 @@ def _grid(
     judge = trainer.judges.names[0]
     order = [i for i in order if i < len(after.images)]
     before_after_grid(
-        before.images[order],
-        after.images[order],
+        [before.images[i] for i in order],
+        [after.images[i] for i in order],
         [trainer.heldout[i].prompt for i in order],
         [(float(before.scores[judge][i]), float(after.scores[judge][i])) for i in order],
         path,

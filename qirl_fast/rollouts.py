@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qirl_fast import ops
 from qirl_fast.batch import Batch, StepFailed
+from qirl_fast.conditioning import Given
 from qirl_fast.config import Config
 from qirl_fast.data.prompts import Prompt
 from qirl_fast.models import Model
@@ -113,9 +114,9 @@ def spread_metrics(cfg: Config, batch: Batch) -> dict[str, float]:
 
 @dataclass
 class Rollouts:
-    """Makes an update's batch. how: of the rollout; on: inside it the rollout's fp8 is on, if any;
-    embed: prompts to text embeddings [L, C] each; null: that of the empty prompt. `waits`:
-    when, in the last batch, nothing was left to do but wait for judges.
+    """Makes an update's batch. how: of the rollout, but for the size; on: inside it the rollout's
+    fp8 is on, if any; give: what model and judges are given of prompts. `waits`: when, in the last
+    batch, nothing was left to do but wait for judges.
     """
 
     cfg: Config
@@ -126,8 +127,7 @@ class Rollouts:
     how: Sampling
     scheduler: Mapping[str, Any]
     on: Callable[[], AbstractContextManager[None]]
-    embed: Callable[[Sequence[str]], list[Tensor]]
-    null: Tensor
+    give: Callable[[Sequence[Prompt]], Given]
     waits: list[Span] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -190,9 +190,11 @@ class Rollouts:
         samples: numbers of those to draw, as many of each prompt; None: all. record: keep what
         replay needs.
         """
-        r = self.cfg.rollout
+        r, given = self.cfg.rollout, self.give(prompts)
+        how = replace(self.how, height=given.height, width=given.width)
         total = len(prompts) * r.group_size
-        rows = [prompts[k // r.group_size] for k in (range(total) if samples is None else samples)]
+        owner = [k // r.group_size for k in (range(total) if samples is None else samples)]
+        rows = [prompts[p] for p in owner]
         recorded = self.algorithm.record(
             r.steps,
             (r.window.start, r.window.size) if r.window else None,
@@ -205,7 +207,7 @@ class Rollouts:
             if not record:
                 chunk = replace(chunk, recorded=(), x=(), x_next=(), delta=(), logp=())
             try:
-                return chunk, self.model.decode(chunk.latents, r.height, r.width)
+                return chunk, self.model.decode(chunk.latents, how.height, how.width)
             except NotFinite as error:
                 return chunk, error
 
@@ -220,7 +222,7 @@ class Rollouts:
                 status[part] = torch.as_tensor(known.status)
                 valid = torch.as_tensor(known.valid)
                 scores[part] = torch.where(valid, torch.as_tensor(known.scores), torch.nan)
-            size = (0, r.height, r.width, 3)
+            size = (0, how.height, how.width, 3)
             drawn = np.concatenate([np.empty(size, np.uint8), *(images for _, images, _ in chunks)])
             trajectories = [chunk for chunk, _, _ in chunks]
             return StepFailed(message, Batch(prompts, trajectories, drawn, scores, status))
@@ -230,9 +232,9 @@ class Rollouts:
                 draw,
                 self.workers,
                 self.model,
-                self.embed([p.prompt for p in prompts]),
-                self.null,
-                self.how if record else replace(self.how, max_rows=r.max_rows),
+                given.embeddings,
+                given.null,
+                how if record else replace(how, max_rows=r.max_rows),
                 self.scheduler,
                 group_size=r.group_size,
                 seed=self.cfg.seed,
@@ -245,9 +247,9 @@ class Rollouts:
                     row = chunk.rows.start + images.row
                     raise failed(f"rollout: row {row} ({rows[row].prompt!r}): {images}")
                 # Judges see the chunks in order, whichever was drawn first: one may draw numbers.
-                part = rows[chunk.rows.start : chunk.rows.stop]
+                part = owner[chunk.rows.start : chunk.rows.stop]
                 chunks.append(
-                    (chunk, images, self.judges.submit(images, [p.metadata for p in part]))
+                    (chunk, images, self.judges.submit(images, [given.rows[p] for p in part]))
                 )
         scores, status = self._scores(rows, chunks, failed)
         drawn = np.concatenate([images for _, images, _ in chunks])

@@ -1,7 +1,7 @@
 """Samples of every prompt from the base model, drawn and judged as in training.
 
-Prompts are drawn in chunks of neighbouring rows, at most rollout.max_rows samples each, a prompt's
-samples in one chunk. Noise and stochastic steps of chunk c are those that the sampler gives to
+Prompts are drawn in chunks of rows of one size, neighbours among those of their size, at most
+rollout.max_rows samples each, a prompt's samples in one chunk. Noise and stochastic steps of chunk c are those that the sampler gives to
 update c of a seed that no run has, so a chunk depends on the seed, its number, its prompts and the
 settings alone; judges with a state, and global generators, begin every chunk as they began the
 first.
@@ -13,13 +13,12 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from qirl_fast.batch import StepFailed
 from qirl_fast.checkpoint import rng_state, set_rng_state
+from qirl_fast.conditioning import Given
 from qirl_fast.data.prompts import Prompt
 from qirl_fast.evaluation.scores import Record, judged
 from qirl_fast.models.adapter import NotFinite
@@ -47,10 +46,19 @@ class BaseSamples:
 
     def __init__(self, trainer: Trainer, prompts: Sequence[Prompt], samples: int) -> None:
         self.trainer, self.prompts, self.samples = trainer, prompts, samples
-        self.per_chunk = max(1, trainer.cfg.rollout.max_rows // samples)
+        self.chunks = self._chunks(max(1, trainer.cfg.rollout.max_rows // samples))
+        self.place = {
+            row: (number, i) for number, rows in enumerate(self.chunks) for i, row in enumerate(rows)
+        }
         self.start = (rng_state(), trainer.judges.state_dict())
         self.images = 0  # judged so far
         self.failed = np.zeros(len(trainer.judges.names), np.int64)
+
+    def _chunks(self, most: int) -> list[list[int]]:
+        """Rows of each chunk, at most `most`, of one size."""
+        sizes = [self.trainer.conditioning.target(p) for p in self.prompts]
+        parts = [[i for i, s in enumerate(sizes) if s == size] for size in dict.fromkeys(sizes)]
+        return [part[i : i + most] for part in parts for i in range(0, len(part), most)]
 
     def of(self, rows: Sequence[int]) -> Iterator[Drawn]:
         """These rows' samples, in order; whole chunks are drawn for them.
@@ -59,13 +67,14 @@ class BaseSamples:
         more than failures.budget of all images so far.
         """
         wanted = set(rows)
-        numbers = sorted({row // self.per_chunk for row in rows})
+        numbers = sorted({self.place[row][0] for row in rows})
         ahead = AHEAD * self.trainer.workers.count
         pending: deque[tuple[int, np.ndarray, Future[Verdict]]] = deque()
         with ThreadPoolExecutor(1, thread_name_prefix="chunks") as judging:
             for first in range(0, len(numbers), ahead):
-                for number, images in self._draw(numbers[first : first + ahead]):
-                    pending.append((number, images, judging.submit(self._judge, number, images)))
+                for number, given, images in self._draw(numbers[first : first + ahead]):
+                    verdict = judging.submit(self._judge, number, given, images)
+                    pending.append((number, images, verdict))
                     if len(pending) > ahead:
                         yield from self._records(*pending.popleft(), wanted)
             while pending:
@@ -75,31 +84,29 @@ class BaseSamples:
         """One row's samples, uint8 [n, H, W, 3]: what `of` draws, up to the rounding of a forward
         of another shape.
         """
-        number, place = divmod(row, self.per_chunk)
+        number, place = self.place[row]
         own = range(place * self.samples, (place + 1) * self.samples)
         with self.trainer.model.reference(), self.trainer.in_fp8():
-            return self._images(number, self._embedded(number), own)
+            return self._images(number, self._given(number), own)
 
-    def _rows(self, number: int) -> range:
-        first = number * self.per_chunk
-        return range(first, min(first + self.per_chunk, len(self.prompts)))
+    def _given(self, number: int) -> Given:
+        return self.trainer.conditioning.of([self.prompts[row] for row in self.chunks[number]])
 
-    def _embedded(self, number: int) -> list[Tensor]:
-        return self.trainer.embed([self.prompts[row].prompt for row in self._rows(number)])
-
-    def _draw(self, numbers: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+    def _draw(self, numbers: Sequence[int]) -> Iterator[tuple[int, Given, np.ndarray]]:
         trainer = self.trainer
-        chunks = [(number, self._embedded(number)) for number in numbers]
+        given = [self._given(number) for number in numbers]
         with trainer.model.reference(), trainer.in_fp8():
-            drawn = trainer.workers.map(lambda chunk: self._images(*chunk), chunks)
-            yield from zip(numbers, drawn, strict=True)
+            drawn = trainer.workers.map(
+                lambda chunk: self._images(*chunk), list(zip(numbers, given, strict=True))
+            )
+            yield from zip(numbers, given, drawn, strict=True)
 
     def _images(
-        self, number: int, embeddings: Sequence[Tensor], own: Sequence[int] | None = None
+        self, number: int, given: Given, own: Sequence[int] | None = None
     ) -> np.ndarray:
         """uint8 [rows * n, H, W, 3] of a chunk; own: numbers of the samples wanted, None: all."""
         trainer, r = self.trainer, self.trainer.cfg.rollout
-        rows = self._rows(number)
+        rows, height, width = self.chunks[number], given.height, given.width
         recorded = trainer.algorithm.record(
             r.steps,
             (r.window.start, r.window.size) if r.window else None,
@@ -110,7 +117,7 @@ class BaseSamples:
 
         def decoded(chunk: Trajectory) -> np.ndarray:
             try:
-                return trainer.model.decode(chunk.latents, r.height, r.width)
+                return trainer.model.decode(chunk.latents, height, width)
             except NotFinite as error:
                 row = rows[(chunk.rows.start + error.row) // self.samples]
                 raise StepFailed(self._where(row, str(error))) from error
@@ -119,9 +126,9 @@ class BaseSamples:
             decoded,
             Workers(1),
             trainer.model,
-            embeddings,
-            trainer.null,
-            replace(trainer.rollout_sampling, max_rows=r.max_rows),
+            given.embeddings,
+            given.null,
+            replace(trainer.rollout_sampling, max_rows=r.max_rows, height=height, width=width),
             trainer.scheduler,
             group_size=self.samples,
             seed=trainer.cfg.seed + SEEDS,
@@ -135,14 +142,12 @@ class BaseSamples:
     def _where(self, row: int, what: str) -> str:
         return f"prompt {row + 1} ({self.prompts[row].prompt!r}): {what}"
 
-    def _judge(self, number: int, images: np.ndarray) -> Verdict:
+    def _judge(self, number: int, given: Given, images: np.ndarray) -> Verdict:
         generators, judges = self.start
         set_rng_state(generators)
         self.trainer.judges.load_state_dict(judges)
-        rows = self._rows(number)
-        metadata: list[dict[str, Any]] = [
-            self.prompts[row].metadata for row in rows for _ in range(self.samples)
-        ]
+        rows = self.chunks[number]
+        metadata = [row for row in given.rows for _ in range(self.samples)]
         try:
             return self.trainer.judges.score(images, metadata)
         except BadReward as error:
@@ -153,7 +158,7 @@ class BaseSamples:
         self, number: int, images: np.ndarray, future: Future[Verdict], wanted: set[int]
     ) -> Iterator[Drawn]:
         verdict = future.result()
-        for place, row in enumerate(self._rows(number)):
+        for place, row in enumerate(self.chunks[number]):
             own = range(place * self.samples, (place + 1) * self.samples)
             if row in wanted:
                 prompt = self.prompts[row]

@@ -65,7 +65,7 @@ def train(cfg: Config) -> Path:
         try:
             return loop(trainer, step, cfg, run_dir)
         finally:
-            trainer.judges.close()
+            trainer.close()
 
 
 def prepared(cfg: Config, run_dir: Path, fresh: bool) -> tuple[Trainer, int]:
@@ -92,8 +92,10 @@ def loop(trainer: Trainer, step: int, cfg: Config, run_dir: Path) -> Path:
         for update in range(step + 1, cfg.train.steps + 1):
             batch, position = None, trainer.position()
             try:
+                with tracker.phase("data"):
+                    prompts = trainer.next_prompts()
                 with tracker.phase("rollout"):
-                    batch = trainer.rollout(next(trainer.sampler), update)
+                    batch = trainer.rollout(prompts, update)
                 tracker.split("rollout", "reward", *trainer.judging_s())
                 with tracker.phase("update"):
                     advantage = trainer.advantages(batch)
@@ -169,12 +171,14 @@ def resume(trainer: Trainer, run_dir: Path, cfg: Config) -> int:
 
 
 def stopped(error: StepFailed, batch: Batch | None, run_dir: Path, update: int) -> StepFailed:
-    """Save the batch and make the error that ends the run; the update was not applied."""
-    assert batch is not None, "rollout attaches its batch"
-    where = save_batch(batch, run_dir / "failed" / f"step-{update}")
+    """Save the batch, if there is one, and make the error that ends the run; the update was not
+    applied.
+    """
+    where = batch and save_batch(batch, run_dir / "failed" / f"step-{update}")
+    kept = f"The batch is in {where}; after" if where else "After"
     return StepFailed(
-        f"step {update} is stopped, its update not applied: {error}. The batch is in {where}; "
-        f"after mending the cause run the same command with resume=auto"
+        f"step {update} is stopped, its update not applied: {error}. {kept} mending the cause run "
+        "the same command with resume=auto"
     )
 
 

@@ -2,8 +2,8 @@
 
 import logging
 import random
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from qirl_fast import ops
 from qirl_fast.algorithms import ALGORITHMS
-from qirl_fast.batch import Batch
+from qirl_fast.batch import Batch, StepFailed
 from qirl_fast.checkpoint import lora_state, rng_state, set_rng_state
+from qirl_fast.conditioning import Conditioning
 from qirl_fast.config import Config, derived
-from qirl_fast.data.embeddings import EmbeddingCache, fingerprint
 from qirl_fast.data.prompts import Prompt, load_prompts
 from qirl_fast.data.sampler import PromptSampler
 from qirl_fast.evaluation.heldout import Evaluation, evaluate
@@ -81,13 +81,19 @@ class Trainer:
         names = [*cfg.rewards, *cfg.watch]
         self.judges = Judges(names, cfg.judges, device, cfg.failures.reask)
         files = {"train": packaged(cfg.data.train), "heldout": packaged(cfg.data.heldout)}
-        prompts = {name: load_prompts(file) for name, file in files.items()}
-        preflight(cfg, self.model, self.judges, self.scheduler, prompts, files)
-        self.sampler = PromptSampler(prompts["train"], cfg.data.prompts_per_step, cfg.seed)
+        root = Path(cfg.data.images) if cfg.data.images else None
+        prompts = {name: load_prompts(file, root) for name, file in files.items()}
+        self.conditioning = Conditioning(cfg, self.model, folder)
+        prompts = preflight(
+            cfg, self.model, self.judges, self.scheduler, self.conditioning, prompts, files
+        )
+        self.sampler = PromptSampler(
+            prompts["train"],
+            cfg.data.prompts_per_step,
+            cfg.seed,
+            [self.conditioning.target(p) for p in prompts["train"]],
+        )
         self.heldout = prompts["heldout"][: cfg.evaluation.prompts]
-        key = f"{fingerprint(folder)}-{cfg.model.dtype}"
-        self.cache = EmbeddingCache(Path(cfg.output) / "embeddings", key)
-        self.null = self.embed([""])[0]
         self.rollout_sampling = self._sampling(cfg.rollout.steps, cfg.rollout.guidance)
         self.evaluation_sampling = self._sampling(cfg.evaluation.steps, cfg.evaluation.guidance)
         self.learner = Learner(cfg, self.model, self.algorithm, self.workers, self.rollout_sampling)
@@ -100,8 +106,7 @@ class Trainer:
             self.rollout_sampling,
             self.scheduler,
             self.in_fp8,
-            self.embed,
-            self.null,
+            self.conditioning.of,
         )
 
     def _fp8(self) -> Fp8 | None:
@@ -134,10 +139,25 @@ class Trainer:
             replay_steps=self.cfg.train.replay_steps,
         )
 
-    def embed(self, prompts: Sequence[str]) -> list[Tensor]:
-        """Text embeddings [L, C], each prompt encoded once and kept on disk."""
-        with torch.no_grad():
-            return self.cache.get(list(prompts), self.model.encode)
+    def next_prompts(self) -> list[Prompt]:
+        """The next update's prompts, their images decoded; those of the one after it are begun.
+
+        Rows whose images cannot be used stop the run, or are left out for good, as data.bad_images
+        says, and others take their place.
+        """
+        while True:
+            before = self.sampler.state_dict()
+            prompts = next(self.sampler)
+            faults = self.conditioning.faults(prompts)
+            if not faults:
+                self.conditioning.prefetch(self.sampler.peek())
+                return prompts
+            self.sampler.load_state_dict(before)
+            for error in faults.values():
+                if self.cfg.data.bad_images == "stop":
+                    raise StepFailed(f"{error}; or leave such rows out with data.bad_images=skip")
+                logger.warning("this row is left out for good: %s", error)
+            self.sampler.drop([prompts[i] for i in faults])
 
     def rollout(self, prompts: list[Prompt], update: int) -> Batch:
         """Every prompt's group, drawn and judged."""
@@ -182,24 +202,30 @@ class Trainer:
         """
         prompts = self.heldout[:count]
         generators, judges = rng_state(), self.judges.state_dict()
+        sizes = [self.conditioning.target(p) for p in prompts]
+        parts = [[i for i, s in enumerate(sizes) if s == size] for size in dict.fromkeys(sizes)]
         try:
-            found = evaluate(
-                self.model,
-                self.embed([p.prompt for p in prompts]),
-                self.null,
-                [p.metadata for p in prompts],
-                self.evaluation_sampling,
-                self.scheduler,
-                self._scores_by_name,
-                self.workers,
-                samples_per_prompt=self.cfg.evaluation.samples_per_prompt,
-                seed=self.cfg.evaluation.seed,
-            )
+            found = [self._evaluate_part([prompts[i] for i in part]) for part in parts]
         except NotFinite as error:
             raise EvaluationFailed(f"held-out images: {error}") from error
         set_rng_state(generators)
         self.judges.load_state_dict(judges)
-        return found
+        return Evaluation.of(found, parts)
+
+    def _evaluate_part(self, prompts: list[Prompt]) -> Evaluation:
+        given = self.conditioning.of(prompts)
+        return evaluate(
+            self.model,
+            given.embeddings,
+            given.null,
+            given.rows,
+            replace(self.evaluation_sampling, height=given.height, width=given.width),
+            self.scheduler,
+            self._scores_by_name,
+            self.workers,
+            samples_per_prompt=self.cfg.evaluation.samples_per_prompt,
+            seed=self.cfg.evaluation.seed,
+        )
 
     def _scores_by_name(
         self, images: np.ndarray, metadata: list[dict[str, Any]]
@@ -227,6 +253,11 @@ class Trainer:
             )
         scores = np.where(found.valid, found.scores, np.float32("nan"))
         return {name: scores[:, i] for i, name in enumerate(self.judges.names)}
+
+    def close(self) -> None:
+        """Release what judges and the decoding thread hold."""
+        self.judges.close()
+        self.conditioning.close()
 
     def position(self) -> dict[str, Any]:
         """Where prompts, judges and generators stand; with the weights, all an update needs."""

@@ -24,6 +24,7 @@ from qirl_fast.section import (
     Positive,
     Section,
     Seed,
+    Size,
     Text,
 )
 
@@ -95,13 +96,35 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Prompts."""
+    """Prompts, and the condition images of editing rows."""
 
-    train: Text = Field(description="training prompts: 'tiny:train', or a .jsonl or .txt file")
-    heldout: Text = Field(
-        description="evaluation prompts: 'tiny:heldout', or a .jsonl or .txt file"
+    train: Text = Field(
+        description="training prompts: 'tiny:train', or a .jsonl or .txt file, a folder, tar shards"
     )
+    heldout: Text = Field(description="evaluation prompts, in the same forms")
     prompts_per_step: Count = Field(description="different prompts per rollout")
+    images: Text | None = Field(
+        default=None,
+        description="folder that image paths in the rows start from; null: that of the file",
+    )
+    decoder: Literal["pil", "dali"] = Field(
+        default="pil", description="library that decodes condition images"
+    )
+    bad_images: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="a condition image that cannot be used stops the run, or its row is left out "
+        "and named in the log",
+    )
+    buckets: Annotated[list[Size], Field(min_length=1)] | None = Field(
+        default=None,
+        description="[height, width] pairs: an editing row is drawn at the one whose aspect ratio "
+        "is nearest to its last image's; null: rollout.height x rollout.width",
+    )
+    condition_pixels: Count | None = Field(
+        default=None,
+        description="pixels of a condition image as the autoencoder sees it, at its own aspect "
+        "ratio; null: as many as are drawn",
+    )
 
 
 class WindowConfig(Section):

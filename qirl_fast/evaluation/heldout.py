@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from qirl_fast.rollout.sample import Model, Sampling, sample_then
 from qirl_fast.rollout.workers import Workers
@@ -16,17 +15,28 @@ ScoreFn = Callable[[np.ndarray, list[dict[str, Any]]], dict[str, np.ndarray]]
 @dataclass(frozen=True)
 class Evaluation:
     """Per prompt: each judge's mean score, float64 [P], NaN where it had nothing to judge; the
-    first image, uint8 [P, H, W, 3].
+    first image, uint8 [H, W, 3].
     """
 
     scores: dict[str, np.ndarray]
-    images: np.ndarray
+    images: list[np.ndarray]
+
+    @classmethod
+    def of(cls, parts: Sequence["Evaluation"], rows: Sequence[Sequence[int]]) -> "Evaluation":
+        """One of several; rows: which prompts of the whole each part holds."""
+        order = np.argsort([row for part in rows for row in part])
+        scores = {
+            name: np.concatenate([part.scores[name] for part in parts])[order]
+            for name in parts[0].scores
+        }
+        images = [image for part in parts for image in part.images]
+        return cls(scores, [images[i] for i in order])
 
 
 def evaluate(
     model: Any,
-    embeddings: Sequence[Tensor],
-    null: Tensor,
+    embeddings: Sequence[Any],
+    null: Any,
     metadata: Sequence[dict[str, Any]],
     how: Sampling,
     scheduler_config: Mapping[str, Any],
@@ -39,7 +49,9 @@ def evaluate(
     """Sample every prompt `samples_per_prompt` times and score the images.
 
     Args:
-        model: a model adapter; embeddings: P tensors [L_p, C]; metadata: P rows for the judges.
+        model: a model adapter.
+        embeddings: P tensors [L_p, C], or what else its prefix takes; null: the unconditional one,
+            or a list of one for each; metadata: P rows for the judges.
         how: sampling with dynamics "ode" steps only (nothing is recorded).
         score: images [B, H, W, 3] and B metadata rows -> {judge: [B]}, NaN for what is left out.
         workers: make the chunks.
@@ -63,7 +75,7 @@ def evaluate(
         name: _mean_of_some(values.astype(np.float64).reshape(-1, samples_per_prompt))
         for name, values in score(drawn, rows).items()
     }
-    return Evaluation(scores, drawn[::samples_per_prompt])
+    return Evaluation(scores, list(drawn[::samples_per_prompt]))
 
 
 def _mean_of_some(values_PS: np.ndarray) -> np.ndarray:

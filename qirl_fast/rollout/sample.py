@@ -60,18 +60,19 @@ class Sampling:
 @dataclass(frozen=True)
 class Prompts:
     """A chunk's conditioning: an embedding [L, C] a prompt, or what else the model's prefix takes;
-    `owner[r]` is the prompt of row r.
+    `owner[r]` is the prompt of row r. nulls: the unconditional one for all prompts, or for each.
     """
 
     embeddings: tuple[Any, ...]
-    null: Any
+    nulls: tuple[Any, ...]
     owner: tuple[int, ...]
 
     def prefix(self, model: Model, how: Sampling) -> Any:
         return model.prefix(self.embeddings, self.owner, how.height, how.width)
 
     def null_prefix(self, model: Model, how: Sampling) -> Any:
-        return model.prefix([self.null], [0] * len(self.owner), how.height, how.width)
+        owner = self.owner if len(self.nulls) > 1 else [0] * len(self.owner)
+        return model.prefix(self.nulls, owner, how.height, how.width)
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def sample_then(
 
     Args:
         embeddings: P text embeddings [L_p, C], or what else the model's prefix takes; null: the
-            unconditional one.
+            unconditional one, or a list of one for each prompt.
         recorded: steps sampled with `how.dynamics` and kept for replay; the others follow the ODE.
         shared_noise: all samples of a prompt start from one initial noise.
         samples: numbers in range(P * group_size), ascending, of those to make; None: all. A sample
@@ -186,7 +187,9 @@ def sample_then(
         prompt = [number // group_size for number in own]
         used = sorted(set(prompt))
         prompts = Prompts(
-            tuple(embeddings[p] for p in used), null, tuple(used.index(p) for p in prompt)
+            tuple(embeddings[p] for p in used),
+            tuple(null[p] for p in used) if isinstance(null, list) else (null,),
+            tuple(used.index(p) for p in prompt),
         )
         noise_seeds = row_seeds(seed, update, prompt if shared_noise else own, stream=0)
         x = initial_noise(noise_seeds, (tokens, channels), model.device)

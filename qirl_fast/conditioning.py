@@ -1,0 +1,162 @@
+"""What the model and the judges are given of prompt rows: embeddings, condition images, a size.
+
+A row without images is the embedding of its text. A row with images is an editing row: its images
+are decoded, encoded beside the text (`models.prefix.Conditioned`) and kept on disk by the hash of
+their content; judges see them, over white and at the size of what is drawn, under SOURCES.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qirl_fast.config import Config
+from qirl_fast.data.buckets import nearest
+from qirl_fast.data.embeddings import EmbeddingCache, fingerprint
+from qirl_fast.data.images import Decoder, ImageError, Size, header, over_white
+from qirl_fast.data.prefetch import ImageLoader
+from qirl_fast.data.prompts import Prompt
+from qirl_fast.data.sources import Source
+from qirl_fast.models import Model
+from qirl_fast.models.prefix import Conditioned
+from qirl_fast.rewards.judge import SOURCES, Row
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Given:
+    """Of P prompts that are drawn at one size.
+
+    embeddings: P, for the model's prefix. null: the unconditional one of all prompts, or a list of
+    one for each. rows: P, for the judges. height, width: of what is drawn, pixels.
+    """
+
+    embeddings: list[Any]
+    null: Any
+    rows: list[Row]
+    height: int
+    width: int
+
+
+class Conditioning:
+    """Gives model and judges what they need; every text and image is encoded once per model."""
+
+    def __init__(self, cfg: Config, model: Model, folder: Path) -> None:
+        self.model, self.data = model, cfg.data
+        self.size = (cfg.rollout.height, cfg.rollout.width)
+        self.cache = EmbeddingCache(
+            Path(cfg.output) / "embeddings", f"{fingerprint(folder)}-{cfg.model.dtype}"
+        )
+        self.loader = ImageLoader(Decoder(cfg.data.decoder, device=str(model.device)))
+        self.null = self._texts([""])[0]
+        self._shapes: dict[Source, Size] = {}
+        self._digests: dict[Source, str] = {}
+
+    def close(self) -> None:
+        """Stop decoding ahead."""
+        self.loader.close()
+
+    def shape(self, source: Source) -> Size:
+        """(height, width) of a condition image as it is shown; ImageError where it is refused."""
+        if source not in self._shapes:
+            found = header(source)
+            self._shapes[source] = (found.height, found.width)
+        return self._shapes[source]
+
+    def target(self, prompt: Prompt) -> Size:
+        """(height, width) at which the prompt is drawn: its bucket is that of its last image."""
+        if self.data.buckets is None or not prompt.images:
+            return self.size
+        return nearest(self.data.buckets, self.shape(prompt.images[-1]))
+
+    def _wanted(self, prompt: Prompt) -> list[tuple[Source, list[Size]]]:
+        """Versions of each of the prompt's images: those the model wants, then the judges'."""
+        height, width = self.target(prompt)
+        pixels = self.data.condition_pixels or height * width
+        return [
+            (source, [*self.model.condition_sizes(self.shape(source), pixels), (height, width)])
+            for source in prompt.images
+        ]
+
+    def prefetch(self, prompts: Sequence[Prompt]) -> None:
+        """Begin to decode the prompts' images; what is refused is refused when it is asked for."""
+        for prompt in prompts:
+            try:
+                self.loader.prefetch(self._wanted(prompt))
+            except ImageError:
+                continue
+
+    def faults(self, prompts: Sequence[Prompt]) -> dict[int, ImageError]:
+        """The first fault of each prompt whose images cannot be used; the others are decoded."""
+        found: dict[int, ImageError] = {}
+        for i, prompt in enumerate(prompts):
+            try:
+                self._decoded(prompt)
+            except ImageError as error:
+                found[i] = error
+        return found
+
+    def _decoded(self, prompt: Prompt) -> list[list[np.ndarray]]:
+        decoded = []
+        for images in self.loader.get(self._wanted(prompt)):
+            if isinstance(images, ImageError):
+                raise images
+            decoded.append(images)
+        return decoded
+
+    @torch.no_grad()
+    def of(self, prompts: Sequence[Prompt]) -> Given:
+        """What is given of prompts of one target size. ImageError for an image of no use."""
+        sizes = {self.target(p) for p in prompts}
+        if len(sizes) != 1:
+            raise ValueError(f"prompts are drawn at {sorted(sizes)}; wanted one size")
+        ((height, width),) = sizes
+        texts = iter(self._texts([p.prompt for p in prompts if not p.images]))
+        embeddings: list[Any] = []
+        nulls: list[Any] = []
+        rows: list[Row] = []
+        for prompt in prompts:
+            if not prompt.images:
+                embeddings.append(next(texts))
+                nulls.append(self.null)
+                rows.append(prompt.metadata)
+                continue
+            decoded = self._decoded(prompt)
+            versions = [images[:-1] for images in decoded]
+            embeddings.append(self._conditioned(prompt, prompt.prompt, versions))
+            nulls.append(self._conditioned(prompt, "", versions))
+            sources = [over_white(images[-1]) for images in decoded]
+            rows.append(prompt.metadata | {SOURCES: sources})
+        edits = any(p.images for p in prompts)
+        return Given(embeddings, nulls if edits else self.null, rows, height, width)
+
+    def _texts(self, prompts: Sequence[str]) -> list[Tensor]:
+        with torch.no_grad():
+            return self.cache.get(list(prompts), self.model.encode)
+
+    def _conditioned(
+        self, prompt: Prompt, text: str, versions: Sequence[Sequence[np.ndarray]]
+    ) -> Conditioned:
+        """The text and the prompt's images, encoded once for what they hold."""
+        shown = [
+            f"{self._digest(source)}:{[list(v.shape) for v in own]}"
+            for source, own in zip(prompt.images, versions, strict=True)
+        ]
+        kept = self.cache.get_tensors(
+            text, shown, lambda: self.model.condition(text, versions).tensors()
+        )
+        return Conditioned.of_tensors(kept)
+
+    def _digest(self, source: Source) -> str:
+        if source not in self._digests:
+            self._digests[source] = hashlib.sha256(source.read()).hexdigest()
+        return self._digests[source]
