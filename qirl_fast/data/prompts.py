@@ -1,9 +1,10 @@
-"""Read prompt files: GenEval's JSONL form, or plain text with one prompt a line.
+"""Read prompts, with the images they edit: JSONL, plain text, folders, WebDataset tar shards.
 
-A JSONL row is `{"tag", "include": [{"class", "count", "color"?, "position"?: [relation, index]}],
-"exclude"?: [...], "prompt"}` (GenEval, arXiv 2310.11513). Only `prompt` is needed; `tag`, where
-present, is the prompt's category, and the whole row is its metadata, which the judges read. Types
-of the GenEval keys are checked, other keys are kept as they are.
+A JSONL row is `{"prompt", "image" | "images", "category", "metadata", ...}`; only `prompt` is
+needed. The GenEval keys `{"tag", "include": [{"class", "count", "color"?, "position"?: [relation,
+index]}], "exclude"?: [...]}` (arXiv 2310.11513) are checked; `tag` is another name of `category`.
+The keys of `metadata` come below those of the row, and the whole is what the judges read; other
+keys are kept as they are. Folders and shards: grouped.py.
 """
 
 from __future__ import annotations
@@ -12,58 +13,129 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qirl_fast.data.grouped import Group, folder_groups, inside, shard_groups, side_text
+from qirl_fast.data.sources import PromptError, Source
+
+__all__ = ["Prompt", "PromptError", "load_prompts"]
+
+ROW_FILE = "metadata.jsonl"  # in a folder, as Hugging Face's imagefolder
+
 log = logging.getLogger(__name__)
-
-
-class PromptError(ValueError):
-    """A prompt file that cannot be used; the message is 'file:line: what came; what is wanted'."""
 
 
 @dataclass(frozen=True)
 class Prompt:
     """One prompt.
 
-    id: 16 hexadecimal digits of SHA-256 over prompt and metadata; equal rows have equal ids.
-    category: the row's tag, None where it has none (always for plain text).
-    metadata: the whole JSONL row, {"prompt": text} for plain text; not to be changed.
+    id: 16 hexadecimal digits of SHA-256 over the row; equal rows have equal ids.
+    category: the row's category or tag, None where it has none (always for plain text).
+    metadata: the row over its `metadata`, {"prompt": text} for plain text; not to be changed.
+    images: the condition images in order, the last one being edited; empty for text to image.
     """
 
     id: str
     prompt: str
     category: str | None
     metadata: dict[str, Any] = field(compare=False)
+    images: tuple[Source, ...] = ()
 
 
-def load_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
-    """Read a .jsonl or .txt prompt file (UTF-8, with or without byte-order mark, LF or CRLF).
+def load_prompts(
+    path: str | os.PathLike[str], images: str | os.PathLike[str] | None = None
+) -> list[Prompt]:
+    """Read a .jsonl or .txt file (UTF-8, with or without byte-order mark, LF or CRLF), a folder
+    (metadata.jsonl with `file_name`, or images with .txt / .json of the same name), or tar shards
+    (`x.tar`, `x-{000..010}.tar`).
 
+    images: the folder that the image paths of a .jsonl file start from; None: the file's own.
     Rows keep their order; repeated prompts are kept and their number is logged. In plain text,
     space around a prompt is dropped and blank lines are refused, as blank prompts are in JSONL; a
-    line break at the end of the file is no row.
+    line break at the end of the file is no row. Image files are not opened: see images.header.
     Raises PromptError naming file and line: not readable, not UTF-8, no rows, malformed JSON,
-    missing or blank prompt, wrong types.
+    missing or blank prompt, wrong types, an image path or link that leaves the folder.
     """
     path = Path(path)
-    parsers: dict[str, Callable[[str, str], Prompt]] = {".jsonl": _parse_json, ".txt": _parse_text}
-    if path.suffix not in parsers:
-        raise PromptError(f"{path}: got a {path.suffix or 'bare'} file; wanted .jsonl or .txt")
-    rows = _lines(path)
-    if not rows:
-        raise PromptError(f"{path}: the file is empty; wanted at least one prompt")
-    prompts = [parsers[path.suffix](row, f"{path}:{n}") for n, row in enumerate(rows, start=1)]
+    if images is not None and path.suffix != ".jsonl":
+        raise PromptError(f"{path}: got a folder of images ({images}); only .jsonl rows name them")
+    if path.is_dir() and (path / ROW_FILE).exists():
+        prompts = _jsonl(path / ROW_FILE, path)
+    elif path.is_dir() and path.suffix not in (".jsonl", ".txt"):
+        prompts = [_grouped(group) for group in folder_groups(path)]
+    elif path.suffix == ".tar":
+        prompts = [_grouped(group) for group in shard_groups(path)]
+    elif path.suffix == ".jsonl":
+        prompts = _jsonl(path, path.parent if images is None else Path(images))
+    elif path.suffix == ".txt":
+        rows = _lines(path)
+        prompts = [_prompt({"prompt": row.strip()}, f"{path}:{n}") for n, row in rows]
+    else:
+        raise PromptError(
+            f"{path}: got a {path.suffix or 'bare'} file; wanted .jsonl or .txt, a folder or .tar"
+        )
     repeats = len(prompts) - len({prompt.prompt for prompt in prompts})
     if repeats:
         log.warning("%s: %d of %d prompts repeat an earlier one", path, repeats, len(prompts))
     return prompts
 
 
-def _lines(path: Path) -> list[str]:
-    """Return the rows of the file; only LF and CRLF end a row, as other breaks occur in prompts."""
+def _jsonl(path: Path, root: Path) -> list[Prompt]:
+    prompts = []
+    for number, line in _lines(path):
+        where = f"{path}:{number}"
+        row = _object(line, where)
+        names = _image_names(row, where, folder=path.name == ROW_FILE)
+        sources = tuple(Source(name, inside(root, name, where)) for name in names)
+        prompts.append(_prompt(row, where, sources))
+    return prompts
+
+
+def _image_names(row: dict[str, Any], where: str, folder: bool) -> list[str]:
+    """The images a row names; `folder`: `file_name` is one of the keys."""
+    keys = ("image", "images", "file_name") if folder else ("image", "images")
+    found = [key for key in keys if key in row]
+    if len(found) > 1:
+        raise PromptError(f"{where}: got {' and '.join(map(repr, found))}; wanted one of them")
+    if not found:
+        return []
+    if found[0] != "images":
+        _want(row, found[0], str, "the path of an image", where)
+        return [row[found[0]]]
+    _want(row, "images", list, "a list of paths", where)
+    names = row["images"]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise PromptError(
+            f"{where}: 'images' is {_kind(names)}; wanted a list of one or more paths"
+        )
+    return list(names)
+
+
+def _grouped(group: Group) -> Prompt:
+    """The row of a folder or shard: its .json, with the prompt of its .txt and its images."""
+    row: dict[str, Any] = {}
+    where = group.images[0].name
+    if ".json" in group.side:
+        where = group.side[".json"].name
+        row = _object(side_text(group.side[".json"]), where)
+        if "image" in row or "images" in row:
+            raise PromptError(f"{where}: names images, but those of a row are its own files")
+    if ".txt" in group.side:
+        where = group.side[".txt"].name
+        text = side_text(group.side[".txt"]).strip()
+        if row.get("prompt", text) != text:
+            raise PromptError(
+                f"{where}: its prompt and that of {group.side['.json'].name} differ; keep one"
+            )
+        row["prompt"] = text
+    row["images"] = [source.name for source in group.images]
+    return _prompt(row, where, group.images)
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """The numbered rows; only LF and CRLF end a row, as other breaks occur in prompts."""
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -77,14 +149,14 @@ def _lines(path: Path) -> list[str]:
                 f"{path}:{number}: byte {error.start} is not UTF-8 ({error.reason}); "
                 "save the file as UTF-8"
             ) from error
-    return lines[:-1] if not lines[-1] else lines
+    if not lines[-1]:
+        lines.pop()
+    if not lines:
+        raise PromptError(f"{path}: the file is empty; wanted at least one prompt")
+    return list(enumerate(lines, start=1))
 
 
-def _parse_text(row: str, where: str) -> Prompt:
-    return _prompt({"prompt": row.strip()}, where)
-
-
-def _parse_json(row: str, where: str) -> Prompt:
+def _object(row: str, where: str) -> dict[str, Any]:
     if not row.strip():
         raise PromptError(f"{where}: got a blank line; wanted a JSON object")
     try:
@@ -98,14 +170,17 @@ def _parse_json(row: str, where: str) -> Prompt:
         raise PromptError(f"{where}: {error}") from error
     if not isinstance(data, dict):
         raise PromptError(f"{where}: got {_kind(data)}; wanted a JSON object with a prompt")
-    return _prompt(data, where)
+    return data
 
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"got {name}; wanted a finite number")
 
 
-def _prompt(row: dict[str, Any], where: str) -> Prompt:
+def _prompt(data: dict[str, Any], where: str, images: tuple[Source, ...] = ()) -> Prompt:
+    """Check a row, whatever it was read from."""
+    _want(data, "metadata", dict, "an object", where)
+    row = {**data.get("metadata", {}), **data}
     if "prompt" not in row:
         keys = ", ".join(row) or "none"
         raise PromptError(f"{where}: no 'prompt' among the keys ({keys}); wanted a text")
@@ -119,14 +194,18 @@ def _prompt(row: dict[str, Any], where: str) -> Prompt:
             f"{where}: the prompt holds half a character ({error.object[error.start]!r} at "
             f"{error.start}), which no tokenizer takes; wanted Unicode text"
         ) from error
-    _want(row, "tag", str, "a text", where)
+    for name in ("tag", "category"):
+        _want(row, name, str, "a text", where)
+    category = row.get("category", row.get("tag"))
+    if row.get("tag", category) != category:
+        raise PromptError(f"{where}: tag {row['tag']!r} and category {category!r}; wanted one")
     for name in ("include", "exclude"):
         _want(row, name, list, "a list of objects", where)
         for index, item in enumerate(row.get(name, ())):
             _check_object(item, len(row[name]), f"{where}: {name}[{index}]")
-    text = json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(data, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    return Prompt(digest, row["prompt"], row.get("tag"), row)
+    return Prompt(digest, row["prompt"], category, row, images)
 
 
 def _check_object(item: Any, objects: int, where: str) -> None:
