@@ -20,7 +20,6 @@ from qirl_fast.models.loading import check_class, load_component, load_part
 from qirl_fast.models.modulation import ModulationCache
 from qirl_fast.models.prefix import Conditioned
 
-
 _NO_IMAGES = (
     "{} draws from text alone and takes no condition images; use Qwen-Image-Edit, "
     "Qwen-Image-Edit-Plus or Qwen-Image-2.1, or prompts without images"

@@ -102,6 +102,6 @@ def latent_tokens(
 
 
 def image_slots(processor: Any, size: tuple[int, int]) -> int:
-    """Embeddings that stand for an image (height, width) in a prompt: after the merge of patches."""
+    """Embeddings that stand for an image (height, width) in a prompt."""
     images = processor.image_processor
     return int(images.get_number_of_image_patches(*size)) // int(images.merge_size) ** 2

@@ -31,7 +31,7 @@ from qirl_fast.models.condition import condition_size, image_slots, latent_token
 from qirl_fast.models.graphs import hold
 from qirl_fast.models.loading import load_part
 from qirl_fast.models.prefix import Conditioned, by_layout, row_order, spread, spread_rows
-from qirl_fast.models.qwenimage import PIXELS_PER_TOKEN, QwenImage, Texts
+from qirl_fast.models.qwenimage import PIXELS_PER_TOKEN, Grids, QwenImage, Texts
 from qirl_fast.processor import QwenVLProcessor
 
 ENCODER_PIXELS = 384 * 384  # of an image for Plus's text encoder, at most
@@ -54,6 +54,7 @@ class Edits:
     """
 
     groups: tuple[Texts, ...]
+    grids: tuple[Grids, ...]  # of each group's condition images
     order: Tensor | None
     inverse: Tensor | None
     batch: int
@@ -141,8 +142,8 @@ class QwenImageEdit(QwenImage):
         owner: Sequence[int],
         height: int,
         width: int,
-    ) -> Edits:
-        """The prompts of B rows and their condition images, projected once each.
+    ) -> Any:
+        """`Edits`: the prompts of B rows and their condition images, projected once each.
 
         Args:
             prompts: P prompts with condition images; owner: B prompt indices, `owner[r]` the
@@ -152,14 +153,16 @@ class QwenImageEdit(QwenImage):
         self.latent_shape(height, width)
         target = (height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
         grids = {p: _grids(prompts[p]) for p in sorted(set(owner))}
-        groups, runs = [], []
+        groups, layouts, runs = [], [], []
         for layout, used, rows in by_layout(owner, grids):
             places = [used.index(owner[r]) for r in rows]
             texts = self._texts([prompts[p].text for p in used], places, (target, *layout))
             latents = torch.stack([prompts[p].latents for p in used])
             groups.append(self._conditioned(texts, latents, places, target[0] * target[1]))
+            layouts.append(layout)
             runs.append(rows)
-        return Edits(tuple(groups), *row_order(runs, self.device), len(owner))
+        order, inverse = row_order(runs, self.device)
+        return Edits(tuple(groups), tuple(layouts), order, inverse, len(owner))
 
     def _conditioned(
         self, texts: Texts, latents: Tensor, places: Sequence[int], tokens: int
@@ -183,23 +186,20 @@ class QwenImageEdit(QwenImage):
 
         Groups of the same condition grids run as one.
         """
-        groups: list[Texts] = []
-        runs: list[list[int]] = []
-        places = {}
+        groups: dict[Grids, Texts] = {}
+        rows: dict[Grids, Tensor] = {}
         for prefix, start in ((first, 0), (second, first.batch)):
-            rows = iter(range(prefix.batch) if prefix.order is None else prefix.order.tolist())
-            for group in prefix.groups:
-                own = [start + next(rows) for _ in range(group.batch)]
-                key = group.grids
-                if key not in places:
-                    places[key] = len(groups)
-                    groups.append(group)
-                    runs.append(own)
-                else:
-                    at = places[key]
-                    groups[at] = super().join(groups[at], group)
-                    runs[at] = runs[at] + own
-        return Edits(tuple(groups), *row_order(runs, self.device), first.batch + second.batch)
+            own = torch.arange(prefix.batch, device=self.device)
+            own = own if prefix.order is None else prefix.order
+            parts = (own + start).split([group.batch for group in prefix.groups])
+            for grids, group, part in zip(prefix.grids, prefix.groups, parts, strict=True):
+                known = grids in groups
+                groups[grids] = super().join(groups[grids], group) if known else group
+                rows[grids] = torch.cat([rows[grids], part]) if known else part
+        order = torch.cat(list(rows.values())) if len(rows) > 1 else None
+        inverse = None if order is None else order.argsort()
+        batch = first.batch + second.batch
+        return Edits(tuple(groups.values()), tuple(groups), order, inverse, batch)
 
     def forward(self, x: Tensor, rows: Sequence[Tensor], prefix: Any) -> Tensor:
         """`velocity` of rows of modulation as `modulation` gives them, group by group."""
@@ -212,9 +212,12 @@ class QwenImageEdit(QwenImage):
             else list(spread_rows(row, len(x), prefix.order).split(sizes))
             for row in rows
         ]
-        split = zip(x[prefix.order].split(sizes), zip(*parts, strict=True), prefix.groups, strict=True)
-        out = torch.cat([super(QwenImageEdit, self).forward(*part) for part in split])
-        return out[prefix.inverse]
+        out = []
+        for part, *own, group in zip(
+            x[prefix.order].split(sizes), *parts, prefix.groups, strict=True
+        ):
+            out.append(super().forward(part, own, group))
+        return torch.cat(out)[prefix.inverse]
 
 
 class QwenImageEditPlus(QwenImageEdit):
@@ -234,8 +237,8 @@ class QwenImageEditPlus(QwenImageEdit):
         return embeddings
 
 
-def _grids(prompt: Any) -> tuple[tuple[int, int], ...]:
-    """The grids of a conditioned prompt; ValueError for one without images or whose parts differ."""
+def _grids(prompt: Any) -> Grids:
+    """The grids of a conditioned prompt; ValueError where there are none or they do not fit."""
     if not isinstance(prompt, Conditioned) or not prompt.grids:
         raise ValueError(
             "a prompt without condition images: this family edits images; wanted what "
