@@ -131,9 +131,16 @@ class QwenImage(Adapter):
             for prompt in prompts
         ]
 
-    @staticmethod
-    def prompt_tokens(folder: Path, prompt: str) -> int:
-        """Tokens of the prompt's embedding, from the files of a model folder."""
+    @classmethod
+    def prompt_tokens(
+        cls, folder: Path, prompt: str, sizes: Sequence[Sequence[tuple[int, int]]] = ()
+    ) -> int:
+        """Tokens of the prompt's embedding, from the files of a model folder.
+
+        sizes: of condition images, of which this family takes none.
+        """
+        for image in sizes:
+            cls.condition_sizes(image[0], 1)
         tokenizer = load_part(Qwen2Tokenizer.from_pretrained, folder / "tokenizer")
         whole = tokenizer(TEMPLATE.format(prompt), max_length=1024 + DROPPED, truncation=True)
         return len(whole["input_ids"]) - DROPPED

@@ -28,7 +28,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from qirl_fast import ops
 from qirl_fast.models.adapter import Adapter, load_scheduler, require_finite
-from qirl_fast.models.condition import condition_size, latent_tokens, pictures
+from qirl_fast.models.condition import condition_size, image_slots, latent_tokens, pictures
 from qirl_fast.models.fused.qwenimage21 import SharedPrefix
 from qirl_fast.models.graphs import hold
 from qirl_fast.models.loading import load_part
@@ -47,6 +47,7 @@ from qirl_fast.processor import QwenVLProcessor
 
 PIXELS_PER_TOKEN = 16
 TEMPLATE = 10  # tokens of the chat template that stay around a prompt
+SLOT = "<image{}><|vision_start|><|image_pad|><|vision_end|>"  # before it, of each condition image
 LORA_TARGETS = (
     "attn.to_q",
     "attn.to_k",
@@ -137,10 +138,18 @@ class QwenImage21(Adapter):
         return Conditioned(text[0], slots[0], latents, tuple(grids))
 
     @staticmethod
-    def prompt_tokens(folder: Path, prompt: str) -> int:
-        """Tokens of the prompt's embedding, from the files of a model folder."""
+    def prompt_tokens(
+        folder: Path, prompt: str, sizes: Sequence[Sequence[tuple[int, int]]] = ()
+    ) -> int:
+        """Tokens of the prompt's embedding, from the files of a model folder.
+
+        sizes: of each condition image its versions, as `condition_sizes` gives them. A slot of an
+        image counts as one token here; in the prefix four latent tokens stand in its place.
+        """
         processor = load_part(QwenVLProcessor.from_pretrained, folder / "processor")
-        return len(processor.tokenizer(prompt)["input_ids"]) + TEMPLATE
+        images = " ".join(SLOT.format(i + 1) for i in range(len(sizes)))
+        more = sum(image_slots(processor, size) - 1 for (size,) in sizes)
+        return len(processor.tokenizer(images + prompt)["input_ids"]) + TEMPLATE + more
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int]:
         """(N, Z) of a height x width image; ValueError unless both are multiples of 32."""

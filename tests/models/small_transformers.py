@@ -10,10 +10,19 @@ from diffusers import (
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     QwenImage21Transformer2DModel,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     QwenImageTransformer2DModel,
 )
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessorPil,
+)
+
+from qirl_fast.processor import QwenVLProcessor
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -148,3 +157,20 @@ def _qwen25_vl(tokenizer: Any, ids: dict[str, int]) -> Any:
             image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
         )
     )
+
+
+EDITORS: dict[str, tuple[Any, bool]] = {  # pipeline class, zero_cond_t
+    "edit": (QwenImageEditPipeline, False),
+    "plus": (QwenImageEditPlusPipeline, False),
+    "plus 2511": (QwenImageEditPlusPipeline, True),
+}
+
+
+def edit_folder(name: str, weights: Path, path: Path) -> Path:
+    """Write the model folder of one of EDITORS; its processor takes 28^2 to 224^2 pixels."""
+    kind, zero_cond_t = EDITORS[name]
+    parts = qwen_parts(weights, zero_cond_t=zero_cond_t)
+    images = Qwen2VLImageProcessorPil(size={"shortest_edge": 28**2, "longest_edge": 224**2})
+    tokenizer = QwenVLProcessor.from_pretrained(weights / "processor").tokenizer
+    kind(**parts, processor=QwenVLProcessor(tokenizer, images)).save_pretrained(path)
+    return path
