@@ -20,13 +20,21 @@ from PIL import Image
 from small_transformers import EDITORS, edit_folder
 from torch import Tensor
 
+from qirl_fast import ops
 from qirl_fast.models import load_model, qwenimage_edit
 from qirl_fast.models.prefix import Conditioned
 from qirl_fast.models.qwenimage import QwenImage
 from qirl_fast.models.qwenimage_edit import QwenImageEdit, QwenImageEditPlus
 from qirl_fast.processor import QwenVLProcessor
 from qirl_fast.rollout.guidance import Guidance
-from qirl_fast.rollout.sample import Sampling, initial_noise, row_seeds, sample
+from qirl_fast.rollout.replay import replay
+from qirl_fast.rollout.sample import (
+    Sampling,
+    coefficient_tensors,
+    initial_noise,
+    row_seeds,
+    sample,
+)
 
 SIZE, TOKENS, CHANNELS = 64, 16, 16
 AREA, ENCODER_AREA = 96 * 96, 64 * 64
@@ -224,3 +232,38 @@ def test_what_cannot_be_served_is_refused(make) -> None:
     assert not QwenImage.takes_images()
     with pytest.raises(ValueError, match="draws from text alone"):
         QwenImage.condition_sizes((64, 64), 64 * 64)
+
+
+@pytest.mark.parametrize("mode", ["frozen_offset", "full"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_only_target_tokens_enter_the_likelihood(make, name: str, mode: str) -> None:
+    """Recorded states and log-probs are of the target's tokens; the condition acts through v alone.
+
+    Two rows of a prompt, LoRA off its start; before an update the ratio is 1, bit for bit.
+    """
+    model, images = make(name), pictures_of(name)
+    with torch.no_grad():
+        for p in model.trainable("lora", 4, 8, None, 0).values():
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    prompt, null = (conditioned(model, text, images) for text in (PROMPT, ""))
+    prompt.latents.requires_grad_()
+    guidance = Guidance(2.0, model.norm_rescaled_guidance, mode)
+    how = Sampling(SIZE, SIZE, 4, guidance, "flow_sde")
+    settings = {"group_size": 2, "seed": 0, "update": 1, "recorded": (0, 1)}
+    config = model.pipeline.scheduler.config
+    (chunk,) = sample(model, [prompt], null, how, config, **settings)
+    assert {x.shape for x in (*chunk.x, *chunk.x_next, chunk.latents)} == {(2, TOKENS, CHANNELS)}
+    for i, step in enumerate(replay(model, chunk, how)):
+        assert torch.equal(step.logp, step.logp_old)
+        a, c, _, w, b = coefficient_tensors(step.coefficients, 2, model.device)
+        x, x_next, v = chunk.x[i], chunk.x_next[i], step.velocity
+        cut = v.detach().requires_grad_()
+        logp = ops.flow_logp(x, x_next, cut, a, c, w, b, delta=chunk.delta[i])
+        assert v.shape == (2, TOKENS, CHANNELS) and torch.equal(logp, step.logp)
+        (through,) = torch.autograd.grad(logp.sum(), cut)
+        whole = torch.autograd.grad(step.logp.sum(), prompt.latents, retain_graph=True)[0]
+        chained = torch.autograd.grad(v, prompt.latents, through, retain_graph=True)[0]
+        assert whole.abs().max() > 0 and torch.equal(whole, chained)
+    model.velocity = lambda x, sigma, prefix: 0.5 * x  # it does not look at the condition
+    scored = [step.logp for step in replay(model, chunk, how)]
+    assert len(scored) == 2 and not any(logp.requires_grad for logp in scored)
