@@ -7,9 +7,13 @@ import torch
 
 from qirl_fast.models.qwenimage import QwenImage
 from qirl_fast.models.qwenimage21 import QwenImage21
+from qirl_fast.models.qwenimage_edit import QwenImageEdit, QwenImageEditPlus
 
 Model = QwenImage | QwenImage21
-FAMILIES: dict[str, type[Model]] = {"qwenimage": QwenImage, "qwenimage21": QwenImage21}
+FAMILIES: dict[str, type[Model]] = {
+    adapter.family: adapter
+    for adapter in (QwenImage, QwenImageEdit, QwenImageEditPlus, QwenImage21)
+}
 
 
 def adapter_of(folder: str | Path, family: str) -> type[Model]:

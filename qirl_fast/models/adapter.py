@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
@@ -17,6 +18,12 @@ from qirl_fast.models.fused import patch
 from qirl_fast.models.graphs import ForwardGraphs
 from qirl_fast.models.loading import check_class, load_component, load_part
 from qirl_fast.models.modulation import ModulationCache
+from qirl_fast.models.prefix import Conditioned
+
+_NO_IMAGES = (
+    "{} draws from text alone and takes no condition images; use Qwen-Image-Edit, "
+    "Qwen-Image-Edit-Plus or Qwen-Image-2.1, or prompts without images"
+)
 
 
 def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
@@ -106,6 +113,31 @@ class Adapter:
             if p.data_ptr() % 64:
                 p.data = p.data.clone()
         return cls(pipeline.to(device))
+
+    @classmethod
+    def takes_images(cls) -> bool:
+        """Whether `condition` serves this family: prompts may come with condition images."""
+        return False
+
+    @classmethod
+    def condition_sizes(cls, image: tuple[int, int], pixels: int) -> tuple[tuple[int, int], ...]:
+        """(height, width) of each version wanted of a condition image (height, width).
+
+        pixels: the area of the version for the autoencoder, about.
+        ValueError for a family that takes no images, or an image that cannot be served.
+        """
+        raise ValueError(_NO_IMAGES.format(cls.pipeline_class.__name__))
+
+    def condition(self, prompt: str, images: Sequence[Sequence[np.ndarray]]) -> Conditioned:
+        """The prompt with its condition images, as the stock pipeline encodes both.
+
+        Args:
+            prompt: "" for the unconditional branch, which sees the images too.
+            images: for each image its versions, in the order of `condition_sizes`: uint8
+                [height, width, 3], or 4 with alpha.
+        ValueError for a family that takes no images, and for images that do not fit.
+        """
+        raise ValueError(_NO_IMAGES.format(type(self).pipeline_class.__name__))
 
     def modulating(self) -> list[nn.Module]:
         """The modules that hold all weights `modulation` reads.

@@ -10,7 +10,7 @@ Source: diffusers `pipeline_qwenimage.py`, `transformer_qwenimage.py`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -55,6 +55,9 @@ LORA_TARGETS = (
 )
 
 
+Grids = tuple[tuple[int, int], ...]  # tokens (height, width) of the target, then of conditions
+
+
 @dataclass(frozen=True)
 class Texts:
     """What `velocity` needs to know of the prompts of B rows, which run sorted by text length.
@@ -64,15 +67,18 @@ class Texts:
 
     runs: tuple[Tensor, ...]  # [b_i, L_i, D], projected into the transformer
     ropes: tuple[Tensor, ...]  # complex64 [L_i, head_dim / 2]
-    image_rope: Tensor  # complex64 [N, head_dim / 2]
+    image_rope: Tensor  # complex64 [N, head_dim / 2]; [N + M, ...] with M tokens of condition
     order: Tensor | None
     inverse: Tensor | None
     batch: int
+    condition: Tensor | None = None  # [B, M, D], projected, in `order`
+    at_t0: Tensor | None = None  # bool [N + M], the tokens that take the modulation of t = 0
+    rows_t0: tuple[Tensor, ...] = ()  # of each block's image, [1, 6 D], where there are such tokens
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What is held of the texts."""
-        return list(self.runs)
+        """What is held of the prompts."""
+        return [*self.runs, *([] if self.condition is None else [self.condition])]
 
 
 hold(Texts)
@@ -97,15 +103,17 @@ class QwenImage(Adapter):
         "tokenizer": Qwen2Tokenizer.from_pretrained,
     }
 
-    def __init__(self, pipeline: QwenImagePipeline):
+    refused: ClassVar[tuple[str, ...]] = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond")
+
+    def __init__(self, pipeline: Any):
         super().__init__(pipeline)
-        for setting in ("guidance_embeds", "zero_cond_t", "use_additional_t_cond"):
+        for setting in self.refused:
             if getattr(self.transformer.config, setting, False):
                 raise ValueError(
                     f"this transformer has {setting}: it is a distilled, editing or layered "
-                    "variant, and this adapter serves Qwen-Image for text to image"
+                    f"variant, which the adapter of {self.pipeline_class.__name__} does not serve"
                 )
-        self._ropes: dict[tuple[int, tuple[int, int]], tuple[Tensor, Tensor]] = {}
+        self._ropes: dict[tuple[int, Grids], tuple[Tensor, Tensor]] = {}
 
     def modulating(self) -> list[nn.Module]:
         """The modules whose weights `modulation` reads."""
@@ -123,9 +131,16 @@ class QwenImage(Adapter):
             for prompt in prompts
         ]
 
-    @staticmethod
-    def prompt_tokens(folder: Path, prompt: str) -> int:
-        """Tokens of the prompt's embedding, from the files of a model folder."""
+    @classmethod
+    def prompt_tokens(
+        cls, folder: Path, prompt: str, sizes: Sequence[Sequence[tuple[int, int]]] = ()
+    ) -> int:
+        """Tokens of the prompt's embedding, from the files of a model folder.
+
+        sizes: of condition images, of which this family takes none.
+        """
+        for image in sizes:
+            cls.condition_sizes(image[0], 1)
         tokenizer = load_part(Qwen2Tokenizer.from_pretrained, folder / "tokenizer")
         whole = tokenizer(TEMPLATE.format(prompt), max_length=1024 + DROPPED, truncation=True)
         return len(whole["input_ids"]) - DROPPED
@@ -151,13 +166,16 @@ class QwenImage(Adapter):
         """
         self.latent_shape(height, width)
         grid = (height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
+        return self._texts(prompts, owner, (grid,))
+
+    def _texts(self, prompts: Sequence[Tensor], owner: Sequence[int], grids: Grids) -> Texts:
         t, lengths = self.transformer, {p: len(prompts[p]) for p in sorted(set(owner))}
         runs, texts, ropes = [], [], []
         for length, used, rows in by_layout(owner, lengths):
             text = torch.stack([prompts[p] for p in used]).to(self.device, self.dtype)
             text = t.txt_in(t.txt_norm(text))
             texts += to_rows([text], [used.index(owner[r]) for r in rows])
-            image_rope, rope = self._rope(length, grid)
+            image_rope, rope = self._rope(length, grids)
             ropes.append(rope)
             runs.append(rows)
         order, inverse = row_order(runs, self.device)
@@ -166,27 +184,35 @@ class QwenImage(Adapter):
     def join(self, first: Texts, second: Texts) -> Texts:
         """What `velocity` needs of the rows of `first`, then those of `second`."""
         order, inverse = joined_order(first, second)
-        return Texts(
-            first.runs + second.runs,
-            first.ropes + second.ropes,
-            first.image_rope,
-            order,
-            inverse,
-            first.batch + second.batch,
+        condition = first.condition
+        if condition is not None and second.condition is not None:
+            condition = torch.cat([condition, second.condition])
+        return replace(
+            first,
+            runs=first.runs + second.runs,
+            ropes=first.ropes + second.ropes,
+            order=order,
+            inverse=inverse,
+            batch=first.batch + second.batch,
+            condition=condition,
         )
 
-    def _rope(self, length: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Rotations complex64 of the image [N, head_dim / 2] and of the text [L, head_dim / 2]."""
-        if (length, grid) not in self._ropes:
+    def _rope(self, length: int, grids: Grids) -> tuple[Tensor, Tensor]:
+        """Rotations complex64 of the images [N, head_dim / 2] and of the text [L, head_dim / 2]."""
+        if (length, grids) not in self._ropes:
             with torch.inference_mode(False):  # to be saved for a backward pass later
-                self._ropes[length, grid] = self.transformer.pos_embed(
-                    [[(1, *grid)]], max_txt_seq_len=length, device=self.device
+                self._ropes[length, grids] = self.transformer.pos_embed(
+                    [[(1, *grid) for grid in grids]], max_txt_seq_len=length, device=self.device
                 )
-        return self._ropes[length, grid]
+        return self._ropes[length, grids]
 
-    def use_rope(self, length: int, grid: tuple[int, int], rope: Tensor) -> None:
-        """Take these rotations [L + N, ...] for the layout; of use where tensors have no values."""
-        self._ropes[length, grid] = rope[length:], rope[:length]
+    def use_rope(
+        self, length: int, grid: tuple[int, int], rope: Tensor, condition: Grids = ()
+    ) -> None:
+        """Take these rotations [L + N + M, ...] for a text of L tokens, the target and condition
+        images of these grids; of use where tensors have no values.
+        """
+        self._ropes[length, (grid, *condition)] = rope[length:], rope[:length]
 
     def modulation(self, sigma: Tensor) -> tuple[Tensor, ...]:
         """Rows of noise levels [R]: of each block's image and text [R, 6 D], of the last norm."""
@@ -198,16 +224,20 @@ class QwenImage(Adapter):
     def forward(self, x: Tensor, rows: Sequence[Tensor], prefix: Texts) -> Tensor:
         """`velocity` of rows of modulation as `modulation` gives them."""
         t = self.transformer
-        *rows, last = (spread_rows(row, len(x), prefix.order) for row in rows)
+        *rows, out_rows = (spread_rows(row, len(x), prefix.order) for row in rows)
         x, texts = x.to(self.dtype), prefix.runs
         if prefix.order is not None:
             x = x[prefix.order]
         x = t.img_in(x)
-        end = len(t.transformer_blocks) - 1
+        tokens, end = x.shape[1], len(t.transformer_blocks) - 1
+        if prefix.condition is not None:
+            x = torch.cat([x, prefix.condition], dim=1)
         for i, block in enumerate(t.transformer_blocks):
-            run = self.recomputed(i, partial(packed_forward, block, last=i == end))
+            last = tokens if i == end else None
+            t0 = None if prefix.at_t0 is None else (prefix.at_t0, prefix.rows_t0[i])
+            run = self.recomputed(i, partial(packed_forward, block, t0=t0, last=last))
             x, texts = run(x, texts, rows[2 * i], rows[2 * i + 1], prefix.image_rope, prefix.ropes)
-        scale, shift = last.chunk(2, dim=1)
+        scale, shift = out_rows.chunk(2, dim=1)
         x = ops.norm_modulate(x, scale, shift=shift, eps=t.norm_out.norm.eps)
         out: Tensor = t.proj_out(x)
         return out if prefix.inverse is None else out[prefix.inverse]

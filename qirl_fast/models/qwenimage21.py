@@ -28,6 +28,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from qirl_fast import ops
 from qirl_fast.models.adapter import Adapter, load_scheduler, require_finite
+from qirl_fast.models.condition import condition_size, image_slots, latent_tokens, pictures
 from qirl_fast.models.fused.qwenimage21 import SharedPrefix
 from qirl_fast.models.graphs import hold
 from qirl_fast.models.loading import load_part
@@ -46,6 +47,7 @@ from qirl_fast.processor import QwenVLProcessor
 
 PIXELS_PER_TOKEN = 16
 TEMPLATE = 10  # tokens of the chat template that stay around a prompt
+SLOT = "<image{}><|vision_start|><|image_pad|><|vision_end|>"  # before it, of each condition image
 LORA_TARGETS = (
     "attn.to_q",
     "attn.to_k",
@@ -103,11 +105,51 @@ class QwenImage21(Adapter):
             embeddings.append(embedding[0])
         return embeddings
 
+    @classmethod
+    def takes_images(cls) -> bool:
+        """Whether prompts may come with condition images."""
+        return True
+
+    @classmethod
+    def condition_sizes(cls, image: tuple[int, int], pixels: int) -> tuple[tuple[int, int], ...]:
+        """One size: text encoder and autoencoder see the same pixels."""
+        return (condition_size(image, pixels),)
+
+    @torch.no_grad()
+    def condition(self, prompt: str, images: Sequence[Sequence[np.ndarray]]) -> Conditioned:
+        """Embeddings and latents of a prompt with its condition images: see `Adapter.condition`.
+
+        The autoencoder reads alpha, the text encoder sees the image over white.
+        ValueError, beyond those, where the processor resizes an image once more: its slots would
+        not be those of the latents.
+        """
+        shown = [image for (image,) in pictures(images, 1, "RGBA")]
+        text, _, slots = self.pipeline.encode_prompt(prompt, image=shown, device=self.device)
+        latents = latent_tokens(self.pipeline, shown, self._decoding)
+        if 4 * int(slots.sum()) != len(latents):
+            size = self.pipeline.processor.image_processor.size
+            raise ValueError(
+                f"condition images of {[(i.height, i.width) for i in shown]} (height, width) are "
+                f"{len(latents)} latent tokens, but the processor, which takes "
+                f"{size['shortest_edge']} to {size['longest_edge']} pixels, made "
+                f"{int(slots.sum())} slots of 4 tokens of them; choose an area it takes"
+            )
+        grids = [(i.height // PIXELS_PER_TOKEN, i.width // PIXELS_PER_TOKEN) for i in shown]
+        return Conditioned(text[0], slots[0], latents, tuple(grids))
+
     @staticmethod
-    def prompt_tokens(folder: Path, prompt: str) -> int:
-        """Tokens of the prompt's embedding, from the files of a model folder."""
+    def prompt_tokens(
+        folder: Path, prompt: str, sizes: Sequence[Sequence[tuple[int, int]]] = ()
+    ) -> int:
+        """Tokens of the prompt's embedding, from the files of a model folder.
+
+        sizes: of each condition image its versions, as `condition_sizes` gives them. A slot of an
+        image counts as one token here; in the prefix four latent tokens stand in its place.
+        """
         processor = load_part(QwenVLProcessor.from_pretrained, folder / "processor")
-        return len(processor.tokenizer(prompt)["input_ids"]) + TEMPLATE
+        images = " ".join(SLOT.format(i + 1) for i in range(len(sizes)))
+        more = sum(image_slots(processor, size) - 1 for (size,) in sizes)
+        return len(processor.tokenizer(images + prompt)["input_ids"]) + TEMPLATE + more
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int]:
         """(N, Z) of a height x width image; ValueError unless both are multiples of 32."""

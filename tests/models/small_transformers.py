@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import QwenImage21Transformer2DModel, QwenImageTransformer2DModel
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImage21Transformer2DModel,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
+    QwenImageTransformer2DModel,
+)
 from torch import Tensor, nn
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessorPil,
+)
+
+from qirl_fast.processor import QwenVLProcessor
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -84,3 +100,77 @@ def inputs(condition: bool = False, padded: bool = False) -> dict[str, Any]:
         valid[1, -2:] = False
         given["encoder_hidden_states_mask"] = valid
     return given
+
+
+TEXT_WIDTH = 32
+
+
+def qwen_parts(weights: Path, **changes: Any) -> dict[str, Any]:
+    """The components of a QwenImagePipeline, 0.2 million random weights; those named anew.
+
+    weights: the packaged model folder, whose tokenizer and scheduler serve.
+    """
+    torch.manual_seed(0)
+    tokenizer = Qwen2Tokenizer.from_pretrained(weights / "processor")
+    names = {"bos": "<|im_start|>", "eos": "<|im_end|>", "pad": "<|endoftext|>"}
+    ids = {f"{k}_token_id": tokenizer.convert_tokens_to_ids(t) for k, t in names.items()}
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.0, 2.0, 0.5, 1.5],
+    )
+    return {
+        "scheduler": FlowMatchEulerDiscreteScheduler.from_pretrained(weights / "scheduler"),
+        "vae": vae,
+        "text_encoder": _qwen25_vl(tokenizer, ids),
+        "tokenizer": tokenizer,
+        "transformer": qwen(num_layers=3, joint_attention_dim=TEXT_WIDTH, **changes),
+    }
+
+
+def _qwen25_vl(tokenizer: Any, ids: dict[str, int]) -> Any:
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config={
+                "hidden_size": TEXT_WIDTH,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "vocab_size": len(tokenizer),
+                "max_position_embeddings": 512,
+                "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+                **ids,
+            },
+            vision_config={
+                "depth": 1,
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_heads": 2,
+                "out_hidden_size": TEXT_WIDTH,
+                "fullatt_block_indexes": [0],
+            },
+            image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        )
+    )
+
+
+EDITORS: dict[str, tuple[Any, bool]] = {  # pipeline class, zero_cond_t
+    "edit": (QwenImageEditPipeline, False),
+    "plus": (QwenImageEditPlusPipeline, False),
+    "plus 2511": (QwenImageEditPlusPipeline, True),
+}
+
+
+def edit_folder(name: str, weights: Path, path: Path) -> Path:
+    """Write the model folder of one of EDITORS; its processor takes 28^2 to 224^2 pixels."""
+    kind, zero_cond_t = EDITORS[name]
+    parts = qwen_parts(weights, zero_cond_t=zero_cond_t)
+    images = Qwen2VLImageProcessorPil(size={"shortest_edge": 28**2, "longest_edge": 224**2})
+    tokenizer = QwenVLProcessor.from_pretrained(weights / "processor").tokenizer
+    kind(**parts, processor=QwenVLProcessor(tokenizer, images)).save_pretrained(path)
+    return path

@@ -11,14 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKLQwenImage,
-    FlowMatchEulerDiscreteScheduler,
-    QwenImagePipeline,
-    QwenImageTransformer2DModel,
-)
+from diffusers import QwenImagePipeline
+from small_transformers import qwen_parts
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 import qirl_fast
 from qirl_fast.config import load_config
@@ -32,66 +27,13 @@ from qirl_fast.rollout.sample import Sampling, initial_noise, row_seeds, sample
 SIZE = 64
 TOKENS, CHANNELS = 16, 16
 CLOSE, CLOSE_GRADIENT = 3e-6, 1e-5
-TEXT_WIDTH = 32
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Path:
     """A model folder of 0.2 million random weights that the stock pipeline saves and loads."""
-    torch.manual_seed(0)
-    tokenizer = Qwen2Tokenizer.from_pretrained(weights / "processor")
-    ids = {
-        f"{k}_token_id": tokenizer.convert_tokens_to_ids(t)
-        for k, t in (("bos", "<|im_start|>"), ("eos", "<|im_end|>"), ("pad", "<|endoftext|>"))
-    }
-    encoder = Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(
-            text_config={
-                "hidden_size": TEXT_WIDTH,
-                "intermediate_size": 48,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 1,
-                "vocab_size": len(tokenizer),
-                "max_position_embeddings": 512,
-                "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
-                **ids,
-            },
-            vision_config={
-                "depth": 1,
-                "hidden_size": 32,
-                "intermediate_size": 32,
-                "num_heads": 2,
-                "out_hidden_size": TEXT_WIDTH,
-                "fullatt_block_indexes": [0],
-            },
-        )
-    )
-    vae = AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.1, -0.2, 0.3, 0.0],
-        latents_std=[1.0, 2.0, 0.5, 1.5],
-    )
-    transformer = QwenImageTransformer2DModel(
-        in_channels=16,
-        out_channels=4,
-        num_layers=3,
-        attention_head_dim=16,
-        num_attention_heads=3,
-        joint_attention_dim=TEXT_WIDTH,
-        axes_dims_rope=(4, 6, 6),
-    )
-    with torch.no_grad():
-        for name, p in transformer.named_parameters():
-            noise = torch.randn(p.shape)
-            p.copy_(("norm" in name) + 0.2 * noise if p.ndim == 1 else noise / p.shape[1] ** 0.5)
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(weights / "scheduler")
     path = tmp_path_factory.mktemp("qwenimage")
-    QwenImagePipeline(scheduler, vae, encoder, tokenizer, transformer).save_pretrained(path)
+    QwenImagePipeline(**qwen_parts(weights)).save_pretrained(path)
     return path
 
 

@@ -186,7 +186,8 @@ def packed_forward(
     txt_rows: Tensor,
     image_rope: Tensor,
     text_ropes: tuple[Tensor, ...],
-    last: bool = False,
+    t0: tuple[Tensor, Tensor] | None = None,
+    last: int | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The block on rows whose texts differ in length, without padding and without a mask.
 
@@ -197,13 +198,15 @@ def packed_forward(
         image: [B, S, D]; texts: runs of rows, [b_i, L_i, D], in the order of the image's rows.
         img_rows, txt_rows: modulation [B, 6 D]; image_rope: complex64 [S, Dh / 2]; text_ropes: of
             each run, [L_i, Dh / 2].
-        last: no block follows, so nothing looks at the text again: it comes back as it was after
-            attention read it, unchanged.
+        t0: bool [S], the image tokens that take the modulation of t = 0, and its row [1, 6 D].
+        last: where no block follows, how many image tokens are looked at again; none of them takes
+            the modulation of t = 0. They alone come back, and the text as it came.
     Returns the image and the texts.
     """
     attn, runs = block.attn, [len(text) for text in texts]
     head = attn.inner_dim // attn.heads
-    img1, img2 = _halves(img_rows, None, None)
+    at_t0, row_t0 = (None, None) if t0 is None else (t0[0], t0[1].expand(len(image), -1))
+    img1, img2 = _halves(img_rows, row_t0, at_t0)
     halves = [_halves(rows, None, None) for rows in txt_rows.split(runs)]
     y_image = _normed(image, img1, block.img_norm1, attn.to_q, attn.to_k, attn.to_v)
     y_texts = [
@@ -232,10 +235,13 @@ def packed_forward(
         length = text_q.shape[1]
         image_heads.append(heads[:, length:])
         text_heads.append(heads[:, :length])
+    if last is not None:
+        image, image_heads = image[:, :last], [heads[:, :last] for heads in image_heads]
+        img1, img2 = _halves(img_rows, None, None)
     u_image = linear(attn.to_out[0], torch.cat(image_heads))
     y_image, image = _gated(image, u_image, img1, img2, block.img_norm2, block.img_mlp)
     image = ops.gate_residual(image, _mlp(block.img_mlp, y_image), **_gate(img2))
-    if last:
+    if last is not None:
         return image, texts
     y_texts, texts_after = [], []
     u_texts = _unpacked(linear(attn.to_add_out, _packed(text_heads)), text_heads)
