@@ -7,9 +7,7 @@ their content; judges see them, over white and at the size of what is drawn, und
 
 from __future__ import annotations
 
-import hashlib
-import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +26,6 @@ from qirl_fast.data.sources import Source
 from qirl_fast.models import Model
 from qirl_fast.models.prefix import Conditioned
 from qirl_fast.rewards.judge import SOURCES, Row
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,9 +53,8 @@ class Conditioning:
             Path(cfg.output) / "embeddings", f"{fingerprint(folder)}-{cfg.model.dtype}"
         )
         self.loader = ImageLoader(Decoder(cfg.data.decoder, device=str(model.device)))
-        self.null = self._texts([""])[0]
+        self.autoencoder = fingerprint(folder, ("vae",))
         self._shapes: dict[Source, Size] = {}
-        self._digests: dict[Source, str] = {}
 
     def close(self) -> None:
         """Stop decoding ahead."""
@@ -82,10 +77,14 @@ class Conditioning:
         """Versions of each of the prompt's images: those the model wants, then the judges'."""
         height, width = self.target(prompt)
         pixels = self.data.condition_pixels or height * width
-        return [
-            (source, [*self.model.condition_sizes(self.shape(source), pixels), (height, width)])
-            for source in prompt.images
-        ]
+        wanted = []
+        for source in prompt.images:
+            try:
+                versions = self.model.condition_sizes(self.shape(source), pixels)
+            except ValueError as error:
+                raise ImageError(f"{source.name}: {error}") from error
+            wanted.append((source, [*versions, (height, width)]))
+        return wanted
 
     def prefetch(self, prompts: Sequence[Prompt]) -> None:
         """Begin to decode the prompts' images; what is refused is refused when it is asked for."""
@@ -120,14 +119,17 @@ class Conditioning:
         if len(sizes) != 1:
             raise ValueError(f"prompts are drawn at {sorted(sizes)}; wanted one size")
         ((height, width),) = sizes
-        texts = iter(self._texts([p.prompt for p in prompts if not p.images]))
+        texts = self._texts([p.prompt for p in prompts if not p.images])
+        null = self._texts([""])[0] if texts else None
+        if len(texts) == len(prompts):
+            return Given(texts, null, [p.metadata for p in prompts], height, width)
         embeddings: list[Any] = []
         nulls: list[Any] = []
         rows: list[Row] = []
         for prompt in prompts:
             if not prompt.images:
-                embeddings.append(next(texts))
-                nulls.append(self.null)
+                embeddings.append(texts.pop(0))
+                nulls.append(null)
                 rows.append(prompt.metadata)
                 continue
             decoded = self._decoded(prompt)
@@ -136,8 +138,7 @@ class Conditioning:
             nulls.append(self._conditioned(prompt, "", versions))
             sources = [over_white(images[-1]) for images in decoded]
             rows.append(prompt.metadata | {SOURCES: sources})
-        edits = any(p.images for p in prompts)
-        return Given(embeddings, nulls if edits else self.null, rows, height, width)
+        return Given(embeddings, nulls, rows, height, width)
 
     def _texts(self, prompts: Sequence[str]) -> list[Tensor]:
         with torch.no_grad():
@@ -148,15 +149,24 @@ class Conditioning:
     ) -> Conditioned:
         """The text and the prompt's images, encoded once for what they hold."""
         shown = [
-            f"{self._digest(source)}:{[list(v.shape) for v in own]}"
+            f"{source.sha256()} {[v.shape[:2] for v in own]}"
             for source, own in zip(prompt.images, versions, strict=True)
         ]
         kept = self.cache.get_tensors(
-            text, shown, lambda: self.model.condition(text, versions).tensors()
+            text,
+            [self.autoencoder, *shown],
+            lambda: as_tensors(self.model.condition(text, versions)),
         )
-        return Conditioned.of_tensors(kept)
+        return from_tensors(kept)
 
-    def _digest(self, source: Source) -> str:
-        if source not in self._digests:
-            self._digests[source] = hashlib.sha256(source.read()).hexdigest()
-        return self._digests[source]
+
+def as_tensors(prompt: Conditioned) -> dict[str, Tensor]:
+    """A conditioned prompt as tensors alone, to be kept on disk."""
+    grids = torch.tensor(prompt.grids, dtype=torch.int64)
+    return {"text": prompt.text, "slots": prompt.slots, "latents": prompt.latents, "grids": grids}
+
+
+def from_tensors(kept: Mapping[str, Tensor]) -> Conditioned:
+    """The prompt that `as_tensors` took apart."""
+    grids = tuple((int(h), int(w)) for h, w in kept["grids"].tolist())
+    return Conditioned(kept["text"], kept["slots"], kept["latents"], grids)

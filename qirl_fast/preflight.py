@@ -55,7 +55,7 @@ def preflight(
         raise ConfigError(problems)
     for name, faults in bad.items():
         for i, fault in faults.items():
-            log.warning("%s, row %d is left out: %s", files[name], i + 1, fault)
+            log.warning("%s: row %d is left out: %s", files[name], i + 1, fault)
     return used
 
 
@@ -86,15 +86,20 @@ def _image_problems(
     cfg: Config, model: Adapter, rows: list[Prompt], bad: Mapping[int, ImageError], file: Path
 ) -> Iterator[str]:
     """What is wrong with condition images: the first few that are refused, or that there are any."""
-    first = next((n for n, row in enumerate(rows, start=1) if row.images), None)
-    if first is not None and not model.takes_images():
+    numbers = {bool(row.images): n for n, row in reversed(list(enumerate(rows, start=1)))}
+    if True in numbers and not model.takes_images():
         yield (
-            f"{file}:{first}: the row has a condition image, and {cfg.model.path} draws from text "
-            "alone; wanted an editing model, or rows without images"
+            f"{file}: row {numbers[True]} has a condition image, and {cfg.model.path} draws from "
+            "text alone; wanted an editing model, or rows without images"
+        )
+    elif False in numbers and model.needs_images:
+        yield (
+            f"{file}: row {numbers[False]} has no condition image, and {cfg.model.path} only edits "
+            "images; wanted an image in every row"
         )
     elif cfg.data.bad_images == "stop" and bad:
         for i, fault in list(bad.items())[:SHOWN]:
-            yield f"{file}, row {i + 1}: {fault}"
+            yield f"{file}: row {i + 1}: {fault}"
         more = f" (and {len(bad) - SHOWN} more)" if len(bad) > SHOWN else ""
         yield (
             f"{file}: {len(bad)} of {len(rows)} rows have an image that cannot be used{more}; mend "

@@ -62,6 +62,7 @@ class Adapter:
         tuple[str, ...]
     ]  # name endings of what runs in fp8 where that is asked for
     norm_rescaled_guidance: ClassVar[bool]
+    needs_images: ClassVar[bool] = False  # a prompt without condition images cannot be encoded
     text_stream: ClassVar[bool] = False  # a block takes and gives text beside the image
     pipeline_class: ClassVar[Any]
     parts: ClassVar[dict[str, Any]]  # folder of a model folder -> class, where it has weights

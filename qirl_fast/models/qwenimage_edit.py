@@ -72,6 +72,7 @@ class QwenImageEdit(QwenImage):
     """The adapter of Qwen-Image-Edit: one condition image."""
 
     family = "qwenimage_edit"
+    needs_images = True
     pipeline_class = QwenImageEditPipeline
     refused = ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope")
     reads: ClassVar[dict[str, Any]] = {
@@ -82,7 +83,7 @@ class QwenImageEdit(QwenImage):
 
     @classmethod
     def takes_images(cls) -> bool:
-        """Whether prompts may come with condition images; here they must."""
+        """Whether prompts may come with condition images."""
         return True
 
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
