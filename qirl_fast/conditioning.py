@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ import torch
 from torch import Tensor
 
 from qirl_fast.config import Config
-from qirl_fast.data.buckets import nearest
+from qirl_fast.data.buckets import bucket_of
 from qirl_fast.data.embeddings import EmbeddingCache, fingerprint
 from qirl_fast.data.images import Decoder, ImageError, Size, header, over_white
 from qirl_fast.data.prefetch import ImageLoader
 from qirl_fast.data.prompts import Prompt
 from qirl_fast.data.sources import Source
-from qirl_fast.models import Model
+from qirl_fast.models.adapter import Adapter
 from qirl_fast.models.prefix import Conditioned
 from qirl_fast.rewards.judge import SOURCES, Row
 
@@ -43,48 +44,66 @@ class Given:
     width: int
 
 
+@lru_cache(maxsize=1 << 16)
+def shown_size(source: Source) -> Size:
+    """(height, width) of a condition image as it is shown; ImageError where it is refused."""
+    found = header(source)
+    return found.height, found.width
+
+
+def target_size(cfg: Config, prompt: Prompt) -> Size:
+    """(height, width) at which a prompt is drawn: with data.buckets that of its last image's."""
+    if cfg.data.buckets is None or not prompt.images:
+        return cfg.rollout.height, cfg.rollout.width
+    return bucket_of(shown_size(prompt.images[-1]), cfg.data.buckets)
+
+
+def condition_versions(
+    cfg: Config, adapter: Adapter | type[Adapter], prompt: Prompt
+) -> list[tuple[Size, ...]]:
+    """Sizes of the versions that the model wants of each of a prompt's images.
+
+    ImageError for an image that is refused, or that the model cannot serve.
+    """
+    height, width = target_size(cfg, prompt)
+    pixels = cfg.data.condition_pixels or height * width
+    found = []
+    for source in prompt.images:
+        size = shown_size(source)
+        try:
+            found.append(adapter.condition_sizes(size, pixels))
+        except ValueError as error:
+            raise ImageError(f"{source.name}: {error}") from error
+    return found
+
+
 class Conditioning:
     """Gives model and judges what they need; every text and image is encoded once per model."""
 
-    def __init__(self, cfg: Config, model: Model, folder: Path) -> None:
-        self.model, self.data = model, cfg.data
-        self.size = (cfg.rollout.height, cfg.rollout.width)
+    def __init__(self, cfg: Config, model: Any, folder: Path) -> None:
+        self.cfg, self.model = cfg, model
         self.cache = EmbeddingCache(
             Path(cfg.output) / "embeddings", f"{fingerprint(folder)}-{cfg.model.dtype}"
         )
         self.loader = ImageLoader(Decoder(cfg.data.decoder, device=str(model.device)))
         self.autoencoder = fingerprint(folder, ("vae",))
-        self._shapes: dict[Source, Size] = {}
 
     def close(self) -> None:
         """Stop decoding ahead."""
         self.loader.close()
 
-    def shape(self, source: Source) -> Size:
-        """(height, width) of a condition image as it is shown; ImageError where it is refused."""
-        if source not in self._shapes:
-            found = header(source)
-            self._shapes[source] = (found.height, found.width)
-        return self._shapes[source]
-
     def target(self, prompt: Prompt) -> Size:
-        """(height, width) at which the prompt is drawn: its bucket is that of its last image."""
-        if self.data.buckets is None or not prompt.images:
-            return self.size
-        return nearest(self.data.buckets, self.shape(prompt.images[-1]))
+        """(height, width) at which the prompt is drawn: see `target_size`."""
+        return target_size(self.cfg, prompt)
 
     def _wanted(self, prompt: Prompt) -> list[tuple[Source, list[Size]]]:
         """Versions of each of the prompt's images: those the model wants, then the judges'."""
-        height, width = self.target(prompt)
-        pixels = self.data.condition_pixels or height * width
-        wanted = []
-        for source in prompt.images:
-            try:
-                versions = self.model.condition_sizes(self.shape(source), pixels)
-            except ValueError as error:
-                raise ImageError(f"{source.name}: {error}") from error
-            wanted.append((source, [*versions, (height, width)]))
-        return wanted
+        return [
+            (source, [*versions, self.target(prompt)])
+            for source, versions in zip(
+                prompt.images, condition_versions(self.cfg, self.model, prompt), strict=True
+            )
+        ]
 
     def prefetch(self, prompts: Sequence[Prompt]) -> None:
         """Begin to decode the prompts' images; what is refused is refused when it is asked for."""

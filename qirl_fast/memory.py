@@ -6,8 +6,8 @@ libraries' workspaces, and what lives inside a single operation.
 """
 
 import math
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from qirl_fast.conditioning import condition_versions
 from qirl_fast.config import Config, ConfigError, derived, trained_group
-from qirl_fast.data.prompts import load_prompts
+from qirl_fast.data.images import Size
+from qirl_fast.data.prompts import Prompt, load_prompts
+from qirl_fast.data.sources import ImageError
 from qirl_fast.models import Model, adapter_of
 from qirl_fast.models.fp8 import Layer, plan_layers, use_fp8
 from qirl_fast.models.loading import described_model
@@ -44,10 +47,17 @@ def plan(cfg: Config) -> dict[str, int]:
         layers = [math.prod(layer.shape) for layer in fp8_plan(cfg) if layer.fp8]
         both_ways = fp8.backward == "fp8" or fp8.library == "te"
         plan["weights in fp8"] = sum(layers) * (2 if both_ways else 1)
-    prompts = load_prompts(packaged(cfg.data.train))
-    length = adapter.prompt_tokens(folder, max((p.prompt for p in prompts), key=len))
+    prompts = load_prompts(packaged(cfg.data.train), cfg.data.images)
+    images = _most_images(cfg, adapter, prompts)
+    latents = sum(_tokens(*versions[0]) for versions in images)
+    length = adapter.prompt_tokens(folder, max((p.prompt for p in prompts), key=len), images)
     size, rollout = derived(cfg), cfg.rollout
-    trained, saved, prefix = _replay(cfg, adapter, folder, length)
+    target = max(cfg.data.buckets or [(rollout.height, rollout.width)], key=lambda s: _tokens(*s))
+    tokens = _tokens(*target)
+    # Condition images run with the target, or stand in the prefix, four tokens for a slot's one.
+    beside = latents if adapter.text_stream else 0
+    inside = 0 if adapter.text_stream else 3 * latents // 4
+    trained, saved, prefix = _replay(cfg, adapter, folder, length + inside, tokens + beside)
     on_cpu = cfg.device == "cpu" or not torch.cuda.is_available()
     threads = (cfg.threads or torch.get_num_threads()) if on_cpu else 1
     at_once = min(threads, size.minibatch_samples // size.chunk_rows)
@@ -57,12 +67,11 @@ def plan(cfg: Config) -> dict[str, int]:
     plan["gradients"] = 4 * trained * (1 + at_once if several else 1)
     plan["AdamW's two moments"] = 8 * trained
     plan["average of the weights"] = 4 * trained if cfg.train.ema else 0
-    tokens = (rollout.height // PIXELS_PER_TOKEN) * (rollout.width // PIXELS_PER_TOKEN)
     state = tokens * models["transformer"].config.in_channels
     stored = BYTES[rollout.storage_dtype]
     offset = stored if rollout.guidance != 1 and rollout.ratio_mode == "frozen_offset" else 0
     plan["recorded states"] = size.replays * state * (2 * stored + offset)
-    plan["images"] = size.samples * rollout.height * rollout.width * 3
+    plan["images"] = size.samples * target[0] * target[1] * 3
     plan["keys and values of the prompts"] = prefix * at_once
     plan["activations of replay"] = saved * at_once
     return plan
@@ -89,8 +98,32 @@ def describe_plan(plan: dict[str, int]) -> str:
     return "\n".join(["# planned memory", *lines, total]) + "\n"
 
 
-def _replay(cfg: Config, adapter: type[Model], folder: Path, length: int) -> tuple[int, int, int]:
-    """(trained weights, bytes saved for backward, bytes of the prefix) of one chunk's replay."""
+def _tokens(height: int, width: int) -> int:
+    return (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN)
+
+
+def _most_images(
+    cfg: Config, adapter: type[Model], prompts: Sequence[Prompt]
+) -> list[tuple[Size, ...]]:
+    """Versions of each condition image of the prompt that has most tokens of them.
+
+    Images that are refused are left to the run's own checks.
+    """
+    most: list[tuple[Size, ...]] = []
+    for prompt in prompts:
+        with suppress(ImageError):
+            found = condition_versions(cfg, adapter, prompt)
+            most = max(most, found, key=lambda images: sum(_tokens(*v[0]) for v in images))
+    return most
+
+
+def _replay(
+    cfg: Config, adapter: type[Model], folder: Path, length: int, tokens: int
+) -> tuple[int, int, int]:
+    """(trained weights, bytes saved for backward, bytes of the prefix) of one chunk's replay.
+
+    length: tokens of a prefix; tokens: of the image stream.
+    """
     rows = derived(cfg).chunk_rows
     dtype = getattr(torch, cfg.model.dtype)
     transformer = described_model(adapter.parts["transformer"], folder / "transformer")
@@ -107,8 +140,9 @@ def _replay(cfg: Config, adapter: type[Model], folder: Path, length: int) -> tup
     _without_storage(transformer, mode, model.device)
     trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
     with mode:
-        grid = (cfg.rollout.height // PIXELS_PER_TOKEN, cfg.rollout.width // PIXELS_PER_TOKEN)
-        tokens, channels = model.latent_shape(cfg.rollout.height, cfg.rollout.width)
+        size = (cfg.rollout.height, cfg.rollout.width)
+        grid = (size[0] // PIXELS_PER_TOKEN, size[1] // PIXELS_PER_TOKEN)
+        channels = transformer.config.in_channels
         head = transformer.config.attention_head_dim
         rope = torch.empty(length + tokens, head // 2, dtype=torch.complex64)
         model.use_rope(length, grid, rope)
@@ -127,7 +161,6 @@ def _replay(cfg: Config, adapter: type[Model], folder: Path, length: int) -> tup
             replayed_in = use.on()
         count = SavedTensors(weights)
         with count, replayed_in:
-            size = (cfg.rollout.height, cfg.rollout.width)
             prefix = model.prefix(embeddings, owner, *size)
             both = cfg.rollout.guidance != 1 and cfg.rollout.ratio_mode == "full"
             if both:  # the unconditional branch has a gradient too

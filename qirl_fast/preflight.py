@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from qirl_fast.conditioning import Conditioning
+from qirl_fast.conditioning import Conditioning, condition_versions
 from qirl_fast.config import Config, ConfigError
 from qirl_fast.data.images import ImageError
 from qirl_fast.data.prompts import Prompt
@@ -70,8 +70,7 @@ def _bad_images(
     room = cfg.evaluation.prompts if name == "heldout" else 0
     for i, row in enumerate(rows):
         try:
-            for source in row.images:
-                conditioning.shape(source)
+            condition_versions(cfg, conditioning.model, row)
         except ImageError as error:
             bad[i] = error
             continue

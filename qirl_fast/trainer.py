@@ -87,11 +87,12 @@ class Trainer:
         prompts = preflight(
             cfg, self.model, self.judges, self.scheduler, self.conditioning, prompts, files
         )
+        sizes = [self.conditioning.target(p) for p in prompts["train"]]
         self.sampler = PromptSampler(
             prompts["train"],
             cfg.data.prompts_per_step,
             cfg.seed,
-            [self.conditioning.target(p) for p in prompts["train"]],
+            sizes if cfg.data.buckets else None,
         )
         self.heldout = prompts["heldout"][: cfg.evaluation.prompts]
         self.rollout_sampling = self._sampling(cfg.rollout.steps, cfg.rollout.guidance)
