@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
+from PIL import ImageFile
 
 from qirl_fast.rewards.face import Face
 
@@ -24,6 +25,7 @@ class LibraryFaces:
         missing = [n for n in ("face_recognition", "face_recognition_models") if not find_spec(n)]
         if missing:
             raise ImportError(f"engine: face_recognition wants {' and '.join(missing)}: {INSTALL}")
+        truncated = ImageFile.LOAD_TRUNCATED_IMAGES
         try:
             import face_recognition
         except SystemExit as error:  # what the library does where its models cannot be imported
@@ -31,6 +33,8 @@ class LibraryFaces:
                 "face_recognition cannot import its models, which want pkg_resources: "
                 "pip install 'setuptools<81'"
             ) from error
+        finally:  # it tells PIL to fill torn images with grey, in the whole process
+            ImageFile.LOAD_TRUNCATED_IMAGES = truncated
         self._library: Any = face_recognition
         self._lock = threading.Lock()
 
