@@ -13,13 +13,15 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
+from small_judges import picture, write_base
 
 from qirl_fast.reward_app import App
-from qirl_fast.rewards import wire, wire_answer
-from qirl_fast.rewards.judge import FAILED, MISSING, SCORED
+from qirl_fast.rewards import preservation, wire, wire_answer
+from qirl_fast.rewards.judge import FAILED, MISSING, SCORED, SOURCES
 from qirl_fast.rewards.judges import Judges
 from qirl_fast.rewards.remote import Remote, Settings
 from qirl_fast.rewards.served import Served
+from qirl_fast.rewards.vlm.local import Settings as LocalSettings
 from qirl_fast.tiny import scenes
 
 RNG = np.random.default_rng(0)
@@ -62,9 +64,11 @@ def mean(monkeypatch):
 
 
 @contextmanager
-def serving(*names, token=None, requests=16, body_s=20.0, reask=1, **limits):
+def serving(*names, token=None, requests=16, body_s=20.0, reask=1, specs=None, **limits):
     """The address of a server of these judges, in a thread."""
-    judges = {n.rpartition(":")[2]: Served(Judges([n], reask=reask), kept=4) for n in names}
+    judges = {
+        n.rpartition(":")[2]: Served(Judges([n], specs or {}, reask=reask), kept=4) for n in names
+    }
     app = App(judges, token, wire.Limits(**limits), requests, body_s)
     server = uvicorn.Server(
         uvicorn.Config(app.starlette(), http="h11", lifespan="off", log_config=None)
@@ -121,6 +125,31 @@ def test_scores_are_those_of_the_judge_here_however_rows_are_sent():
                     scored = judge(images, rows)
                 np.testing.assert_array_equal(scored.values, here.scores[:, k])
                 np.testing.assert_array_equal(scored.status, here.status[:, k])
+
+
+def test_judges_of_edits_see_the_condition_images_of_each_row(tmp_path):
+    base = write_base(tmp_path)
+    specs = {
+        "follows": LocalSettings(
+            kind="vlm", path=str(base), dimension="instruction", rubric="judge.", reasonings=0
+        ),
+        "keeps": preservation.Settings(kind="preservation"),
+    }
+    images = np.stack([picture(64, 64, i) for i in range(3)])
+    other, region = picture(64, 96, 9), [[0.0, 0.0, 0.5, 0.5]]
+    sources = [[images[0]], [other, images[2]], [images[1], other, images[2]]]
+    rows = [{"prompt": "make it red", "region": region, SOURCES: s} for s in sources]
+    rows[1] = {"prompt": "make it red"}
+    here = Judges(list(specs), specs).score(images, rows)
+    assert here.status.tolist() == [[SCORED] * 2, [FAILED, MISSING], [SCORED] * 2]
+    assert here.scores[[0, 2], 1].tolist() == [1.0, 1.0]
+    with serving(*specs, specs=specs) as url:
+        for k, name in enumerate(specs):
+            with remote(url, name, rows_per_request=2) as judge:
+                scored = judge(images, rows)
+            np.testing.assert_array_equal(scored.values[[0, 2]], here.scores[[0, 2], k])
+            np.testing.assert_array_equal(scored.status, here.status[:, k])
+            assert name != "follows" or "no condition image" in scored.reasons[1]
 
 
 def test_images_of_one_size_are_judged_together_and_sizes_may_differ(mean):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from qirl_fast.rewards import clip, imagereward, ocr, remote
+from qirl_fast.rewards import clip, face, imagereward, ocr, preservation, remote
 from qirl_fast.rewards.judge import Judge
 from qirl_fast.rewards.vlm import local, openai
 from qirl_fast.section import Section, Text
@@ -30,6 +30,8 @@ JudgeSettings = Annotated[
     | ocr.Settings
     | clip.Settings
     | imagereward.Settings
+    | face.Settings
+    | preservation.Settings
     | PythonSettings,
     Field(discriminator="kind"),
 ]
@@ -71,5 +73,7 @@ BUILDERS: dict[str, Callable[[Any, str], Judge]] = {
     "pickscore": clip.Judge,
     "hpsv2": clip.Judge,
     "imagereward": imagereward.Judge,
+    "face": face.Judge,
+    "preservation": preservation.Judge,
     "python": _python,
 }

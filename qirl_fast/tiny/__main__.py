@@ -1,7 +1,8 @@
-"""`python -m qirl_fast.tiny build | judge | ratings`: make anew what is packaged, and ratings.
+"""`python -m qirl_fast.tiny build | judge | ratings | faces`: what is packaged anew, and ratings.
 
 build: the tiny model and its prompt files. judge: the base of the tiny judge, pre-trained to see.
 ratings: a simulated rating set to fine-tune it on, with `python -m qirl_fast.train_reward`.
+faces: the detector and the embedder of drawn faces, ONNX files; wants qirl-fast[faces-build].
 """
 
 import argparse
@@ -17,7 +18,7 @@ from diffusers import QwenImage21Pipeline
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qirl_fast.models.qwenimage21 import QwenImage21
-from qirl_fast.tiny import HERE, pretrain, ratings, scenes, seeing, vlm
+from qirl_fast.tiny import HERE, face_training, faces, pretrain, ratings, scenes, seeing, vlm
 from qirl_fast.tiny import model as tiny
 
 
@@ -118,6 +119,18 @@ def build_ratings(output: Path, recipe: ratings.Recipe) -> None:
     print(f"written: {output / 'ratings.jsonl'}")
 
 
+def build_faces(output: Path, recipe: face_training.Recipe) -> None:
+    """Train the models of drawn faces and write them."""
+    start, used = time.monotonic(), time.process_time()
+    with shown() as report:
+        face_training.build(output, recipe, report)
+    size = sum(f.stat().st_size for f in output.glob("*.onnx"))
+    print(
+        f"built {output}: {size / 1e3:.0f} kB, {(time.monotonic() - start) / 60:.1f} minutes, "
+        f"{(time.process_time() - used) / 60:.1f} of the CPU, {torch.get_num_threads()} threads"
+    )
+
+
 def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(
         prog="python -m qirl_fast.tiny",
@@ -132,14 +145,16 @@ def parser() -> argparse.ArgumentParser:
     )
     judge_ = commands.add_parser("judge", help="pre-train the tiny judge's base")
     judge_.add_argument("--output", type=Path, required=True, help="gets the model folder")
-    for command in (build_, judge_):
+    faces_ = commands.add_parser("faces", help="train the models of drawn faces")
+    faces_.add_argument("--output", type=Path, default=faces.MODELS, help="gets *.onnx")
+    for command in (build_, judge_, faces_):
         command.add_argument("--quick", action="store_true", help=quick)
     ratings_ = commands.add_parser("ratings", help="draw and rate a set for train_reward")
     ratings_.add_argument("--output", type=Path, required=True, help="gets ratings.jsonl, images/")
     default = ratings.Recipe()
     ratings_.add_argument("--train", type=int, default=default.train, help="training rows")
     ratings_.add_argument("--heldout", type=int, default=default.heldout, help="held-out rows")
-    for command in (build_, judge_, ratings_):
+    for command in (build_, judge_, ratings_, faces_):
         command.add_argument("--seed", type=int, default=0)
     return whole
 
@@ -150,6 +165,11 @@ def main() -> None:
         build_ratings(
             args.output, ratings.Recipe(seed=args.seed, train=args.train, heldout=args.heldout)
         )
+    elif args.command == "faces":
+        faces_recipe = face_training.Recipe(seed=args.seed)
+        if args.quick:
+            faces_recipe = face_training.Recipe(args.seed, 8, 2, 4, 8, 2, 2, 4)
+        build_faces(args.output, faces_recipe)
     elif args.command == "judge":
         recipe = seeing.Recipe(seed=args.seed)
         if args.quick:

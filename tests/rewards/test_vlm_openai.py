@@ -185,10 +185,15 @@ def test_the_same_number_as_in_this_process(base: Path, url: str, how: dict[str,
 
 
 def test_the_same_number_for_an_edit(base: Path, url: str) -> None:
-    rows = [{"prompt": "make it red", SOURCES: [picture(96, 64, 7)]}] * 2
+    one, two = picture(96, 64, 7), picture(64, 64, 8)
+    rows = [{"prompt": "make it red", SOURCES: s} for s in ([one], [one, two], [two, one])]
     how = {"dimension": "instruction", "reasonings": 0}
-    found, own = judge(url, **how)(images(2), rows), local(base, **how)(images(2), rows)
+    found, own = judge(url, **how)(images(), rows), local(base, **how)(images(), rows)
     np.testing.assert_allclose(found.values, own.values, rtol=0, atol=1e-5)
+    same = images(1).repeat(3, 0)
+    assert len(set(local(base, **how)(same, rows).values.tolist())) == 3, "all sources, in order"
+    sent = judge(url, **how)(same[:1], [{"prompt": "make it red"}])
+    assert sent.status.tolist() == [FAILED] and "no condition image" in sent.reasons[0]
 
 
 def test_the_same_number_after_a_reasoning(trained: tuple[Path, Path]) -> None:

@@ -12,11 +12,12 @@ import logging
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from qirl_fast.rewards.judge import FAILED, SCORED, SOURCES, Row, Scored
+from qirl_fast.rewards.judge import FAILED, SCORED, Row, Scored
+from qirl_fast.rewards.sources import condition_images, picture
 from qirl_fast.rewards.vlm.rubric import LEAD, question
 from qirl_fast.rewards.vlm.score import CANDIDATES, Reading, Unreadable, read_text, read_tokens
 
@@ -145,23 +146,11 @@ class Scorer:
         """The condition images that the dimension asks for: those of an edit, else none."""
         if self.how.dimension != "instruction":
             return []
-        sources = row.get(SOURCES)
-        sources = () if sources is None else sources
-        if not isinstance(sources, list | tuple):
-            raise ValueError(
-                f"the row's {SOURCES} are a {type(sources).__name__}; wanted a list of images, "
-                "uint8 [h, w, 3] each"
-            )
-        if not sources:
-            raise ValueError(
-                f"no condition image in the row ({SOURCES}), and an edit is judged against its "
-                "source; use this judge for rows that carry one, or another dimension"
-            )
-        return [_picture(source) for source in sources]
+        return condition_images(row)
 
     def _ask(self, image: np.ndarray, row: Row) -> Ask:
         text = self._text(row)
-        pictures = (*self._sources(row), _picture(image))
+        pictures = (*self._sources(row), picture(image))
         reading, n = self.how.reading, self.how.reasonings
         seeds = tuple(_seed(pictures, text, j) for j in range(n)) if n > 1 else ()
         lead = LEAD if reading == "expected" else ""
@@ -201,15 +190,6 @@ class Scorer:
                 self.how.dimension,
                 100.0 * outside,
             )
-
-
-def _picture(image: Any) -> np.ndarray:
-    picture = np.ascontiguousarray(image)
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
-        raise ValueError(
-            f"got an image {picture.dtype} {list(picture.shape)}; wanted uint8 [h, w, 3]"
-        )
-    return picture
 
 
 def _seed(images: Sequence[np.ndarray], text: str, number: int) -> int:
