@@ -1,14 +1,15 @@
 """The last stage of the tiny model's pre-training: from drawing to drawing and editing.
 
 It continues from a model that draws (`pretrain.py`) on batches of two kinds: text-to-image as that
-model saw it last, so that it draws as before, and edits. An edit is laid out as the stock pipeline does it: the source picture goes through
-the vision tower into the text encoder together with the instruction, and its latents take the
-places of its slots in the prefix. First the targets are right, then, as the learning rate falls, a
-share is misread (`edits.misread`): the model then knows every word, draws clean
-scenes, keeps what it is not told to change, and does what it is told only part of the time.
+model saw it last, so that it draws as before, and edits. An edit is laid out as the stock pipeline
+does it: the source picture goes through the vision tower into the text encoder together with the
+instruction, and its latents take the places of its slots in the prefix. First the targets are
+right, then, as the learning rate falls, a share is misread (`edits.misread`): the model then knows
+every word, draws clean scenes, keeps what it is not told to change, and does what it is told only
+part of the time.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ class Recipe:
     edits_per_step: int = 32
     rows_per_edit: int = 3
     lr: float = 1.5e-3
-    drawing: pretrain.Recipe = pretrain.Recipe(dit_scenes=8192)
+    drawing: pretrain.Recipe = field(default_factory=lambda: pretrain.Recipe(dit_scenes=8192))
 
 
 def encode(
@@ -75,8 +76,9 @@ class Pool:
     def __init__(self, model: QwenImage21, recipe: Recipe, misread: float, report: Report):
         rng = np.random.default_rng([recipe.seed, int(1000 * misread), 1])
         kept_away = edits.asked_keys()
-        self.pictures, self.instructions = [], []
-        targets = []
+        self.pictures: list[np.ndarray] = []
+        self.instructions: list[str] = []
+        targets: list[np.ndarray] = []
         while len(targets) < recipe.pool:
             edit = edits.random_edit(OPERATIONS[len(targets) % len(OPERATIONS)], rng)
             if edit.key in kept_away:

@@ -1,4 +1,4 @@
-"""The judge of edits on pictures whose answer is known: drawn scenes, right, wrong and destroyed."""
+"""The judge of edits on pictures whose answer is known: right edits, wrong and destroyed ones."""
 
 from __future__ import annotations
 
@@ -64,6 +64,8 @@ def test_destroyed_pictures_score_nothing(how: str) -> None:
 
 RED, BLUE = scene(q0="red circle", q3="blue square"), scene(q0="blue circle", q3="blue square")
 ADDED = scene(q0="red circle", q3="blue square", q1="green triangle")
+ADDED_BLUE = scene(q0="blue circle", q1="red circle", q3="blue square")
+ELSEWHERE = scene(q0="red circle", q3="blue square", q2="green triangle")
 RECOLOUR = Edit("recolour", RED, 0, color="blue")
 ADD = Edit("add", RED, 1, new=ADDED[1])
 REMOVE = Edit("remove", RED, 0)
@@ -79,10 +81,10 @@ MOVE = Edit("move", RED, 0, to=1)
         (RECOLOUR, scene(q0="blue circle", q3="green square"), 0.45, 0.55),  # both objects
         (RECOLOUR, scene(q0="blue circle"), 0, 0.01),  # the other object is gone
         (RECOLOUR, scene(q3="blue square"), 0, 0.01),  # the object itself is gone
-        (RECOLOUR, scene(q0="blue circle", q1="red circle", q3="blue square"), 0.7, 0.8),  # one more
+        (RECOLOUR, ADDED_BLUE, 0.7, 0.8),  # and one more
         (ADD, scene(q0="red circle", q3="blue square", q1="red triangle"), 0.45, 0.55),
         (ADD, scene(q0="red circle", q3="blue square", q1="green circle"), 0.5, 0.7),
-        (ADD, scene(q0="red circle", q3="blue square", q2="green triangle"), 0.15, 0.2),  # elsewhere
+        (ADD, ELSEWHERE, 0.15, 0.2),
         (REMOVE, scene(q0="red circle"), 0, 0.01),  # the other one
         (REMOVE, scene(q0="green circle", q3="blue square"), 0, 0.01),  # recoloured instead
         (MOVE, scene(q0="red circle", q1="red circle", q3="blue square"), 0.45, 0.55),  # copied
