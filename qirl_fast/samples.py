@@ -48,7 +48,9 @@ class BaseSamples:
         self.trainer, self.prompts, self.samples = trainer, prompts, samples
         self.chunks = self._chunks(max(1, trainer.cfg.rollout.max_rows // samples))
         self.place = {
-            row: (number, i) for number, rows in enumerate(self.chunks) for i, row in enumerate(rows)
+            row: (number, i)
+            for number, rows in enumerate(self.chunks)
+            for i, row in enumerate(rows)
         }
         self.start = (rng_state(), trainer.judges.state_dict())
         self.images = 0  # judged so far
@@ -101,9 +103,7 @@ class BaseSamples:
             )
             yield from zip(numbers, given, drawn, strict=True)
 
-    def _images(
-        self, number: int, given: Given, own: Sequence[int] | None = None
-    ) -> np.ndarray:
+    def _images(self, number: int, given: Given, own: Sequence[int] | None = None) -> np.ndarray:
         """uint8 [rows * n, H, W, 3] of a chunk; own: numbers of the samples wanted, None: all."""
         trainer, r = self.trainer, self.trainer.cfg.rollout
         rows, height, width = self.chunks[number], given.height, given.width

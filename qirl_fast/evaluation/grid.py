@@ -1,5 +1,7 @@
 """A picture of the change: for each prompt its text, the image before and the image after.
 
+Edits also show the source picture, before the two.
+
 Eight prompts make a column; the next ones stand beside it.
 
 Small images are enlarged by a whole factor without smoothing, so that a pixel stays a pixel; large
@@ -40,16 +42,20 @@ def before_after_grid(
     prompts: Sequence[str],
     scores: Sequence[tuple[float, float]],
     path: str | os.PathLike[str],
+    sources: Sequence[Images] | None = None,
 ) -> Path:
     """Draw the grid as PNG and return its path.
 
     before, after: uint8 [N, H, W, 3], N >= 1. prompts: N texts. scores: N pairs (before, after);
-    NaN, shown as a dash: there was nothing to judge. The file appears whole or not at all. Raises
-    ValueError naming what does not fit.
+    NaN, shown as a dash: there was nothing to judge. sources: what was edited, N images
+    uint8 [h, w, 3] of any size, in a column before the others. The file appears whole or not at
+    all. Raises ValueError naming what does not fit.
     """
     _check(before, after, prompts, scores)
+    _check_sources(sources, len(prompts))
+    names = ("before", "after") if sources is None else ("source", "before", "after")
     row_height = TILE + SCORE_HEIGHT + GAP
-    width = TEXT_WIDTH + 2 * TILE + 4 * GAP
+    width = TEXT_WIDTH + len(names) * (TILE + GAP) + 2 * GAP
     columns, rows = -(-len(prompts) // ROWS), min(len(prompts), ROWS)
     size = (columns * width, HEADER_HEIGHT + rows * row_height + GAP)
     canvas = Image.new("RGB", size, WHITE)
@@ -57,17 +63,20 @@ def before_after_grid(
     font = ImageFont.truetype(str(FONT), FONT_SIZE)
     for row, prompt in enumerate(prompts):
         edge, top = width * (row // ROWS), HEADER_HEIGHT + row % ROWS * row_height
-        lefts = (edge + TEXT_WIDTH + 2 * GAP, edge + TEXT_WIDTH + TILE + 3 * GAP)
+        lefts = [edge + TEXT_WIDTH + 2 * GAP + i * (TILE + GAP) for i in range(len(names))]
         if row % ROWS == 0:
-            for left, text in zip(lefts, ("before", "after"), strict=True):
+            for left, text in zip(lefts, names, strict=True):
                 draw.text((left + TILE / 2, HEADER_HEIGHT / 2), text, INK, font, anchor="mm")
         draw.multiline_text((edge + GAP, top + 4), wrap(prompt, font), INK, font, spacing=5)
         old, new = scores[row]
         colors = (INK, UP if new > old else DOWN if new < old else INK)
-        cells = zip(lefts, (before[row], after[row]), (old, new), colors, strict=True)
-        for left, pixels, score, color in cells:
+        shown = [before[row], after[row]]
+        if sources is not None:
+            shown.insert(0, sources[row])
+        for left, pixels in zip(lefts, shown, strict=True):
             canvas.paste(enlarge(pixels), (left, top))
             draw.rectangle((left - 1, top - 1, left + TILE, top + TILE), outline=PALE)
+        for left, score, color in zip(lefts[-2:], (old, new), colors, strict=True):
             spot = (left + TILE / 2, top + TILE + SCORE_HEIGHT / 2)
             draw.text(spot, "-" if score != score else f"{score:.2f}", color, font, anchor="mm")
     path = Path(path)
@@ -100,6 +109,18 @@ def _check(
         )
     if np.isinf(np.asarray(scores, np.float64)).any():
         raise ValueError(f"scores hold infinity: {list(scores)}")
+
+
+def _check_sources(sources: Sequence[Images] | None, rows: int) -> None:
+    if sources is None:
+        return
+    if len(sources) != rows:
+        raise ValueError(f"{len(sources)} sources came with {rows} prompts; wanted one of each")
+    for i, image in enumerate(sources):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise ValueError(
+                f"sources[{i}]: got {image.dtype} {list(image.shape)}; wanted uint8 [h, w, 3]"
+            )
 
 
 def enlarge(pixels: NDArray[np.uint8], side: int = TILE) -> Image.Image:

@@ -29,13 +29,14 @@ from typing import Any
 
 import numpy as np
 
-from qirl_fast.rewards import aesthetics, alignment, monitors
+from qirl_fast.rewards import aesthetics, alignment, editing, monitors
 from qirl_fast.rewards.judge import FAILED, MISSING, SCORED, Judge, Row, Scored, Stateful
 from qirl_fast.rewards.kinds import JudgeSettings, build
 
 JUDGES: dict[str, Judge] = {
     "alignment": alignment.score,
     "aesthetics": aesthetics.score,
+    "edit_accuracy": editing.score,
     "sharpness": monitors.sharpness,
     "grid_artefacts": monitors.grid_artefacts,
 }
@@ -43,7 +44,7 @@ JUDGES: dict[str, Judge] = {
 MONITORS = ("sharpness", "grid_artefacts")  # to be watched: noise and blur would satisfy them
 
 # Those of JUDGES that cannot score every row: each raises ValueError for one it cannot.
-ROW_CHECKS = {"alignment": alignment.check_row}
+ROW_CHECKS = {"alignment": alignment.check_row, "edit_accuracy": editing.check_row}
 
 Span = tuple[float, float]  # begin, end: seconds of time.perf_counter
 STATE_ARRAYS = ("scores", "status")

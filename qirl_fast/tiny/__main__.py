@@ -1,6 +1,7 @@
-"""`python -m qirl_fast.tiny build | judge | ratings | faces`: what is packaged anew, and ratings.
+"""`python -m qirl_fast.tiny build | edits | judge | ratings | faces`: what is packaged, made anew.
 
-build: the tiny model and its prompt files. judge: the base of the tiny judge, pre-trained to see.
+build: the tiny model and its prompt files. edits: the last stage of build alone, from a model that
+draws. judge: the base of the tiny judge, pre-trained to see.
 ratings: a simulated rating set to fine-tune it on, with `python -m qirl_fast.train_reward`.
 faces: the detector and the embedder of drawn faces, ONNX files; wants qirl-fast[faces-build].
 """
@@ -15,17 +16,35 @@ from pathlib import Path
 
 import torch
 from diffusers import QwenImage21Pipeline
+from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from qirl_fast.models import load_model
 from qirl_fast.models.qwenimage21 import QwenImage21
-from qirl_fast.tiny import HERE, face_training, faces, pretrain, ratings, scenes, seeing, vlm
+from qirl_fast.tiny import (
+    HERE,
+    edits,
+    face_training,
+    faces,
+    pretrain,
+    pretrain_edits,
+    ratings,
+    scenes,
+    seeing,
+    vlm,
+)
 from qirl_fast.tiny import model as tiny
 
 
 def write_prompts(folder: Path) -> None:
-    """train, validation and heldout prompt files, GenEval JSONL, disjoint."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in scenes.split_rows().items():
+    """train, validation and heldout prompt files, GenEval JSONL, disjoint; the same for edits."""
+    (folder / "edits").mkdir(parents=True, exist_ok=True)
+    files = scenes.split_rows()
+    for name, pairs in edits.split_edits().items():
+        files[f"edit-{name}"] = [row for row, _ in pairs]
+        for row, picture in pairs:
+            Image.fromarray(picture).save(folder / row["image"], optimize=True)
+    for name, rows in files.items():
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
@@ -62,7 +81,7 @@ def shown() -> Iterator[pretrain.Report]:
         yield report
 
 
-def build(output: Path, recipe: pretrain.Recipe) -> None:
+def build(output: Path, recipe: pretrain.Recipe, editing: pretrain_edits.Recipe) -> None:
     """Train everything from `recipe.seed` and write weights/ and prompts/ under `output`."""
     start = time.monotonic()
     write_prompts(output / "prompts")
@@ -81,11 +100,30 @@ def build(output: Path, recipe: pretrain.Recipe) -> None:
         )
         model = QwenImage21(pipeline)
         pretrain.train_dit(model, recipe, report)
+        torch.manual_seed(editing.seed)
+        pretrain_edits.train(model, editing, report)
     size = write_model(model, output / "weights")
     minutes = (time.monotonic() - start) / 60
     print(
         f"built {output / 'weights'}: {size / 1e6:.1f} MB, autoencoder {psnr:.1f} dB, "
         f"{minutes:.1f} minutes on {torch.get_num_threads()} threads"
+    )
+
+
+def build_edits(base: Path, output: Path, recipe: pretrain_edits.Recipe) -> None:
+    """Teach the QwenImage21 model in `base` to edit; write weights/ and prompts/ under `output`."""
+    start = time.monotonic()
+    write_prompts(output / "prompts")
+    torch.manual_seed(recipe.seed)
+    model = load_model(base, "qwenimage21", torch.float32, "cpu")
+    assert isinstance(model, QwenImage21)
+    with shown() as report:
+        pretrain_edits.train(model, recipe, report)
+    size = write_model(model, output / "weights")
+    minutes = (time.monotonic() - start) / 60
+    print(
+        f"built {output / 'weights'} from {base}: {size / 1e6:.1f} MB, {minutes:.1f} minutes "
+        f"on {torch.get_num_threads()} threads"
     )
 
 
@@ -143,18 +181,21 @@ def parser() -> argparse.ArgumentParser:
     build_.add_argument(
         "--output", type=Path, default=HERE, help="gets weights/ and prompts/ (default: here)"
     )
+    edits_ = commands.add_parser("edits", help="teach a tiny model that draws to edit as well")
+    edits_.add_argument("--base", type=Path, required=True, help="its folder")
+    edits_.add_argument("--output", type=Path, required=True, help="gets weights/ and prompts/")
     judge_ = commands.add_parser("judge", help="pre-train the tiny judge's base")
     judge_.add_argument("--output", type=Path, required=True, help="gets the model folder")
     faces_ = commands.add_parser("faces", help="train the models of drawn faces")
     faces_.add_argument("--output", type=Path, default=faces.MODELS, help="gets *.onnx")
-    for command in (build_, judge_, faces_):
+    for command in (build_, edits_, judge_, faces_):
         command.add_argument("--quick", action="store_true", help=quick)
     ratings_ = commands.add_parser("ratings", help="draw and rate a set for train_reward")
     ratings_.add_argument("--output", type=Path, required=True, help="gets ratings.jsonl, images/")
     default = ratings.Recipe()
     ratings_.add_argument("--train", type=int, default=default.train, help="training rows")
     ratings_.add_argument("--heldout", type=int, default=default.heldout, help="held-out rows")
-    for command in (build_, judge_, ratings_, faces_):
+    for command in (build_, edits_, judge_, ratings_, faces_):
         command.add_argument("--seed", type=int, default=0)
     return whole
 
@@ -176,12 +217,18 @@ def main() -> None:
             recipe = replace(recipe, pictures=64, steps=3, batch=8)
         build_judge(args.output, recipe)
     else:
-        recipe_ = pretrain.Recipe(seed=args.seed)
+        drawing = pretrain.Recipe(seed=args.seed)
+        editing = pretrain_edits.Recipe(seed=args.seed)
         if args.quick:
-            recipe_ = replace(
-                recipe_, vae_steps=5, vae_scenes=320, dit_steps=5, wrong_steps=2, dit_scenes=512
+            drawing = replace(
+                drawing, vae_steps=5, vae_scenes=320, dit_steps=5, wrong_steps=2, dit_scenes=512
             )
-        build(args.output, recipe_)
+            few = replace(editing.drawing, dit_scenes=256)
+            editing = replace(editing, steps=4, wrong_steps=2, pool=256, drawing=few)
+        if args.command == "build":
+            build(args.output, drawing, editing)
+        else:
+            build_edits(args.base, args.output, editing)
 
 
 if __name__ == "__main__":

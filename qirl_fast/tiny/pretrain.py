@@ -1,5 +1,7 @@
 """Pre-training of the tiny model: autoencoder first, then text encoder and DiT together.
 
+Editing is learnt afterwards, in a stage of its own (`pretrain_edits.py`).
+
 The DiT first learns from right captions, then from captions of which a share is wrong, word by
 word, as web captions are (`scenes.misread`). That leaves a model that draws clean scenes and knows
 every word, but follows a prompt only part of the time: the room reinforcement learning then takes.
@@ -7,14 +9,15 @@ every word, but follows a prompt only part of the time: the room reinforcement l
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLQwenImage21
-from torch import Tensor
+from torch import Tensor, nn
 
+from qirl_fast.models.prefix import Prefix
 from qirl_fast.models.qwenimage21 import QwenImage21
 from qirl_fast.tiny import scenes
 
@@ -90,7 +93,7 @@ def train_vae(vae: AutoencoderKLQwenImage21, recipe: Recipe, report: Report) -> 
 
 
 @torch.no_grad()
-def _latents(vae: AutoencoderKLQwenImage21, images: np.ndarray) -> Tensor:
+def latents_of(vae: AutoencoderKLQwenImage21, images: np.ndarray) -> Tensor:
     """uint8 images -> normalised latents [B, N, Z]."""
     z = torch.cat([vae.encode(part).latent_dist.mean for part in _pixels(images).split(64)])
     shape = (1, -1, 1, 1, 1)
@@ -98,7 +101,7 @@ def _latents(vae: AutoencoderKLQwenImage21, images: np.ndarray) -> Tensor:
     return ((z - mean.view(shape)) / std.view(shape)).flatten(2).transpose(1, 2).contiguous()
 
 
-class _Pool:
+class Pool:
     """Latents of scenes, filed under the caption they claim, captions filed by token count."""
 
     def __init__(self, model: QwenImage21, recipe: Recipe, wrong_words: float, report: Report):
@@ -110,7 +113,7 @@ class _Pool:
             rows = [scenes.sample_row(by_tag, rng) for _ in range(256)]
             drawn = [scenes.misread(row, wrong_words, rng) for row in rows]
             images = np.stack([scenes.render(scenes.sample_scene(row, rng)) for row in drawn])
-            latents.append(_latents(model.vae, images))
+            latents.append(latents_of(model.vae, images))
             self.captions += [row["prompt"] for row in rows]
             report(f"scenes, {wrong_words:.0%} wrong", start + 256, recipe.dit_scenes, {})
         self.latents = torch.cat(latents)
@@ -132,42 +135,66 @@ class _Pool:
         ids = [rng.choice(self.members[c], recipe.scenes_per_caption) for c in captions]
         return captions, self.latents[np.concatenate(ids)]
 
-
-def _text(model: QwenImage21, captions: list[str]) -> list[Tensor]:
-    """Differentiable text embeddings of captions of equal token count."""
-    embeddings, mask, _ = model.pipeline.encode_prompt(captions, device=model.device)
-    assert mask is None
-    return list(embeddings)
+    def batch(
+        self, model: QwenImage21, recipe: Recipe, rng: np.random.Generator
+    ) -> tuple[Prefix, Tensor]:
+        """Differentiable prefix and latents of one step; all captions are dropped at a chance."""
+        captions, x0 = self.draw(recipe, rng)
+        if rng.random() < recipe.drop_text:
+            captions = [" "] * len(captions)
+        owner = np.repeat(np.arange(len(captions)), recipe.scenes_per_caption).tolist()
+        text, mask, _ = model.pipeline.encode_prompt(captions, device=model.device)
+        assert mask is None, "captions of equal token count"
+        return model.prefix(list(text), owner, scenes.SIZE, scenes.SIZE), x0
 
 
 def train_dit(model: QwenImage21, recipe: Recipe, report: Report) -> None:
-    """Flow matching, text encoder included, right captions then wrong; ends on averaged weights.
+    """Flow matching, text encoder included, right captions then wrong; ends on averaged weights."""
+    right = Pool(model, recipe, 0.0, report)
+    wrong = Pool(model, recipe, recipe.wrong_words, report)
+    right_steps = recipe.dit_steps - recipe.wrong_steps
+
+    def draw(step: int, rng: np.random.Generator) -> tuple[Prefix, Tensor]:
+        return (right if step < right_steps else wrong).batch(model, recipe, rng)
+
+    modules = [model.transformer, model.pipeline.text_encoder.model.language_model]
+    fit = Fit("flow matching", recipe.dit_steps, recipe.wrong_steps)
+    match_flow(model, modules, draw, fit, np.random.default_rng(recipe.seed + 2), report)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One training run; the learning rate falls to nothing over the last `decay` steps."""
+
+    name: str
+    steps: int
+    decay: int
+    lr: float = 1.5e-3
+
+
+def match_flow(
+    model: QwenImage21,
+    modules: Sequence[nn.Module],
+    draw: Callable[[int, np.random.Generator], tuple[Prefix, Tensor]],
+    fit: Fit,
+    rng: np.random.Generator,
+    report: Report,
+) -> None:
+    """Train `modules` in place on what draw(step, rng) gives: a prefix of B rows, x0 [B, N, Z].
 
     Noise levels lean to the high end (median 0.83): what is drawn where is settled there, and at
     the usual middle the text is learnt several times more slowly.
     """
-    right = _Pool(model, recipe, 0.0, report)
-    wrong = _Pool(model, recipe, recipe.wrong_words, report)
-    rng = np.random.default_rng(recipe.seed + 2)
-    modules = [model.transformer, model.pipeline.text_encoder.model.language_model]
     for module in modules:
         module.requires_grad_(True).train()
     parameters = [p for module in modules for p in module.parameters()]
     averaged = copy.deepcopy([p.detach() for p in parameters])
-    optimizer = torch.optim.AdamW(parameters, 1.5e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    right_steps = recipe.dit_steps - recipe.wrong_steps
+    optimizer = torch.optim.AdamW(parameters, fit.lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(1.0, (step + 1) / 150, (recipe.dit_steps - step) / recipe.wrong_steps),
+        optimizer, lambda step: min(1.0, (step + 1) / 150, (fit.steps - step) / fit.decay)
     )
-    size = scenes.SIZE
-    for step in range(recipe.dit_steps):
-        pool = right if step < right_steps else wrong
-        captions, x0 = pool.draw(recipe, rng)
-        if rng.random() < recipe.drop_text:
-            captions = [" "] * len(captions)
-        owner = [i for i in range(len(captions)) for _ in range(recipe.scenes_per_caption)]
-        prefix = model.prefix(_text(model, captions), owner, size, size)
+    for step in range(fit.steps):
+        prefix, x0 = draw(step, rng)
         noise = torch.randn_like(x0)
         sigma = torch.sigmoid(torch.randn(len(x0)) * 1.2 + 1.6)
         x = torch.lerp(x0, noise, sigma[:, None, None])
@@ -179,7 +206,7 @@ def train_dit(model: QwenImage21, recipe: Recipe, report: Report) -> None:
         schedule.step()
         decay = min(0.995, (step + 1) / (step + 10))
         torch._foreach_lerp_(averaged, [p.detach() for p in parameters], 1 - decay)
-        report("flow matching", step + 1, recipe.dit_steps, {"loss": loss.item()})
+        report(fit.name, step + 1, fit.steps, {"loss": loss.item()})
     with torch.no_grad():
         torch._foreach_copy_(parameters, averaged)
     for module in modules:

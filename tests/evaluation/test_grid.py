@@ -70,6 +70,35 @@ def test_prompts_and_scores_are_drawn_and_stay_in_their_place(tmp_path: Path) ->
     assert changed_rows.max() < HEADER_HEIGHT + TILE + SCORE_HEIGHT
 
 
+def test_the_source_of_an_edit_stands_before(tmp_path: Path) -> None:
+    """Of any size; the other columns are as without it, one tile further right."""
+    sources = [*random_images(2, 64, 64, 2), np.full((20, 40, 3), 9, np.uint8)]
+    plain, canvas = draw(tmp_path / "g.png"), draw(tmp_path / "s.png", sources=sources)
+    assert canvas.shape[1] == plain.shape[1] + TILE + GAP
+    assert np.array_equal(tile(canvas, 0, 0), sources[0].repeat(3, 0).repeat(3, 1))
+    assert (tile(canvas, 2, 0) == 9).all(axis=-1).sum() == 80 * 160, "whole, four times as large"
+    below = canvas[HEADER_HEIGHT:], plain[HEADER_HEIGHT:]
+    edge = LEFTS[0] + TILE + GAP
+    assert np.array_equal(below[0][:, edge:], below[1][:, LEFTS[0] :]), "scores stay below theirs"
+    assert (canvas[HEADER_HEIGHT + TILE + 1 :][:SCORE_HEIGHT, LEFTS[0] : edge] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ([np.zeros((4, 4, 3), np.uint8)], "1 sources came with 3 prompts"),
+        ([np.zeros((4, 4, 4), np.uint8)] * 3, r"sources\[0\]: got uint8 \[4, 4, 4\]; wanted"),
+        ([np.zeros((4, 4, 3))] * 3, r"sources\[0\]: got float64"),
+    ],
+)
+def test_sources_that_do_not_fit_are_refused(
+    tmp_path: Path, sources: list[np.ndarray], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw(tmp_path / "g.png", sources=sources)
+    assert not any(tmp_path.iterdir())
+
+
 def test_the_file_is_a_png_and_nothing_else_is_left(tmp_path: Path) -> None:
     draw(tmp_path / "g.png")
     draw(tmp_path / "g.png")
