@@ -123,6 +123,19 @@ class Conditioning:
                 found[i] = error
         return found
 
+    def sources(self, prompts: Sequence[Prompt]) -> list[np.ndarray] | None:
+        """The pictures that editing rows edit, uint8 [H, W, 3] as drawn; None without such rows.
+
+        A row among them that edits nothing has an empty white picture.
+        """
+        if not any(p.images for p in prompts):
+            return None
+        blank = [np.full((*target_size(self.cfg, p), 3), 255, np.uint8) for p in prompts]
+        return [
+            over_white(self._decoded(p)[-1][-1]) if p.images else white
+            for p, white in zip(prompts, blank, strict=True)
+        ]
+
     def _decoded(self, prompt: Prompt) -> list[list[np.ndarray]]:
         decoded = []
         for images in self.loader.get(self._wanted(prompt)):

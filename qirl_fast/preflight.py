@@ -16,7 +16,7 @@ from qirl_fast.conditioning import Conditioning, condition_versions
 from qirl_fast.config import Config, ConfigError
 from qirl_fast.data.images import ImageError
 from qirl_fast.data.prompts import Prompt
-from qirl_fast.models.adapter import Adapter
+from qirl_fast.models import Model
 from qirl_fast.rewards.judge import SOURCES
 from qirl_fast.rewards.judges import Judges
 from qirl_fast.rollout.dynamics import step_coefficients
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 def preflight(
     cfg: Config,
-    model: Adapter,
+    model: Model,
     judges: Judges,
     scheduler_config: Mapping[str, Any],
     conditioning: Conditioning,
@@ -75,16 +75,16 @@ def _bad_images(
             bad[i] = error
             continue
         if room:
-            found = conditioning.faults([row])
-            bad |= {i: error for error in found.values()}
-            room -= not found
+            for error in conditioning.faults([row]).values():
+                bad[i] = error
+            room -= i not in bad
     return bad
 
 
 def _image_problems(
-    cfg: Config, model: Adapter, rows: list[Prompt], bad: Mapping[int, ImageError], file: Path
+    cfg: Config, model: Model, rows: list[Prompt], bad: Mapping[int, ImageError], file: Path
 ) -> Iterator[str]:
-    """What is wrong with condition images: the first few that are refused, or that there are any."""
+    """What is wrong with condition images: the first that are refused, or that there are any."""
     numbers = {bool(row.images): n for n, row in reversed(list(enumerate(rows, start=1)))}
     if True in numbers and not model.takes_images():
         yield (
@@ -106,9 +106,7 @@ def _image_problems(
         )
 
 
-def _size_problems(
-    cfg: Config, model: Adapter, scheduler_config: Mapping[str, Any]
-) -> Iterator[str]:
+def _size_problems(cfg: Config, model: Model, scheduler_config: Mapping[str, Any]) -> Iterator[str]:
     for height, width in cfg.data.buckets or ():
         try:
             model.latent_shape(height, width)

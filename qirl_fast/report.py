@@ -108,6 +108,7 @@ def _grid(
         [trainer.heldout[i].prompt for i in order],
         [(float(before.scores[judge][i]), float(after.scores[judge][i])) for i in order],
         path,
+        trainer.conditioning.sources([trainer.heldout[i] for i in order]),
     )
 
 

@@ -1,10 +1,10 @@
 """Samples of every prompt from the base model, drawn and judged as in training.
 
 Prompts are drawn in chunks of rows of one size, neighbours among those of their size, at most
-rollout.max_rows samples each, a prompt's samples in one chunk. Noise and stochastic steps of chunk c are those that the sampler gives to
-update c of a seed that no run has, so a chunk depends on the seed, its number, its prompts and the
-settings alone; judges with a state, and global generators, begin every chunk as they began the
-first.
+rollout.max_rows samples each, a prompt's samples in one chunk. Noise and stochastic steps of chunk
+c are those that the sampler gives to update c of a seed that no run has, so a chunk depends on the
+seed, its number, its prompts and the settings alone; judges with a state, and global generators,
+begin every chunk as they began the first.
 """
 
 from __future__ import annotations

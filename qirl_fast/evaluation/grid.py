@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -33,27 +33,28 @@ MAX_LINES = 7
 ROWS = 8  # prompts in a column
 WHITE, INK, PALE, UP, DOWN = (255,) * 3, (30, 30, 30), (225,) * 3, (0, 110, 40), (170, 30, 20)
 
-Images = NDArray[np.uint8]
+Image_ = NDArray[np.uint8]
 
 
 def before_after_grid(
-    before: Images,
-    after: Images,
+    before: Sequence[Image_],
+    after: Sequence[Image_],
     prompts: Sequence[str],
     scores: Sequence[tuple[float, float]],
     path: str | os.PathLike[str],
-    sources: Sequence[Images] | None = None,
+    sources: Sequence[Image_] | None = None,
 ) -> Path:
     """Draw the grid as PNG and return its path.
 
-    before, after: uint8 [N, H, W, 3], N >= 1. prompts: N texts. scores: N pairs (before, after);
-    NaN, shown as a dash: there was nothing to judge. sources: what was edited, N images
-    uint8 [h, w, 3] of any size, in a column before the others. The file appears whole or not at
-    all. Raises ValueError naming what does not fit.
+    before, after: N images, uint8 [H, W, 3] of any size, N >= 1. prompts: N texts. scores: N pairs
+    (before, after); NaN, shown as a dash: there was nothing to judge. sources: what was edited, N
+    images, in a column before the others. The file appears whole or not at all. Raises ValueError
+    naming what does not fit.
     """
-    _check(before, after, prompts, scores)
-    _check_sources(sources, len(prompts))
-    names = ("before", "after") if sources is None else ("source", "before", "after")
+    columns_of = {} if sources is None else {"source": sources}
+    columns_of |= {"before": before, "after": after}
+    _check(columns_of, prompts, scores)
+    names = tuple(columns_of)
     row_height = TILE + SCORE_HEIGHT + GAP
     width = TEXT_WIDTH + len(names) * (TILE + GAP) + 2 * GAP
     columns, rows = -(-len(prompts) // ROWS), min(len(prompts), ROWS)
@@ -70,9 +71,7 @@ def before_after_grid(
         draw.multiline_text((edge + GAP, top + 4), wrap(prompt, font), INK, font, spacing=5)
         old, new = scores[row]
         colors = (INK, UP if new > old else DOWN if new < old else INK)
-        shown = [before[row], after[row]]
-        if sources is not None:
-            shown.insert(0, sources[row])
+        shown = [images[row] for images in columns_of.values()]
         for left, pixels in zip(lefts, shown, strict=True):
             canvas.paste(enlarge(pixels), (left, top))
             draw.rectangle((left - 1, top - 1, left + TILE, top + TILE), outline=PALE)
@@ -87,40 +86,24 @@ def before_after_grid(
 
 
 def _check(
-    before: Images,
-    after: Images,
+    columns: Mapping[str, Sequence[Image_]],
     prompts: Sequence[str],
     scores: Sequence[tuple[float, float]],
 ) -> None:
-    for name, images in (("before", before), ("after", after)):
-        if (
-            images.dtype != np.uint8
-            or images.ndim != 4
-            or images.shape[-1] != 3
-            or 0 in images.shape
-        ):
-            raise ValueError(
-                f"{name}: got {images.dtype} {list(images.shape)}; wanted uint8 [N, H, W, 3]"
-            )
-    if before.shape != after.shape or not len(before) == len(prompts) == len(scores):
-        raise ValueError(
-            f"got images {list(before.shape)} and {list(after.shape)}, {len(prompts)} prompts, "
-            f"{len(scores)} scores; wanted one of each per row"
-        )
+    counts = {name: len(images) for name, images in columns.items()}
+    counts |= {"prompts": len(prompts), "scores": len(scores)}
+    if len(set(counts.values())) > 1 or not len(prompts):
+        came = ", ".join(f"{count} {name}" for name, count in counts.items())
+        raise ValueError(f"got {came}; wanted one of each per row, and a row at least")
+    for name, images in columns.items():
+        for i, image in enumerate(images):
+            shape = image.shape
+            if image.dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
+                raise ValueError(
+                    f"{name}[{i}]: got {image.dtype} {list(shape)}; wanted uint8 [H, W, 3]"
+                )
     if np.isinf(np.asarray(scores, np.float64)).any():
         raise ValueError(f"scores hold infinity: {list(scores)}")
-
-
-def _check_sources(sources: Sequence[Images] | None, rows: int) -> None:
-    if sources is None:
-        return
-    if len(sources) != rows:
-        raise ValueError(f"{len(sources)} sources came with {rows} prompts; wanted one of each")
-    for i, image in enumerate(sources):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-            raise ValueError(
-                f"sources[{i}]: got {image.dtype} {list(image.shape)}; wanted uint8 [h, w, 3]"
-            )
 
 
 def enlarge(pixels: NDArray[np.uint8], side: int = TILE) -> Image.Image:

@@ -86,9 +86,9 @@ def test_the_source_of_an_edit_stands_before(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sources", "message"),
     [
-        ([np.zeros((4, 4, 3), np.uint8)], "1 sources came with 3 prompts"),
-        ([np.zeros((4, 4, 4), np.uint8)] * 3, r"sources\[0\]: got uint8 \[4, 4, 4\]; wanted"),
-        ([np.zeros((4, 4, 3))] * 3, r"sources\[0\]: got float64"),
+        ([np.zeros((4, 4, 3), np.uint8)], "1 source, 3 before"),
+        ([np.zeros((4, 4, 4), np.uint8)] * 3, r"source\[0\]: got uint8 \[4, 4, 4\]; wanted"),
+        ([np.zeros((4, 4, 3))] * 3, r"source\[0\]: got float64"),
     ],
 )
 def test_sources_that_do_not_fit_are_refused(
@@ -109,9 +109,9 @@ def test_the_file_is_a_png_and_nothing_else_is_left(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"before": random_images(3, 8, 8, 0).astype(np.float32)}, "before: got float32"),
-        ({"after": random_images(3, 8, 8, 0)[..., :1]}, r"after: got uint8 \[3, 8, 8, 1\]"),
-        ({"before": random_images(2, 32, 32, 0)}, "got images"),
+        ({"before": random_images(3, 8, 8, 0).astype(np.float32)}, r"before\[0\]: got float32"),
+        ({"after": random_images(3, 8, 8, 0)[..., :1]}, r"after\[0\]: got uint8 \[8, 8, 1\]"),
+        ({"before": random_images(2, 32, 32, 0)}, "got 2 before, 3 after"),
         ({"prompts": ["a"]}, "1 prompts"),
         ({"scores": [(0, 1)] * 4}, "4 scores"),
         ({"scores": [(0, float("inf"))] * 3}, "infinity"),
