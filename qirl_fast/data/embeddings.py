@@ -1,9 +1,10 @@
-"""Text embeddings on disk: each prompt is encoded once per model, however often it is drawn.
+"""Embeddings on disk: each prompt is encoded once per model, however often it is drawn.
 
-One safetensors file per prompt, named by SHA-256 of prompt and model fingerprint, written beside
-and renamed, so a killed process leaves a whole file or none. Each file holds the SHA-256 of its
-tensor: one that does not match (safetensors itself loads a flipped bit without a word) is encoded
-again, and that is logged. Tensors come back bit for bit in the dtype they were encoded in.
+One safetensors file per prompt, named by SHA-256 of prompt and model fingerprint, and of the
+content and sizes of its condition images, written beside and renamed, so a killed process leaves
+a whole file or none. Each file holds the SHA-256 of its tensors: one that does not match
+(safetensors itself loads a flipped bit without a word) is encoded again, and that is logged.
+Tensors come back bit for bit in the dtype they were encoded in.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import logging
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,6 +28,8 @@ TORN_AGE_S = 3600.0
 log = logging.getLogger(__name__)
 
 EncodeFn = Callable[[list[str]], Sequence[Tensor]]
+# Of a condition image: SHA-256 of its file, (height, width) of its versions.
+ImageKey = tuple[str, Sequence[tuple[int, int]]]
 
 
 class EmbeddingCache:
@@ -45,17 +48,22 @@ class EmbeddingCache:
         self.folder = Path(folder)
         self.key = key
         self.memory_bytes = memory_bytes
-        self._memory: OrderedDict[str, Tensor] = OrderedDict()
+        self._memory: OrderedDict[Path, dict[str, Tensor]] = OrderedDict()
         for torn in self.folder.glob(".*.tmp"):  # of a killed process, or of one that writes now
             with suppress(FileNotFoundError):
                 if time.time() - torn.stat().st_mtime > TORN_AGE_S:
                     torn.unlink()
 
-    def path(self, prompt: str) -> Path:
-        """Return the file of this prompt."""
+    def path(self, prompt: str, images: Sequence[ImageKey] | None = None) -> Path:
+        """Return the file of this prompt, or of this prompt with these condition images."""
         text = f"{len(self.key)}:{self.key}{prompt}"
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-        return self.folder / f"{digest}.safetensors"
+        if images is None:
+            return self.folder / f"{digest}.safetensors"
+        for sha256, sizes in images:
+            digest += f" {sha256}" + "".join(f" {h}x{w}" for h, w in sizes)
+        digest = hashlib.sha256(digest.encode()).hexdigest()
+        return self.folder / f"images-{digest}.safetensors"
 
     def get(self, prompts: Sequence[str], encode_fn: EncodeFn) -> list[Tensor]:
         """Return one tensor [L_i, C] per prompt, on the CPU; equal prompts share one tensor.
@@ -65,49 +73,66 @@ class EmbeddingCache:
         rounding, so batched embeddings would depend on what else was missing from the cache.
         Raises ValueError if it returns anything else. The tensors are not to be changed.
         """
-        found: dict[str, Tensor] = {}
-        for prompt in dict.fromkeys(prompts):
-            tensor = self._memory.get(prompt)
-            if tensor is None:
-                tensor = self._load(prompt)
-            if tensor is None:
-                tensor = _checked(encode_fn([prompt]), prompt)
-                self._save(prompt, tensor)
-            found[prompt] = tensor
-            self._remember(prompt, tensor)
+
+        def one(prompt: str) -> Tensor:
+            def make() -> dict[str, Tensor]:
+                return _embedding(encode_fn([prompt]), prompt)
+
+            return self._get(self.path(prompt), make, prompt)["embedding"]
+
+        found = {prompt: one(prompt) for prompt in dict.fromkeys(prompts)}
         return [found[prompt] for prompt in prompts]
 
-    def _remember(self, prompt: str, tensor: Tensor) -> None:
-        self._memory[prompt] = tensor
-        self._memory.move_to_end(prompt)
-        while sum(kept.nbytes for kept in self._memory.values()) > self.memory_bytes:
-            self._memory.popitem(last=False)
+    def conditioned(
+        self, prompt: str, images: Sequence[ImageKey], make: Callable[[], Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Return the tensors of a prompt with condition images, on the CPU.
 
-    def _save(self, prompt: str, tensor: Tensor) -> None:
-        path = self.path(prompt)
+        images: of each its content and sizes, in order: what decides the tensors besides prompt
+        and model. make() is called where they are not known yet; it returns tensors by name, of
+        any shape and dtype, floating-point ones finite. Raises ValueError if it returns anything
+        else. The tensors are not to be changed.
+        """
+        return dict(self._get(self.path(prompt, images), make, prompt))
+
+    def _get(
+        self, path: Path, make: Callable[[], Mapping[str, Tensor]], prompt: str
+    ) -> dict[str, Tensor]:
+        tensors = self._memory.get(path) or self._load(path)
+        if tensors is None:
+            tensors = _checked(make(), prompt)
+            self._save(path, tensors)
+        self._memory[path] = tensors
+        self._memory.move_to_end(path)
+        while sum(t.nbytes for kept in self._memory.values() for t in kept.values()) > (
+            self.memory_bytes
+        ):
+            self._memory.popitem(last=False)
+        return tensors
+
+    def _save(self, path: Path, tensors: dict[str, Tensor]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        save_file({"embedding": tensor}, beside, metadata={"sha256": _digest(tensor)})
+        save_file(tensors, beside, metadata={"sha256": _digest(tensors)})
         beside.replace(path)
 
-    def _load(self, prompt: str) -> Tensor | None:
-        path = self.path(prompt)
+    def _load(self, path: Path) -> dict[str, Tensor] | None:
         if not path.exists():
             return None
         try:
             with safe_open(path, "pt") as file:
-                tensor = file.get_tensor("embedding")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 expected = (file.metadata() or {}).get("sha256")
         except (SafetensorError, OSError) as error:
             log.warning("%s is damaged (%s); the prompt is encoded again", path, error)
             return None
-        if _digest(tensor) != expected:
+        if _digest(tensors) != expected:
             log.warning("%s is damaged (SHA-256 differs); the prompt is encoded again", path)
             return None
-        return tensor
+        return tensors
 
 
-def _checked(encoded: Sequence[Tensor], prompt: str) -> Tensor:
+def _embedding(encoded: Sequence[Tensor], prompt: str) -> dict[str, Tensor]:
     if len(encoded) != 1:
         raise ValueError(f"encode_fn returned {len(encoded)} tensors for one prompt; wanted one")
     tensor = encoded[0]
@@ -116,20 +141,42 @@ def _checked(encoded: Sequence[Tensor], prompt: str) -> Tensor:
             f"encode_fn returned shape {list(tensor.shape)}, {tensor.dtype} for {prompt!r}; wanted "
             "a floating-point tensor [L, C]"
         )
-    if not torch.isfinite(tensor).all():
-        raise ValueError(f"encode_fn returned NaN or infinity for {prompt!r}")
-    return tensor.detach().cpu().contiguous()
+    return {"embedding": tensor}
 
 
-def _digest(tensor: Tensor) -> str:
-    layout = f"{tensor.dtype}{list(tensor.shape)}".encode()
-    return hashlib.sha256(layout + tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
+def _checked(tensors: Mapping[str, Tensor], prompt: str) -> dict[str, Tensor]:
+    if not tensors:
+        raise ValueError(f"the encoder returned no tensors for {prompt!r}; wanted one or more")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"the encoder returned NaN or infinity for {prompt!r} ({name})")
+    # Of their own memory: safetensors refuses tensors that share it.
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
 
 
-def fingerprint(folder: Path) -> str:
-    """SHA-256 over what decides a text embedding: files of text encoder, processor, tokenizer."""
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bits; a text embedding's name is left out."""
+    whole = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        named = "" if tensors.keys() == {"embedding"} else f"\n{name}:"
+        whole.update(f"{named}{tensor.dtype}{list(tensor.shape)}".encode())
+        whole.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()
+
+
+TEXT_PARTS = ("text_encoder", "processor", "tokenizer")
+
+
+def fingerprint(folder: Path, parts: Sequence[str] = TEXT_PARTS) -> str:
+    """SHA-256 over the files of these parts of a model folder: what decides an embedding.
+
+    With condition images "vae" is one of the parts.
+    """
     digest = hashlib.sha256()
-    for part in ("text_encoder", "processor", "tokenizer"):
+    for part in parts:
         for file in sorted((folder / part).iterdir()) if (folder / part).is_dir() else ():
             digest.update(f"{file.name}:{file.stat().st_size}:".encode())
             digest.update(hashlib.sha256(file.read_bytes()).digest())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -10,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from qirl_fast.data.embeddings import EmbeddingCache
+from qirl_fast.data.embeddings import TEXT_PARTS, EmbeddingCache, fingerprint
 
 
 class Encoder:
@@ -164,3 +167,124 @@ def test_killed_while_writing_leaves_no_half_file(
     os.utime(torn, (0, 0))
     EmbeddingCache(tmp_path, "model")
     assert list(tmp_path.iterdir()) == [cache.path("x")]
+
+
+IMAGES = [("ab" * 32, [(384, 384), (1024, 1024)]), ("cd" * 32, [(384, 384)])]
+
+
+class Maker:
+    """Counts its calls; text, slots and latents as an adapter gives them."""
+
+    def __init__(self, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.calls = 0
+        self.tensors = {
+            "text": torch.randn(5, 4, generator=generator).to(torch.bfloat16),
+            "slots": torch.tensor([True, False, True, False, False]),
+            "latents": torch.randn(8, 3, generator=generator),
+            "grids": torch.tensor([[2, 2], [2, 2]]),
+            "scale": torch.tensor(2.5),
+            "none": torch.zeros(0, 3),
+        }
+
+    def __call__(self) -> dict[str, torch.Tensor]:
+        self.calls += 1
+        return self.tensors
+
+
+def same(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
+    return got.keys() == wanted.keys() and equal([got[n] for n in wanted], list(wanted.values()))
+
+
+def test_conditioned_prompts_are_encoded_once(tmp_path: Path) -> None:
+    make = Maker()
+    cache = EmbeddingCache(tmp_path, "model")
+    for each in (cache, cache, EmbeddingCache(tmp_path, "model")):
+        assert same(each.conditioned("p", IMAGES, make), make.tensors)
+    assert make.calls == 1 and list(tmp_path.iterdir()) == [cache.path("p", IMAGES)]
+
+
+def test_what_decides_a_conditioned_prompt() -> None:
+    """Prompt, model, each image's content and sizes, their order and number."""
+    (one, sizes), two = IMAGES
+    cache = EmbeddingCache("x", "model")
+    others: list[list[tuple[str, list[tuple[int, int]]]]] = [
+        *(IMAGES[::-1], IMAGES[:1], [], [*IMAGES, two]),
+        [(one, sizes[:1]), two],
+        [(one, sizes[::-1]), two],
+        [("ef" * 32, sizes), two],
+    ]
+    paths = [cache.path("p", each) for each in (IMAGES, *others)]
+    paths += [cache.path("q", IMAGES), cache.path("p"), EmbeddingCache("x", "n").path("p", IMAGES)]
+    assert len(set(paths)) == len(paths)
+    assert cache.path("p", [(one, [[384, 384], [1024, 1024]]), two]) == paths[0]  # type: ignore
+    # A prompt that imitates what stands behind another one.
+    assert cache.path(f"p {one} 384x384 1024x1024", []) != cache.path("p", IMAGES[:1])
+
+
+@pytest.mark.parametrize("name", ["text", "slots", "grids"])
+def test_damaged_conditioned_file_is_made_again(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    make = Maker()
+    file = EmbeddingCache(tmp_path, "model").path("p", IMAGES)
+    EmbeddingCache(tmp_path, "model").conditioned("p", IMAGES, make)
+    data = file.read_bytes()
+    start, _ = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])[name]["data_offsets"]
+    at = 8 + int.from_bytes(data[:8], "little") + start
+    file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    again = EmbeddingCache(tmp_path, "model")
+    assert same(again.conditioned("p", IMAGES, make), make.tensors)
+    assert make.calls == 2 and f"{file} is damaged" in caplog.text
+    file.write_bytes(data.replace(b'"slots"', b'"stols"'))
+    assert same(EmbeddingCache(tmp_path, "model").conditioned("p", IMAGES, make), make.tensors)
+    assert make.calls == 3
+
+
+def test_conditioned_prompts_share_the_memory_bound(tmp_path: Path) -> None:
+    make = Maker()
+    size = sum(tensor.nbytes for tensor in make.tensors.values())
+    cache = EmbeddingCache(tmp_path, "model", memory_bytes=size)
+    cache.conditioned("p", IMAGES, make)
+    cache.get(["a"], Encoder())
+    cache.path("p", IMAGES).unlink()
+    cache.conditioned("p", IMAGES, make)
+    assert make.calls == 2
+
+
+def test_bad_conditioned_tensors_are_refused(tmp_path: Path) -> None:
+    cache = EmbeddingCache(tmp_path, "model")
+    for result, part in (
+        ({}, "no tensors for 'p'"),
+        ({"a": torch.tensor([float("inf")])}, r"NaN or infinity for 'p' \(a\)"),
+    ):
+        with pytest.raises(ValueError, match=part):
+            cache.conditioned("p", IMAGES, lambda result=result: result)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensors_that_share_memory(tmp_path: Path) -> None:
+    whole = torch.randn(6, 4)
+    parts = {"a": whole, "b": whole[2:], "c": whole.T}
+    EmbeddingCache(tmp_path, "model").conditioned("p", IMAGES, lambda: parts)
+    assert same(EmbeddingCache(tmp_path, "model").conditioned("p", IMAGES, Maker()), parts)
+
+
+def test_a_file_of_an_earlier_version_is_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensor = torch.arange(6, dtype=torch.float32).reshape(2, 3)
+    cache = EmbeddingCache(tmp_path, "model")
+    digest = hashlib.sha256(b"torch.float32[2, 3]" + tensor.numpy().tobytes()).hexdigest()
+    name = hashlib.sha256(b"5:modelp").hexdigest()
+    save_file({"embedding": tensor}, tmp_path / f"{name}.safetensors", {"sha256": digest})
+    assert equal(cache.get(["p"], Encoder()), [tensor]) and not caplog.records
+
+
+def test_the_fingerprint_is_of_the_parts_named(tmp_path: Path) -> None:
+    for part in ("text_encoder", "vae"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "weights").write_bytes(b"1")
+    text, both = fingerprint(tmp_path), fingerprint(tmp_path, (*TEXT_PARTS, "vae"))
+    (tmp_path / "vae" / "weights").write_bytes(b"2")
+    assert fingerprint(tmp_path) == text != both != fingerprint(tmp_path, (*TEXT_PARTS, "vae"))
