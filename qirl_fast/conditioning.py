@@ -82,11 +82,14 @@ class Conditioning:
 
     def __init__(self, cfg: Config, model: Any, folder: Path) -> None:
         self.cfg, self.model = cfg, model
-        self.cache = EmbeddingCache(
-            Path(cfg.output) / "embeddings", f"{fingerprint(folder)}-{cfg.model.dtype}"
-        )
-        self.loader = ImageLoader(Decoder(cfg.data.decoder, device=str(model.device)))
-        self.autoencoder = fingerprint(folder, ("vae",))
+        kept, texts = Path(cfg.output) / "embeddings", fingerprint(folder)
+        both = f"{texts}-{fingerprint(folder, ('vae',))}"
+        self.texts = EmbeddingCache(kept, f"{texts}-{cfg.model.dtype}")
+        self.edits = EmbeddingCache(kept, f"{both}-{cfg.model.dtype}")
+        try:
+            self.loader = ImageLoader(Decoder(cfg.data.decoder, device=str(model.device)))
+        except RuntimeError as error:  # DALI is not there
+            raise ValueError(f"data.{error}") from error
 
     def close(self) -> None:
         """Stop decoding ahead."""
@@ -174,20 +177,18 @@ class Conditioning:
 
     def _texts(self, prompts: Sequence[str]) -> list[Tensor]:
         with torch.no_grad():
-            return self.cache.get(list(prompts), self.model.encode)
+            return self.texts.get(prompts, self.model.encode)
 
     def _conditioned(
         self, prompt: Prompt, text: str, versions: Sequence[Sequence[np.ndarray]]
     ) -> Conditioned:
         """The text and the prompt's images, encoded once for what they hold."""
         shown = [
-            f"{source.sha256()} {[v.shape[:2] for v in own]}"
+            (source.sha256(), [(v.shape[0], v.shape[1]) for v in own])
             for source, own in zip(prompt.images, versions, strict=True)
         ]
-        kept = self.cache.get_tensors(
-            text,
-            [self.autoencoder, *shown],
-            lambda: as_tensors(self.model.condition(text, versions)),
+        kept = self.edits.conditioned(
+            text, shown, lambda: as_tensors(self.model.condition(text, versions))
         )
         return from_tensors(kept)
 

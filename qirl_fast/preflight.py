@@ -75,9 +75,11 @@ def _bad_images(
             bad[i] = error
             continue
         if room:
-            for error in conditioning.faults([row]).values():
-                bad[i] = error
-            room -= i not in bad
+            faults = conditioning.faults([row])
+            if faults:
+                bad[i] = faults[0]
+            else:
+                room -= 1
     return bad
 
 

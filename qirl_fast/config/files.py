@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-PACKAGED = ("tiny:train", "tiny:validation", "tiny:heldout")
+SPLITS = ("train", "validation", "heldout")
+PACKAGED = tuple(f"tiny:{kind}{name}" for kind in ("", "edit-") for name in SPLITS)
 WEIGHTLESS = ("scheduler", "processor", "tokenizer", "feature_extractor", "image_processor")
 
 
@@ -22,8 +23,14 @@ def missing_files(plain: Mapping[str, Any]) -> list[str]:
         if path is None or path in PACKAGED or path.startswith("tiny:"):
             if path is not None and path not in PACKAGED:
                 lines.append(f"data.{name}: got {path!r}; packaged prompts: {', '.join(PACKAGED)}")
-        elif not Path(path).is_file():
-            lines.append(f"data.{name}: no such file: {path!r}; wanted a .jsonl or .txt file")
+        elif not (Path(path).exists() or path.endswith(".tar")):  # shards may be a {000..010}
+            lines.append(
+                f"data.{name}: no such file: {path!r}; wanted a .jsonl or .txt file, a folder, or "
+                "tar shards"
+            )
+    images = _text(plain, "data", "images")
+    if images is not None and not Path(images).is_dir():
+        lines.append(f"data.images: no such folder: {images!r}")
     model = _text(plain, "model", "path")
     if model is not None and model != "tiny":
         lines += [f"model.path: {line}" for line in model_folder_problems(Path(model))]
