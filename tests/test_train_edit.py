@@ -1,0 +1,253 @@
+"""A run on editing rows: condition images reach the model and the judges, bad ones are dealt with.
+
+Tests do not depend on how well the packaged model edits.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qirl_fast.config import ConfigError, load_config
+from qirl_fast.models.qwenimage21 import QwenImage21
+from qirl_fast.rewards.judge import SOURCES
+from qirl_fast.tiny import packaged
+from qirl_fast.trainer import Trainer
+
+Start = Callable[..., Any]
+
+# Writes down what it is shown; the score is how much of the source is left.
+JUDGE = """
+import numpy
+from qirl_fast.rewards.judge import SOURCES
+
+seen = []
+
+def score(images, metadata):
+    for image, row in zip(images, metadata):
+        (source,) = row[SOURCES]
+        assert source.dtype == numpy.uint8 and source.shape == image.shape, source.shape
+        seen.append((row["prompt"], image.shape))
+    pairs = [numpy.abs(i - r[SOURCES][0].astype(float)).mean() for i, r in zip(images, metadata)]
+    return (1 - numpy.array(pairs) / 255).astype(numpy.float32)
+"""
+
+
+@pytest.fixture
+def edits(tmp_path: Path) -> Path:
+    """A folder with edits.jsonl, its eight pictures, and the judge `watching:score`."""
+    source = packaged("tiny:edit-train")
+    rows = [json.loads(line) for line in source.read_text().splitlines()[:8]]
+    (tmp_path / "edits").mkdir()
+    for row in rows:
+        shutil.copy(source.parent / row["image"], tmp_path / row["image"])
+    write(tmp_path / "edits.jsonl", rows)
+    (tmp_path / "watching.py").write_text(JUDGE)
+    return tmp_path
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def settings(folder: Path, *more: str) -> list[str]:
+    file = folder / "edits.jsonl"
+    own = [f"data.train={file}", f"data.heldout={file}", f"output={folder}/runs", "run=edit"]
+    own += ["rewards={edit_accuracy: 0.5, preservation: 0.5}"]
+    return [*own, "judges={preservation: {kind: preservation}}", *more]
+
+
+def spoil(folder: Path, row: int, kind: str) -> str:
+    """Damages the picture of a row; its name."""
+    rows = read(folder / "edits.jsonl")
+    path = folder / rows[row]["image"]
+    if kind == "missing":
+        path.unlink()
+    elif kind == "cut":  # the header is whole
+        picture = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+        Image.fromarray(picture).save(path)
+        path.write_bytes(path.read_bytes()[:4000])
+    return path.name
+
+
+def test_a_run_on_edits_ends_with_a_report(small, start: Start, edits: Path) -> None:
+    run = start([*small, *settings(edits)])
+    assert run.wait() == 0, run.output()
+    folder = edits / "runs/edit"
+    judges = json.loads((folder / "summary.json").read_text())["judges"]
+    assert set(judges) == {"edit_accuracy", "preservation"}
+    metrics, timings = read(folder / "metrics.jsonl"), read(folder / "timings.jsonl")
+    assert all(line["pre_update_ratio_error"] == 0 for line in metrics)
+    assert all("data" in line["phases_s"] for line in timings)
+    with Image.open(folder / "samples/before_after.png") as picture:
+        wide = picture.width
+    assert wide > 300 + 3 * 192  # text, and three pictures a row
+
+    # The same again: nothing is encoded anew, and the numbers are the same.
+    kept = {p.name: p.stat().st_mtime_ns for p in (edits / "runs/embeddings").iterdir()}
+    assert len(kept) == 2 * 8  # eight rows, with their text and with none
+    again = start([*small, *settings(edits, "run=again")])
+    assert again.wait() == 0, again.output()
+    assert {p.name: p.stat().st_mtime_ns for p in (edits / "runs/embeddings").iterdir()} == kept
+    same = (edits / "runs/again/metrics.jsonl").read_bytes()
+    assert same == (folder / "metrics.jsonl").read_bytes()
+
+
+def test_a_killed_run_goes_on_bit_for_bit(small, start: Start, edits: Path) -> None:
+    spoil(edits, 2, "cut")
+    own = settings(edits, "train.steps=6", "data.bad_images=skip", "evaluation.prompts=2")
+    whole = start([*small, *own])
+    assert whole.wait() == 0, whole.output()
+    hook = """
+import os, signal
+from qirl_fast.trainer import Trainer
+real = Trainer.update
+def update(self, batch, advantage):
+    if self.learner.optimizer_steps == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, batch, advantage)
+Trainer.update = update
+"""
+    killed = start([*small, *own, "run=killed"], hook=hook)
+    assert killed.wait() == -9, killed.output()
+    rest = start([*small, *own, "run=killed", "resume=auto"])
+    assert rest.wait() == 0, rest.output()
+    files = [edits / "runs" / run / "metrics.jsonl" for run in ("edit", "killed")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    # The row that shows its damage only when decoded was met, named, and never drawn again.
+    log = (edits / "runs/edit/log.txt").read_text()
+    assert log.count("left out for good") == 1 and "train-002.png" in log
+
+
+@pytest.mark.parametrize("kind", ["missing", "cut"])
+def test_a_bad_image_stops_the_run_and_says_which(small, start: Start, edits: Path, kind) -> None:
+    name = spoil(edits, 7, kind)
+    own = settings(edits, "train.steps=4", "evaluation.prompts=2")
+    run = start([*small, *own])
+    said = run.output() if run.wait() else ""
+    assert run.wait() == {"missing": 2, "cut": 1}[kind], run.output()
+    assert name in said and "data.bad_images=skip" in said
+    if kind == "missing":
+        assert not (edits / "runs/edit").exists()  # nothing was begun
+        return
+    assert "not applied" in said and "resume=auto" in said
+    Image.new("RGB", (64, 64)).save(edits / "edits" / name)
+    run = start([*small, *own, "resume=auto"])
+    assert run.wait() == 0, run.output()
+
+
+def test_bad_rows_are_left_out_where_that_is_asked_for(small, edits: Path) -> None:
+    spoil(edits, 0, "missing")
+    spoil(edits, 1, "cut")
+    own = settings(edits, "data.bad_images=skip", "evaluation.prompts=6")
+    trainer = Trainer(load_config([*small, *own]))
+    rows = read(edits / "edits.jsonl")
+    assert [p.metadata for p in trainer.heldout] == rows[2:]  # decoded before they are compared on
+    drawn = {p.metadata["image"] for _ in range(12) for p in trainer.next_prompts()}
+    assert drawn == {row["image"] for row in rows[2:]}
+    with pytest.raises(ConfigError, match=r"evaluation\.prompts: got 7.*allowed: 2 to 6"):
+        Trainer(load_config([*small, *own, "evaluation.prompts=7"]))
+
+
+def test_every_update_is_of_one_size(small, start: Start, edits: Path) -> None:
+    rows = read(edits / "edits.jsonl")
+    for row in rows[:4]:
+        Image.new("RGB", (128, 64), "red").save(edits / row["image"])
+    own = settings(edits, "data.buckets=[[64, 64], [32, 64]]", "train.steps=4")
+    own += ["rewards={'watching:score': 1.0}", "evaluation.prompts=8"]
+    hook = f"""
+import atexit, json, os
+real, os._exit = os._exit, lambda code: (end(), real(code))
+def end():
+    import watching
+    open({str(edits / "seen.json")!r}, "w").write(json.dumps(watching.seen))
+"""
+    run = start([*small, *own], paths=[edits], hook=hook)
+    assert run.wait() == 0, run.output()
+    wide = {row["prompt"] for row in rows[:4]}
+    seen = json.loads((edits / "seen.json").read_text())
+    assert {tuple(shape) for _, shape in seen} == {(64, 64, 3), (32, 64, 3)}
+    assert all((shape[0] == 32) == (prompt in wide) for prompt, shape in seen)
+    judges = json.loads((edits / "runs/edit/summary.json").read_text())["judges"]
+    assert judges["watching:score"]["n"] == 8
+
+
+def test_judges_and_model_see_the_picture_over_white(small, edits: Path) -> None:
+    rows = read(edits / "edits.jsonl")
+    half = np.zeros((64, 64, 4), np.uint8)
+    half[:32, :, 3] = 255  # above black, below transparent
+    Image.fromarray(half).save(edits / rows[0]["image"])
+    trainer = Trainer(load_config([*small, *settings(edits)]))
+    given = trainer.conditioning.of(trainer.sampler.prompts[:1])
+    (source,) = given.rows[0][SOURCES]
+    assert np.unique(source[:32]).tolist() == [0] and np.unique(source[32:]).tolist() == [255]
+    # The autoencoder reads alpha: the latents are not those of the picture over white.
+    own = trainer.model.condition(rows[0]["prompt"], [[half]])
+    assert np.array_equal(own.latents, given.embeddings[0].latents)
+    over = trainer.model.condition(rows[0]["prompt"], [[source]])
+    assert not np.array_equal(over.latents, own.latents)
+
+
+def test_rows_with_and_without_images_train_together(small, start: Start, edits: Path) -> None:
+    rows = read(edits / "edits.jsonl")
+    for row in rows[:4]:
+        del row["image"]
+    write(edits / "edits.jsonl", rows)
+    run = start([*small, *settings(edits, "rewards={edit_accuracy: 1.0}")])
+    assert run.wait() == 0, run.output()
+
+
+def test_a_model_that_draws_from_text_alone_is_told_so(small, edits: Path, monkeypatch) -> None:
+    monkeypatch.setattr(QwenImage21, "takes_images", classmethod(lambda cls: False))
+    with pytest.raises(ConfigError, match=r"edits\.jsonl: row 1 has a condition image.*text alone"):
+        Trainer(load_config([*small, *settings(edits)]))
+    monkeypatch.undo()
+    monkeypatch.setattr(QwenImage21, "needs_images", True)
+    rows = read(edits / "edits.jsonl")
+    del rows[3]["image"]
+    write(edits / "edits.jsonl", rows)
+    with pytest.raises(ConfigError, match="row 4 has no condition image.*only edits"):
+        Trainer(load_config([*small, *settings(edits)]))
+
+
+def test_the_images_may_lie_elsewhere(small, edits: Path) -> None:
+    (edits / "photos").mkdir()
+    (edits / "edits").rename(edits / "photos/edits")
+    with pytest.raises(ConfigError, match=r"8 of 8 rows have an image that cannot be used"):
+        Trainer(load_config([*small, *settings(edits)]))
+    trainer = Trainer(load_config([*small, *settings(edits, f"data.images={edits / 'photos'}")]))
+    assert len(trainer.next_prompts()) == 2
+    with pytest.raises(ConfigError, match="data.images: no such folder"):
+        load_config([*small, *settings(edits, "data.images=/no/such")])
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None,
+    reason="DALI is not installed (extra 'dali')",
+)
+def test_dali_gives_the_same_run(small, start: Start, edits: Path) -> None:
+    for decoder in ("pil", "dali"):
+        run = start([*small, *settings(edits, f"data.decoder={decoder}", f"run={decoder}")])
+        assert run.wait() == 0, run.output()
+        shutil.rmtree(edits / "runs/embeddings")
+    pil, dali = ((edits / "runs" / d / "metrics.jsonl").read_bytes() for d in ("pil", "dali"))
+    assert pil == dali
+    assert "dali" in (edits / "runs/dali/log.txt").read_text().lower()
+
+
+def test_a_missing_dali_is_an_error_before_the_run(small, edits: Path, monkeypatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "nvidia.dali", None)
+    with pytest.raises(ValueError, match=r"data\.decoder: DALI.*pip install 'qirl-fast\[dali\]'"):
+        Trainer(load_config([*small, *settings(edits, "data.decoder=dali")]))
