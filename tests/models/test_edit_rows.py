@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from small_transformers import EDITORS, TEXT_WIDTH, edit_folder
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qirl_fast
-from qirl_fast.models import load_model
+from qirl_fast.memory import _without_storage
+from qirl_fast.models import adapter_of, load_model
 from qirl_fast.models.fp8 import plan_layers, use_fp8
 from qirl_fast.models.graphs import ForwardGraphs
+from qirl_fast.models.loading import described_model
 from qirl_fast.models.prefix import Conditioned
 
 SIZE, TOKENS, CHANNELS = 64, 16, 16
@@ -157,6 +161,32 @@ def test_recomputed_blocks_give_the_same_bits(make, name: str) -> None:
         found.append((v, *torch.autograd.grad(v.square().sum(), parameters)))
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
+
+
+@pytest.mark.parametrize("name", [*EDITORS, "2.1"])
+def test_it_runs_on_tensors_without_values(folders, weights: Path, name: str) -> None:
+    """As memory.py plans: rotations are given, and of a prompt the slots alone have values."""
+    folder = weights if name == "2.1" else folders[name]
+    kind = adapter_of(folder, "auto")
+    transformer = described_model(kind.parts["transformer"], folder / "transformer")
+    part = torch.nn.Identity()
+    part.config = SimpleNamespace(z_dim=CHANNELS)
+    model: Any = kind(SimpleNamespace(transformer=transformer, vae=part, text_encoder=part))
+    mode, model.device = FakeTensorMode(), torch.device("cpu")
+    _without_storage(transformer, mode, model.device)
+    slots, width, tokens = torch.zeros(20, dtype=torch.bool), TEXT_WIDTH, 20 + 48
+    if name == "2.1":  # 12 of the 20 embeddings stand for the image
+        slots[3:15], width, tokens = True, transformer.config.context_in_dim, 8 + 48
+    with mode:
+        prompt = Conditioned(torch.empty(20, width), slots, torch.empty(48, CHANNELS), ((6, 8),))
+        half = transformer.config.attention_head_dim // 2
+        model.use_rope(prompt, (4, 4), torch.empty(tokens + TOKENS, half, dtype=torch.complex64))
+        prefix = model.prefix([prompt, prompt], [0, 0, 1], SIZE, SIZE)
+        v = model.velocity(
+            torch.empty(6, TOKENS, CHANNELS), torch.empty(1), model.join(prefix, prefix)
+        )
+    assert v.shape == (6, TOKENS, CHANNELS)
+    assert len({id(t) for t in prefix.tensors}) == len(prefix.tensors) > 0
 
 
 @pytest.mark.parametrize("name", EDITORS)
