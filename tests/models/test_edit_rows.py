@@ -24,6 +24,9 @@ from qirl_fast.models.fp8 import plan_layers, use_fp8
 from qirl_fast.models.graphs import ForwardGraphs
 from qirl_fast.models.loading import described_model
 from qirl_fast.models.prefix import Conditioned
+from qirl_fast.rollout.guidance import Guidance
+from qirl_fast.rollout.replay import replay
+from qirl_fast.rollout.sample import Sampling, sample
 
 SIZE, TOKENS, CHANNELS = 64, 16, 16
 CLOSE, CLOSE_GRADIENT = 3e-6, 1e-5
@@ -229,3 +232,25 @@ def test_fp8_layers_serve_condition_tokens(make, name: str) -> None:
             alone = model.velocity(noise(7)[2:3], [0.7], model.prefix(prompts, [1], SIZE, SIZE))
     assert 1e-4 < relative(rows, exact) < 0.1
     assert relative(alone[0], rows[2]) < 0.1 * relative(rows, exact)
+
+
+@pytest.mark.parametrize("mode", ["frozen_offset", "full"])
+@pytest.mark.parametrize("name", EDITORS)
+def test_the_ratio_is_one_before_an_update(make, name: str, mode: str) -> None:
+    """Prompts of three layouts in one chunk, LoRA off its start, graph on; bit for bit."""
+    model = make(name)
+    with torch.no_grad():
+        for p in model.trainable("lora", 4, 8, None, 0).values():
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    null, config = edit(3, ((2, 4), (4, 2)), 9), model.pipeline.scheduler.config
+    for replay_steps in (1, 2):
+        how = Sampling(
+            *(SIZE, SIZE, 4, Guidance(2.0, True, mode), "flow_sde"), replay_steps=replay_steps
+        )
+        settings = {"group_size": 2, "seed": 0, "update": 1, "recorded": (0, 1)}
+        for chunk in sample(model, edits(), null, how, config, **settings):
+            scored = list(replay(model, chunk, how))
+            assert len(scored) == 2 and all(step.logp.requires_grad for step in scored)
+            for step in scored:  # two steps of a forward are another shape: to rounding
+                gap = relative(step.logp, step.logp_old)
+                assert gap <= (0 if replay_steps == 1 else CLOSE)
