@@ -1,8 +1,9 @@
-"""A Qwen3-VL processor that needs no torchvision.
+"""A Qwen-VL processor that needs no torchvision.
 
-transformers' `Qwen3VLProcessor` cannot be built without torchvision (its video processor needs
-it). This one reads the same folder, tokenizes text and images the same way, and goes into stock
-pipelines as `processor=`, which take nothing but a ProcessorMixin. Videos raise.
+transformers' `Qwen3VLProcessor` and `Qwen2VLProcessor` cannot be built without torchvision (their
+video processor needs it). This one reads the same folder, tokenizes text and images the same way,
+and goes into stock pipelines as `processor=`, which take nothing but a ProcessorMixin. Videos
+raise.
 """
 
 from pathlib import Path
@@ -38,7 +39,7 @@ class QwenVLProcessor(ProcessorMixin):
         folder = Path(folder)
         if not (folder / "tokenizer.json").is_file():
             raise FileNotFoundError(
-                f"{folder} holds no tokenizer.json: pass the processor/ folder of a Qwen3-VL model"
+                f"{folder} holds no tokenizer.json: pass the processor/ folder of a Qwen-VL model"
             )
         return cls(AutoTokenizer.from_pretrained(folder), ImageProcessor.from_pretrained(folder))
 

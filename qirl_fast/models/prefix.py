@@ -20,7 +20,8 @@ from qirl_fast.models.fused.qwenimage21 import SharedPrefix
 class Conditioned:
     """A prompt with condition images, as the text encoder and the autoencoder give them.
 
-    slots: bool [L]; True where an embedding stands for 2 x 2 latent tokens of an image.
+    slots: bool [L]; True where an embedding stands for 2 x 2 latent tokens of an image. None does
+    where the latents have a stream of their own (Qwen-Image-Edit).
     latents: normalised, [M, Z], of all images in the order of their slots; grids: the tokens
     (height, width) of each.
     """

@@ -30,7 +30,14 @@ from qirl_fast.models.adapter import Adapter, load_scheduler, require_finite
 from qirl_fast.models.fused.qwenimage import packed_forward
 from qirl_fast.models.graphs import hold
 from qirl_fast.models.loading import load_part
-from qirl_fast.models.prefix import by_layout, joined_order, row_order, spread_rows, to_rows
+from qirl_fast.models.prefix import (
+    Conditioned,
+    by_layout,
+    joined_order,
+    row_order,
+    spread_rows,
+    to_rows,
+)
 
 PIXELS_PER_TOKEN = 16
 DROPPED = 34  # tokens of the template before the prompt, which the pipeline drops
@@ -206,12 +213,12 @@ class QwenImage(Adapter):
                 )
         return self._ropes[length, grids]
 
-    def use_rope(
-        self, length: int, grid: tuple[int, int], rope: Tensor, condition: Grids = ()
-    ) -> None:
-        """Take these rotations [L + N + M, ...] for a text of L tokens, the target and condition
-        images of these grids; of use where tensors have no values.
+    def use_rope(self, prompt: int | Conditioned, grid: tuple[int, int], rope: Tensor) -> None:
+        """Take these rotations [L + N + M, ...], of a text of L tokens or a prompt with condition
+        images; of use where tensors have no values.
         """
+        length = prompt if isinstance(prompt, int) else len(prompt.text)
+        condition = () if isinstance(prompt, int) else prompt.grids
         self._ropes[length, (grid, *condition)] = rope[length:], rope[:length]
 
     def modulation(self, sigma: Tensor) -> tuple[Tensor, ...]:

@@ -201,9 +201,12 @@ class QwenImage21(Adapter):
             self._ropes[layout, grid] = rope
         return self._ropes[layout, grid]
 
-    def use_rope(self, length: int, grid: tuple[int, int], rope: Tensor) -> None:
-        """Take these rotations for `length` text tokens; of use where tensors have no values."""
-        self._ropes[Layout((False,) * length), grid] = rope
+    def use_rope(self, prompt: int | Conditioned, grid: tuple[int, int], rope: Tensor) -> None:
+        """Take these rotations [tokens of the prefix + N, ...], of a text of that many tokens or a
+        prompt with condition images; of use where tensors have no values.
+        """
+        text = Layout((False,) * prompt) if isinstance(prompt, int) else Layout.of(prompt)
+        self._ropes[text, grid] = rope
 
     def _prefix_forward(
         self, prompts: Sequence[Tensor | Conditioned], layout: Layout, rope: Tensor

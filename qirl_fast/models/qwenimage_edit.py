@@ -11,16 +11,18 @@ smaller one of each. Alpha is put over white; the stock pipelines fail on it.
 
 diffusers 0.42 does not hand the processor's mm_token_type_ids to the text encoder, so with
 transformers 5 the encoder counts an image's tokens as text positions (diffusers issue 14194).
-`condition` runs the pipeline's own encode_prompt and agrees with the installed one, either way.
+`condition` runs the pipeline's own encode_prompt and agrees with the installed one, either way;
+`load` warns.
 
 Shapes: as in qwenimage.py; M latent tokens of condition images.
 Source: diffusers `pipeline_qwenimage_edit.py`, `pipeline_qwenimage_edit_plus.py`.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -33,6 +35,8 @@ from qirl_fast.models.loading import load_part
 from qirl_fast.models.prefix import Conditioned, by_layout, row_order, spread, spread_rows
 from qirl_fast.models.qwenimage import PIXELS_PER_TOKEN, Grids, QwenImage, Texts
 from qirl_fast.processor import QwenVLProcessor
+
+logger = logging.getLogger(__name__)
 
 ENCODER_PIXELS = 384 * 384  # of an image for Plus's text encoder, at most
 DROPPED = 64  # tokens of the template before the prompt, which the pipelines drop
@@ -80,6 +84,20 @@ class QwenImageEdit(QwenImage):
         "processor": QwenVLProcessor.from_pretrained,
     }
     slot = SLOT  # in the template, of image number {}
+
+    @classmethod
+    def load(cls, folder: str | Path, dtype: torch.dtype, device: str = "cpu") -> Self:
+        """As `Adapter.load`; warns where the installed pipeline drops the positions of images."""
+        code = cls.pipeline_class._get_qwen_prompt_embeds.__code__
+        if "mm_token_type_ids" not in {*code.co_names, *code.co_consts}:
+            logger.warning(
+                "%s of the installed diffusers hands the text encoder no mm_token_type_ids, so "
+                "transformers 5 numbers an image's tokens like text (diffusers issue 14194); "
+                "training conditions on the same embeddings as this pipeline, and another "
+                "implementation may draw from others",
+                cls.pipeline_class.__name__,
+            )
+        return super().load(folder, dtype, device)
 
     @classmethod
     def takes_images(cls) -> bool:

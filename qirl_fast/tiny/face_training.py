@@ -28,7 +28,7 @@ from qirl_fast.tiny import faces
 
 PICTURE = 128  # pixels of a side that the detector sees
 STRIDES = (8, 16, 32)
-SIZES = ((0, 24, 36), (36, 52, 72), (72, 100, 999))  # of the longer side, by stride and anchor
+SIZES = ((0, 24, 36), (36, 56, 80), (80, 104, 999))  # of the longer side, by stride and anchor
 MIRRORED = [1, 0, 2, 4, 3]  # the points of a face seen in a mirror
 
 Report = Callable[[str, int, int, dict[str, float]], None]
@@ -39,12 +39,12 @@ class Recipe:
     """Seed and lengths; `people` are seen `views` times each for the embedder."""
 
     seed: int = 0
-    scenes: int = 2500
-    detector_steps: int = 700
+    scenes: int = 4000
+    detector_steps: int = 2000
     detector_batch: int = 24
-    people: int = 1500
+    people: int = 1000
     views: int = 3
-    embedder_steps: int = 500
+    embedder_steps: int = 300
     embedder_batch: int = 64
 
 
@@ -67,8 +67,8 @@ class Detector(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(_block(3, 8, deep=False), _block(8, 16))
-        self.levels = nn.ModuleList([_block(16, 24), _block(24, 32), _block(32, 48)])
-        self.heads = nn.ModuleList([nn.Conv2d(c, 2 * 15, 1) for c in (24, 32, 48)])
+        self.levels = nn.ModuleList([_block(16, 32), _block(32, 40), _block(40, 48)])
+        self.heads = nn.ModuleList([nn.Conv2d(c, 2 * 15, 1) for c in (32, 40, 48)])
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Scores of the three strides, then distances, then points."""
@@ -85,10 +85,10 @@ class Embedder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        widths = [3, 8, 16, 24, 32, 40]
+        widths = [3, 8, 12, 16, 24, 32]
         blocks = [_block(a, b) for a, b in pairwise(widths)]
-        self.body = nn.Sequential(*blocks, nn.Conv2d(40, 16, 1))
-        self.out = nn.Linear(16 * 16, 32)
+        self.body = nn.Sequential(*blocks, nn.Conv2d(32, 12, 1))
+        self.out = nn.Linear(12 * 16, 32)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.body(x).flatten(1))
@@ -117,7 +117,7 @@ def draw_face(rng: np.random.Generator, who: faces.Identity) -> np.ndarray:
     radius = float(rng.uniform(14, 52))
     view = faces.sample_view(rng, (64 + rng.normal(0, 4), 64 + rng.normal(0, 4)), radius)
     image = faces.place(faces.background(rng, PICTURE), who, view)
-    points = faces.landmarks(who, view) + rng.normal(0, 0.03 * radius, (5, 2))
+    points = faces.landmarks(who, view) + rng.normal(0, 0.05 * radius, (5, 2))
     crop = aligned(image, points) + rng.normal(0, rng.uniform(0, 8), (SIDE, SIDE, 3))
     return crop.clip(0, 255).astype(np.uint8)
 

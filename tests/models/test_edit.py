@@ -8,6 +8,7 @@ test_qwenimage21.py.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,18 @@ def test_prompt_tokens_are_those_of_the_embedding(make, folders, name: str) -> N
         for prompt in (PROMPT, "a photo of a yellow triangle right of a square"):
             found = conditioned(model, prompt, images[:count])
             assert len(found.text) == model.prompt_tokens(folders[name], prompt, sizes)
+
+
+def test_images_positions_that_get_lost_are_warned_of(make, caplog) -> None:
+    for name in EDITORS:
+        caplog.clear()
+        kind = type(make(name)).pipeline_class
+        forwarded = "mm_token_type_ids" in inspect.getsource(kind._get_qwen_prompt_embeds)
+        warned = [r for r in caplog.records if "diffusers issue 14194" in r.message]
+        assert len(warned) == (not forwarded)
+    caplog.clear()
+    make("2.1")
+    assert "14194" not in caplog.text
 
 
 def test_sizes_are_those_of_the_stock_pipelines() -> None:

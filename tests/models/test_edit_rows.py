@@ -8,18 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from small_transformers import EDITORS, TEXT_WIDTH, edit_folder
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qirl_fast
-from qirl_fast.models import load_model
+from qirl_fast.memory import _without_storage
+from qirl_fast.models import adapter_of, load_model
 from qirl_fast.models.fp8 import plan_layers, use_fp8
 from qirl_fast.models.graphs import ForwardGraphs
+from qirl_fast.models.loading import described_model
 from qirl_fast.models.prefix import Conditioned
+from qirl_fast.rollout.guidance import Guidance
+from qirl_fast.rollout.replay import replay
+from qirl_fast.rollout.sample import Sampling, sample
 
 SIZE, TOKENS, CHANNELS = 64, 16, 16
 CLOSE, CLOSE_GRADIENT = 3e-6, 1e-5
@@ -159,6 +166,32 @@ def test_recomputed_blocks_give_the_same_bits(make, name: str) -> None:
         assert all(map(torch.equal, found[0], other))
 
 
+@pytest.mark.parametrize("name", [*EDITORS, "2.1"])
+def test_it_runs_on_tensors_without_values(folders, weights: Path, name: str) -> None:
+    """As memory.py plans: rotations are given, and of a prompt the slots alone have values."""
+    folder = weights if name == "2.1" else folders[name]
+    kind = adapter_of(folder, "auto")
+    transformer = described_model(kind.parts["transformer"], folder / "transformer")
+    part = torch.nn.Identity()
+    part.config = SimpleNamespace(z_dim=CHANNELS)
+    model: Any = kind(SimpleNamespace(transformer=transformer, vae=part, text_encoder=part))
+    mode, model.device = FakeTensorMode(), torch.device("cpu")
+    _without_storage(transformer, mode, model.device)
+    slots, width, tokens = torch.zeros(20, dtype=torch.bool), TEXT_WIDTH, 20 + 48
+    if name == "2.1":  # 12 of the 20 embeddings stand for the image
+        slots[3:15], width, tokens = True, transformer.config.context_in_dim, 8 + 48
+    with mode:
+        prompt = Conditioned(torch.empty(20, width), slots, torch.empty(48, CHANNELS), ((6, 8),))
+        half = transformer.config.attention_head_dim // 2
+        model.use_rope(prompt, (4, 4), torch.empty(tokens + TOKENS, half, dtype=torch.complex64))
+        prefix = model.prefix([prompt, prompt], [0, 0, 1], SIZE, SIZE)
+        v = model.velocity(
+            torch.empty(6, TOKENS, CHANNELS), torch.empty(1), model.join(prefix, prefix)
+        )
+    assert v.shape == (6, TOKENS, CHANNELS)
+    assert len({id(t) for t in prefix.tensors}) == len(prefix.tensors) > 0
+
+
 @pytest.mark.parametrize("name", EDITORS)
 def test_graphs_take_prompts_of_the_same_layout(make, name: str) -> None:
     """On a CPU the recording is a run whose output is copied to one place: see test_graphs.py."""
@@ -199,3 +232,25 @@ def test_fp8_layers_serve_condition_tokens(make, name: str) -> None:
             alone = model.velocity(noise(7)[2:3], [0.7], model.prefix(prompts, [1], SIZE, SIZE))
     assert 1e-4 < relative(rows, exact) < 0.1
     assert relative(alone[0], rows[2]) < 0.1 * relative(rows, exact)
+
+
+@pytest.mark.parametrize("mode", ["frozen_offset", "full"])
+@pytest.mark.parametrize("name", EDITORS)
+def test_the_ratio_is_one_before_an_update(make, name: str, mode: str) -> None:
+    """Prompts of three layouts in one chunk, LoRA off its start, graph on; bit for bit."""
+    model = make(name)
+    with torch.no_grad():
+        for p in model.trainable("lora", 4, 8, None, 0).values():
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    null, config = edit(3, ((2, 4), (4, 2)), 9), model.pipeline.scheduler.config
+    for replay_steps in (1, 2):
+        how = Sampling(
+            *(SIZE, SIZE, 4, Guidance(2.0, True, mode), "flow_sde"), replay_steps=replay_steps
+        )
+        settings = {"group_size": 2, "seed": 0, "update": 1, "recorded": (0, 1)}
+        for chunk in sample(model, edits(), null, how, config, **settings):
+            scored = list(replay(model, chunk, how))
+            assert len(scored) == 2 and all(step.logp.requires_grad for step in scored)
+            for step in scored:  # two steps of a forward are another shape: to rounding
+                gap = relative(step.logp, step.logp_old)
+                assert gap <= (0 if replay_steps == 1 else CLOSE)
