@@ -26,7 +26,7 @@ from qirl_fast.data.prompts import Prompt
 from qirl_fast.data.sources import Source
 from qirl_fast.models.adapter import Adapter
 from qirl_fast.models.prefix import Conditioned
-from qirl_fast.rewards.judge import SOURCES, Row
+from qirl_fast.rewards.judge import SOURCES, Row, Sources
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Conditioning:
             versions = [images[:-1] for images in decoded]
             embeddings.append(self._conditioned(prompt, prompt.prompt, versions))
             nulls.append(self._conditioned(prompt, "", versions))
-            sources = [over_white(images[-1]) for images in decoded]
+            sources = Sources(over_white(images[-1]) for images in decoded)
             rows.append(prompt.metadata | {SOURCES: sources})
         return Given(embeddings, nulls, rows, height, width)
 

@@ -17,7 +17,7 @@ from qirl_fast.config import Config, ConfigError
 from qirl_fast.data.images import ImageError
 from qirl_fast.data.prompts import Prompt
 from qirl_fast.models import Model
-from qirl_fast.rewards.judge import SOURCES
+from qirl_fast.rewards.judge import SOURCES, Sources
 from qirl_fast.rewards.judges import Judges
 from qirl_fast.rollout.dynamics import step_coefficients
 from qirl_fast.rollout.schedule import make_sigmas
@@ -178,7 +178,7 @@ def _row_problems(
         if number - 1 in bad:
             continue
         weights = cfg.category_weights.get(row.category or "", cfg.rewards)
-        sources = {SOURCES: [BLANK] * len(row.images)} if row.images else {}
+        sources = {SOURCES: Sources([BLANK] * len(row.images))} if row.images else {}
         for judge, fault in judges.check_row(row.metadata | sources, weights):
             if judge not in refused:
                 refused.add(judge)

@@ -136,7 +136,7 @@ def test_two_processes_compute_the_same(cold: Path, finished: Callable[..., Path
 def test_another_seed_is_another_course(finished: Callable[..., Path]) -> None:
     one, other = finished("plain"), finished("seed1", "seed=1")
     assert (one / "metrics.jsonl").read_bytes() != (other / "metrics.jsonl").read_bytes()
-    befores = [np.load(run / "samples" / "before.npz")["images"] for run in (one, other)]
+    befores = [np.load(run / "samples" / "before.npz")["image_0"] for run in (one, other)]
     assert np.array_equal(*befores), "the evaluation has its own seed"
 
 
@@ -294,7 +294,7 @@ def test_full_parameters(
     assert all(row["pre_update_ratio_error"] == 0 for row in rows)
     plain = finished("plain") / "samples" / "before.npz"
     with np.load(plain) as one, np.load(folder / "samples" / "before.npz") as other:
-        assert np.array_equal(one["images"], other["images"]), "both start from the same policy"
+        assert np.array_equal(one["image_0"], other["image_0"]), "both start from the same policy"
 
 
 def test_bfloat16(

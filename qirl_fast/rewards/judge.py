@@ -29,6 +29,13 @@ SOURCES = "source_images"
 Row = dict[str, Any]
 
 
+class Sources(list[np.ndarray]):
+    """Condition images, uint8 [h, w, 3] each, that a message which shows their row only counts."""
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} images>"
+
+
 @dataclass(frozen=True)
 class Scored:
     """values: float32 [B], read where SCORED alone. status: int8 [B] of SCORED, FAILED, MISSING.

@@ -31,9 +31,9 @@ class Replayed:
 def replay(model: Model, trajectory: Trajectory, how: Sampling) -> Iterator[Replayed]:
     """Yield the recorded steps in order; the prompts' prefix is computed once for all of them."""
     guidance, rows = how.guidance, len(trajectory.rows)
-    prefix = trajectory.prompts.prefix(model, how)
+    prefix = trajectory.prompts.prefix(model)
     guided = [guidance.in_objective and guidance.at(sigma) for sigma in trajectory.sigmas]
-    null_prefix = trajectory.prompts.null_prefix(model, how) if any(guided) else None
+    null_prefix = trajectory.prompts.null_prefix(model) if any(guided) else None
     for steps in _together(guided, how.replay_steps):
         x = torch.cat([trajectory.x[i] for i in steps])
         sigma = [trajectory.sigmas[i] for i in steps]

@@ -61,18 +61,21 @@ class Sampling:
 class Prompts:
     """A chunk's conditioning: an embedding [L, C] a prompt, or what else the model's prefix takes;
     `owner[r]` is the prompt of row r. nulls: the unconditional one for all prompts, or for each.
+    height, width: of what is drawn, pixels.
     """
 
     embeddings: tuple[Any, ...]
     nulls: tuple[Any, ...]
     owner: tuple[int, ...]
+    height: int
+    width: int
 
-    def prefix(self, model: Model, how: Sampling) -> Any:
-        return model.prefix(self.embeddings, self.owner, how.height, how.width)
+    def prefix(self, model: Model) -> Any:
+        return model.prefix(self.embeddings, self.owner, self.height, self.width)
 
-    def null_prefix(self, model: Model, how: Sampling) -> Any:
+    def null_prefix(self, model: Model) -> Any:
         owner = self.owner if len(self.nulls) > 1 else [0] * len(self.owner)
-        return model.prefix(self.nulls, owner, how.height, how.width)
+        return model.prefix(self.nulls, owner, self.height, self.width)
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,8 @@ def sample_then(
             tuple(embeddings[p] for p in used),
             tuple(null[p] for p in used) if isinstance(null, list) else (null,),
             tuple(used.index(p) for p in prompt),
+            how.height,
+            how.width,
         )
         noise_seeds = row_seeds(seed, update, prompt if shared_noise else own, stream=0)
         x = initial_noise(noise_seeds, (tokens, channels), model.device)
@@ -211,8 +216,8 @@ def _sample_chunk(
     recorded: tuple[int, ...],
 ) -> Trajectory:
     guidance = how.guidance
-    prefix = prompts.prefix(model, how)
-    null_prefix = prompts.null_prefix(model, how) if guidance.on else None
+    prefix = prompts.prefix(model)
+    null_prefix = prompts.null_prefix(model) if guidance.on else None
     joined = None if null_prefix is None else model.join(prefix, null_prefix)
     x = x.to(_DTYPES[how.storage_dtype])
     kept: dict[str, list[Any]] = {k: [] for k in ("x", "x_next", "delta", "logp")}

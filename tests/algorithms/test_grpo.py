@@ -99,9 +99,9 @@ def expected_loss(
     total, ratios, kls = torch.zeros((), dtype=torch.float64), [], []
     pull = [2 * k.w * k.s * abs(k.c) for k in chunk.coefficients]  # d logp / d v = pull eps
     harmonic = len(pull) / sum(1 / p for p in pull)
-    prefix = chunk.prompts.prefix(model, how)
+    prefix = chunk.prompts.prefix(model)
     with model.reference():
-        prefix_ref = chunk.prompts.prefix(model, how).detach()
+        prefix_ref = chunk.prompts.prefix(model).detach()
     for k, step in enumerate(chunk.coefficients):
         x, x_next = chunk.x[k].double(), chunk.x_next[k].double()
         sigma = torch.full((len(chunk.rows),), chunk.sigmas[k], dtype=torch.float64)

@@ -95,9 +95,9 @@ def logp_float64(model: Any, chunk: Trajectory, how: Sampling, k: int) -> Tensor
     """The score of recorded step k written out from the equations, in the model's float64."""
     x, x_next = chunk.x[k].double(), chunk.x_next[k].double()
     sigma = torch.full((len(chunk.rows),), chunk.sigmas[k], dtype=torch.float64)
-    v = model.velocity(x, sigma, chunk.prompts.prefix(model, how))
+    v = model.velocity(x, sigma, chunk.prompts.prefix(model))
     if how.guidance.ratio_mode == "full":
-        v_null = model.velocity(x, sigma, chunk.prompts.null_prefix(model, how))
+        v_null = model.velocity(x, sigma, chunk.prompts.null_prefix(model))
         v_cond, v = v, v_null + how.guidance.scale * (v - v_null)
         if how.guidance.rescale:
             v = v * v_cond.norm(dim=-1, keepdim=True) / v.norm(dim=-1, keepdim=True)

@@ -208,7 +208,7 @@ def test_the_residual_of_frozen_offset_is_the_injected_noise(
             )[0]
             sigma = torch.full((12,), chunk.sigmas[k])
             with torch.no_grad():
-                v = model.velocity(chunk.x[k], sigma, chunk.prompts.prefix(model, how))
+                v = model.velocity(chunk.x[k], sigma, chunk.prompts.prefix(model))
             mean = step.a * chunk.x[k] + step.c * v
             if chunk.delta[k] is not None:
                 mean = mean + chunk.delta[k]
