@@ -11,10 +11,11 @@ READY := .venv/.ready
 KEY := $(CURDIR) PYTHON=$(PYTHON) QIRL_CUDA=$(QIRL_CUDA)
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup train test lint format clean cuda-check asan FORCE
+.PHONY: help setup train train-edit test lint format clean cuda-check asan FORCE
 
 help:
 	@echo 'make train       train the packaged tiny model on the CPU   ARGS="key=value ..."'
+	@echo 'make train-edit  the same for editing: recolour, add, remove, move  ARGS="key=value ..."'
 	@echo 'make test        run the fast tests                         ARGS="pytest arguments"'
 	@echo 'make lint        ruff, mypy, clang-format; changes nothing'
 	@echo 'make format      let ruff and clang-format rewrite the files'
@@ -35,6 +36,9 @@ endif
 
 train: $(READY)
 	$(BIN)/python -m qirl_fast.train $(ARGS)
+
+train-edit: $(READY)
+	$(BIN)/python -m qirl_fast.train configs/tiny_edit.yaml $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
