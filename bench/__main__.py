@@ -1,4 +1,4 @@
-"""ops: against eager PyTorch, torch.compile, others, a copy; block; step: a GRPO step; fp8."""
+"""ops: against eager PyTorch, torch.compile, others, a copy; block; step; fp8; decode: images."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from bench import base
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("what", choices=["ops", "block", "step", "fp8"])
+    parser.add_argument("what", choices=["ops", "block", "step", "fp8", "decode"])
     parser.add_argument("--op", nargs="+", metavar="OP", help="only these ops")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], metavar="DTYPE")
@@ -32,6 +32,9 @@ def main() -> None:
         "--condition-px", type=int, default=0, help="of step: condition image (editing); 0: none"
     )
     parser.add_argument("--px", type=int, help="image size (step: 128 by default, block: 512)")
+    parser.add_argument(
+        "--step-s", type=float, default=2.0, help="of decode: seconds of a simulated step"
+    )
     options = parser.parse_args()
     base.use_site()
     if options.what == "step":
@@ -40,6 +43,8 @@ def main() -> None:
         _fp8(options)
     elif options.what == "block":
         _block(options)
+    elif options.what == "decode":
+        _decode(options)
     else:
         _ops(options)
 
@@ -105,6 +110,19 @@ def _block(options: argparse.Namespace) -> None:
         block.Options(px=options.px or 512, device=options.device, heads=heads, out=options.out),
         say=lambda text: print(text, flush=True),
     )
+
+
+def _decode(options: argparse.Namespace) -> None:
+    from bench import decode
+
+    chosen = decode.Options(
+        rounds=options.rounds, seconds=options.seconds, step_s=options.step_s, out=options.out
+    )
+    result = decode.run(chosen, say=lambda text: print(text, flush=True))
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        options.out.with_suffix(".md").write_text(decode.markdown(result))
+        decode.plot(result, options.out.with_suffix(".png"))
 
 
 def _for_base(options: argparse.Namespace) -> list[str]:

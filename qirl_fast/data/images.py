@@ -237,7 +237,8 @@ def _versions(
 ) -> Versions | ImageError:
     if isinstance(opened, ImageError):
         return opened
-    if pixels is None or pixels.shape[:2] != (opened.image.height, opened.image.width):
+    stored = (opened.image.height, opened.image.width)
+    if pixels is None or pixels.shape[:2] != stored:
         try:
             image = opened.image.convert("RGBA" if opened.header.alpha else "RGB")
         except Exception as error:  # as above
@@ -245,12 +246,14 @@ def _versions(
                 f"{source.name}: the pixels cannot be decoded ({error}); the file is cut off or "
                 "damaged: copy it again, or take the row out"
             )
+    elif opened.turn is None and all(tuple(size) == stored for size in sizes):
+        return [pixels for _ in sizes]
     else:
         image = Image.fromarray(pixels)
     if opened.turn is not None:
         image = image.transpose(opened.turn)
     return [
-        np.array(image.resize((w, h), Image.Resampling.LANCZOS, reducing_gap=None))
+        np.array(image if image.size == (w, h) else image.resize((w, h), Image.Resampling.LANCZOS))
         for h, w in sizes
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+@cache
 def made() -> dict[str, bytes]:
     """Name -> bytes of a photograph in every kind of file that is served."""
     with Image.open(photos()[0]) as file:

@@ -243,6 +243,7 @@ def test_refused_from_the_header(tmp_path: Path, name: str) -> None:
     assert str(caught.value).startswith(f"set/{name}: ") and part in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_one_bad_file_does_not_spoil_the_others(decoder: Decoder, tmp_path: Path) -> None:
     good = Source("china.jpg", photos()[0])
     (alone,) = decoder([good], [[(64, 64)]])
