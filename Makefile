@@ -9,6 +9,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 # The folder and the choices the environment was made with; another value means set-up again.
 KEY := $(CURDIR) PYTHON=$(PYTHON) QIRL_CUDA=$(QIRL_CUDA)
+# Tests run on all cores, four at most; those of a file on one, as they share what they set up.
+WORKERS := -n logical --maxprocesses 4 --dist loadfile
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help setup train train-edit test lint format clean cuda-check asan FORCE
@@ -41,7 +43,7 @@ train-edit: $(READY)
 	$(BIN)/python -m qirl_fast.train configs/tiny_edit.yaml $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) -m 'not slow' $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
@@ -84,77 +83,8 @@ def no_worse() -> Callable[..., None]:
     return check
 
 
-class Beside:
-    """Long commands, run one after another beside the tests, on the core these do not use.
-
-    All that the collected tests will ask for are begun as soon as they are known.
-    """
-
-    def __init__(self) -> None:
-        self._turns = ThreadPoolExecutor(1)
-        self._jobs: dict[tuple[str, ...], Future[subprocess.CompletedProcess[str]]] = {}
-        self._running: subprocess.Popen[str] | None = None
-
-    def start(self, command: tuple[str, ...], env: Mapping[str, str]) -> None:
-        """Queue a command that is not yet there."""
-        if command not in self._jobs:
-            self._jobs[command] = self._turns.submit(self._run, command, {**os.environ, **env})
-
-    def __call__(
-        self, command: tuple[str, ...], env: Mapping[str, str]
-    ) -> subprocess.CompletedProcess[str]:
-        """Wait until the command has run."""
-        self.start(command, env)
-        return self._jobs[command].result()
-
-    def _run(
-        self, command: tuple[str, ...], env: Mapping[str, str]
-    ) -> subprocess.CompletedProcess[str]:
-        pipe = subprocess.PIPE
-        with subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True) as process:
-            self._running = process
-            out, err = process.communicate()
-        return subprocess.CompletedProcess(command, process.returncode, out, err)
-
-    def stop(self) -> None:
-        self._turns.shutdown(wait=False, cancel_futures=True)
-        if self._running is not None:
-            self._running.kill()
-
-
-BESIDE = Beside()
 EMULATED = str(REPOSITORY / "build/emulated")
 BUILD = (str(REPOSITORY / ".ci/build-cpp"), EMULATED, "_cuda_emulated", "-DQIRL_CUDA=OFF")
-BUILD_ENV = {"QIRL_BUILD_PYTHON": sys.executable}
-INTERPRETER_ENV = {"TRITON_INTERPRET": "1"}
-
-
-def interpreter(cases: str) -> tuple[str, ...]:
-    """The command that runs a file of tests/ops in a pytest of its own."""
-    file = str(Path(__file__).with_name(cases))
-    return (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file)
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    if session.config.option.collectonly:
-        return
-    for item in session.items:
-        if "emulated_module" in getattr(item, "fixturenames", ()) and not emulated_elsewhere():
-            BESIDE.start(BUILD, BUILD_ENV)
-    for item in session.items:
-        skipped = any(mark.args[0] for mark in item.iter_markers("skipif"))
-        if "in_the_interpreter" in getattr(item, "fixturenames", ()) and not skipped:
-            BESIDE.start(interpreter(item.callspec.params["cases"]), INTERPRETER_ENV)
-
-
-def pytest_sessionfinish() -> None:
-    BESIDE.stop()
-
-
-@pytest.fixture
-def in_the_interpreter() -> Callable[[str], subprocess.CompletedProcess[str]]:
-    """`in_the_interpreter(cases)`: that file of tests/ops has run in Triton's interpreter."""
-    return lambda cases: BESIDE(interpreter(cases), INTERPRETER_ENV)
 
 
 def emulated_elsewhere() -> str | None:
@@ -168,7 +98,8 @@ def emulated_module() -> ModuleType:
     folder = emulated_elsewhere()
     if folder is None:
         folder = EMULATED
-        built = BESIDE(BUILD, BUILD_ENV)
+        env = {**os.environ, "QIRL_BUILD_PYTHON": sys.executable}
+        built = subprocess.run(BUILD, env=env, capture_output=True, text=True, check=False)
         assert built.returncode == 0, built.stdout + built.stderr
     path = Path(folder) / "csrc/emulate/_cuda_emulated.so"
     spec = spec_from_file_location("emulated._cuda", path)  # the module inside is named _cuda
