@@ -6,8 +6,7 @@ libraries' workspaces, and what lives inside a single operation.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -153,14 +152,19 @@ def _replay(
         embeddings = [torch.empty(length, channels_of_text)] * groups
         owner = [r // group for r in range(rows)]
         weights = list(transformer.parameters())
-        replayed_in: AbstractContextManager[None] = nullcontext()
+        region = ExitStack()
         fp8 = cfg.model.fp8
         if fp8 is not None and fp8.mode == "unified" and fp8.library == "native":
             use = use_fp8(transformer, fp8_plan(cfg), fp8.recipe, fp8.backward)
+            region.enter_context(use.on())
             weights += use.weights()
-            replayed_in = use.on()
         count = SavedTensors(weights)
+<<<<<<< HEAD
         with count, replayed_in:
+=======
+        with count, region:
+            size = (cfg.rollout.height, cfg.rollout.width)
+>>>>>>> fp8
             prefix = model.prefix(embeddings, owner, *size)
             both = cfg.rollout.guidance != 1 and cfg.rollout.ratio_mode == "full"
             if both:  # the unconditional branch has a gradient too

@@ -208,6 +208,6 @@ def match_flow(
         torch._foreach_lerp_(averaged, [p.detach() for p in parameters], 1 - decay)
         report(fit.name, step + 1, fit.steps, {"loss": loss.item()})
     with torch.no_grad():
-        torch._foreach_copy_(parameters, averaged)
+        torch._foreach_copy_([p.data for p in parameters], averaged)
     for module in modules:
         module.requires_grad_(False).eval()

@@ -209,6 +209,41 @@ def test_every_planned_layer_runs_in_fp8_and_norms_quantise_for_it(family, recip
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
+def test_weights_are_quantised_once_for_all_regions(family: str) -> None:
+    model = make(family)
+    switch = convert(model, family)
+    with switch.on():
+        found = forward(model, family)
+    with Calls() as calls, switch.on():
+        assert torch.equal(forward(model, family), found)
+    assert not calls.count["fp8_quantize"]
+    # Through .data no version counts: the sum of the bits tells, and of this layer alone.
+    changed = next(m for m in model.modules() if isinstance(m, Fp8Linear))
+    version = changed.weight._version
+    changed.weight.data[1, 2] *= 2
+    assert changed.weight._version == version
+    with Calls() as calls, switch.on():
+        assert not torch.equal(forward(model, family), found)
+    assert calls.count["fp8_quantize"] == 1
+
+
+def test_a_merged_adapter_is_seen_at_the_next_region() -> None:
+    model = make("2.1")
+    switch = convert(model, "2.1")
+    model.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=list(LORA_TARGETS)))
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data = draw(*p.shape, seed=len(name)) * 0.05
+    with switch.on(), torch.no_grad():
+        apart = forward(model, "2.1")
+    model.fuse_lora()
+    with switch.on(), Calls() as calls, torch.no_grad():
+        merged = forward(model, "2.1")
+    assert calls.count["fp8_quantize"] == sum(isinstance(m, Fp8Linear) for m in model.modules())
+    assert 0 < relative(merged, apart) < 0.15  # the update is in fp8 now, too
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
 def test_parameters_names_and_state_dicts_stay(family: str) -> None:
     model, plain = make(family), make(family)
     parameters = dict(model.named_parameters())

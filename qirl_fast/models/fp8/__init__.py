@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qirl_fast.models.fp8.linear import Fp8Linear
+from qirl_fast.models.fp8.linear import Fp8Linear, forget_changed
 from qirl_fast.models.fp8.plan import Layer, describe, plan_layers
 
 __all__ = ["Fp8", "Fp8Linear", "Layer", "describe", "plan_layers", "use_fp8"]
@@ -46,8 +46,8 @@ class Fp8:
                 yield
             return
         before = [layer.in_fp8 for layer in self._layers]
+        forget_changed([layer for layer in self._layers if not layer.in_fp8])
         for layer in self._layers:
-            layer.stale |= not layer.in_fp8
             layer.in_fp8 = True
         try:
             yield
