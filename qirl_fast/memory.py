@@ -6,6 +6,7 @@ libraries' workspaces, and what lives inside a single operation.
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -159,12 +160,7 @@ def _replay(
             region.enter_context(use.on())
             weights += use.weights()
         count = SavedTensors(weights)
-<<<<<<< HEAD
-        with count, replayed_in:
-=======
         with count, region:
-            size = (cfg.rollout.height, cfg.rollout.width)
->>>>>>> fp8
             prefix = model.prefix(embeddings, owner, *size)
             both = cfg.rollout.guidance != 1 and cfg.rollout.ratio_mode == "full"
             if both:  # the unconditional branch has a gradient too
