@@ -453,9 +453,7 @@ def test_landmarks_and_boxes_are_where_they_were_drawn(judge):
         if found:
             off = np.linalg.norm(found[0].points - faces.landmarks(who, view), axis=1)
             errors.append(off.mean() / radius)
-            a, b = found[0].box, faces.box(who, view)
-            shared = (np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])).clip(0).prod()
-            overlaps.append(shared / ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - shared))
+            overlaps.append(overlap(found[0].box, faces.box(who, view)))
     assert len(errors) >= 28
     # in units of half the head's height, of which an eye is 0.28 to 0.44 from the middle
     assert np.median(errors) < 0.1 and np.median(overlaps) > 0.75, (errors, overlaps)
@@ -483,15 +481,20 @@ def test_the_judge_on_drawn_edits(judge):
     assert found.values.tolist() == alone, "to the last bit, whatever it is judged with"
 
 
+def overlap(a, b):
+    """Shared area over the whole of two boxes."""
+    shared = (np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])).clip(0).prod()
+    return shared / ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - shared)
+
+
 def test_any_size_of_picture(judge):
     """A face is found in a picture of another shape, and its box is in that picture's pixels."""
-    image = portrait(person(4), 0)
+    who, view = person(4), faces.View((64.0, 66.0), 36.0)
     wide = np.full((128, 192, 3), 128, np.uint8)
-    wide[:, 50:178] = image
-    box = judge.model.detect(image)[0].box
+    wide[:, 50:178] = faces.place(wide[:, :128], who, view)
     (found,) = judge.model.detect(wide.repeat(2, 0).repeat(2, 1))
-    # the detector sees it three times smaller: an eighth of the head's 144 pixels
-    np.testing.assert_allclose(found.box, 2 * (box + np.array([50, 0, 50, 0])), atol=18)
+    # tests by hand are exact; this one bears the tiny detector's own error, not a wrong place
+    assert overlap(found.box, 2 * (faces.box(who, view) + np.array([50, 0, 50, 0]))) > 0.6
 
 
 def test_no_face_is_seen_where_none_was_drawn(judge):
