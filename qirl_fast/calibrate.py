@@ -60,7 +60,7 @@ def calibrate(folder: Path, keys: Settings) -> Path:
     ratings = {}
     if keys.labels is not None:
         ratings = load_ratings(keys.labels, prompts, scores.samples, names)
-    s_PnK, raw_PnK = scores.array(cfg.tiers), scores.array()
+    s_PnK, raw_PnK = scores.array(cfg.tiers, cfg.edit), scores.array()
     categories = np.array([r.category or "" for r in records], object)
     std_K = global_std(s_PnK)
     limits = Limits(keys.floor, cfg.advantage.std_floor, keys.min_labels)

@@ -77,7 +77,9 @@ def curate(cfg: Config, argv: Sequence[str] = ()) -> Path:
         trainer.judges.abandon()
     scores.finish()
     try:
-        decision = decide(scores.array(cfg.tiers), _weights(cfg, prompts, scores), _rules(cfg))
+        decision = decide(
+            scores.array(cfg.tiers, cfg.edit), _weights(cfg, prompts, scores), _rules(cfg)
+        )
     except ValueError as error:
         raise StepFailed(f"{error}; the first reason: {_first_reason(scores)}") from error
     write(folder, source, scores, decision)

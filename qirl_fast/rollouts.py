@@ -19,10 +19,9 @@ from qirl_fast.config import Config
 from qirl_fast.data.prompts import Prompt
 from qirl_fast.models import Model
 from qirl_fast.models.adapter import NotFinite
-from qirl_fast.rewards.composite import weights_for, without_missing
-from qirl_fast.rewards.judge import FAILED, MISSING
+from qirl_fast.rewards.composite import shaped, weights_for, without_missing
+from qirl_fast.rewards.judge import FAILED, MISSING, SCORED
 from qirl_fast.rewards.judges import BadReward, Judges, Pending, Span, Verdict
-from qirl_fast.rewards.tiers import cap_columns
 from qirl_fast.rollout.replay import replay
 from qirl_fast.rollout.sample import Sampling, Trajectory, sample_then
 from qirl_fast.rollout.workers import Workers
@@ -44,17 +43,20 @@ def best_and_worst(value: Tensor, groups: int, keep: int) -> list[int]:
 def advantages(cfg: Config, batch: Batch, clamp: float | None = None) -> ops.GroupAdvantage:
     """Group advantages of the optimised judges, by each prompt's category weights.
 
-    A judge that had nothing to judge in a whole group weighs nothing there (`without_missing`);
-    a failure in a higher tier caps the scores of lower ones. clamp: in place of the recipe's.
+    A judge that had nothing to judge in a whole group weighs nothing there (`without_missing`).
+    StepFailed for a score that the edit rule cannot take. clamp: in place of the recipe's.
     """
-    names = list(cfg.rewards)
-    group = batch.group
+    names, group = list(cfg.rewards), batch.group
+    try:
+        scores, status = optimised(cfg, batch)
+    except ValueError as error:
+        raise StepFailed(str(error), batch) from error
     categories = [p.category for p in batch.prompts for _ in range(group)]
     weights = weights_for(categories, cfg.rewards, cfg.category_weights, names)
-    weights = without_missing(weights, batch.status[:, : len(names)].numpy(), group)
+    weights = without_missing(weights, status.numpy(), group)
     a = cfg.advantage
     return ops.group_advantage(
-        capped_scores(cfg, batch),
+        scores,
         torch.arange(len(batch.prompts)).repeat_interleave(group),
         torch.as_tensor(weights),
         std=a.std,
@@ -64,15 +66,18 @@ def advantages(cfg: Config, batch: Batch, clamp: float | None = None) -> ops.Gro
         clamp=a.clamp if clamp is None else clamp,
         min_range=a.min_range,
         mode=a.mode,
-        valid=batch.valid[:, : len(names)],
+        valid=status == SCORED,
     )
 
 
-def capped_scores(cfg: Config, batch: Batch) -> Tensor:
-    """Scores [B, K] of the optimised judges, those of lower tiers capped by failed higher ones."""
+def optimised(cfg: Config, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Scores and states [B, K] of the optimised judges by the rules between them, see
+    `rewards.composite.shaped`.
+    """
     k = len(cfg.rewards)
-    scores, valid = batch.scores[:, :k].numpy(), batch.valid[:, :k].numpy()
-    return torch.as_tensor(cap_columns(scores, valid, list(cfg.rewards), cfg.tiers))
+    scores, status = batch.scores[:, :k].numpy(), batch.status[:, :k].numpy()
+    scores, status = shaped(scores, status, list(cfg.rewards), cfg.tiers, cfg.edit)
+    return torch.as_tensor(scores), torch.as_tensor(status)
 
 
 def mean_scores(cfg: Config, batch: Batch) -> dict[str, float]:
@@ -93,11 +98,11 @@ def mean_scores(cfg: Config, batch: Batch) -> dict[str, float]:
 def spread_metrics(cfg: Config, batch: Batch) -> dict[str, float]:
     """For each judge: `std/` mean in-group standard deviation, `flat/` the share of groups whose
     own is 0 or under advantage.std_floor, both over groups all of whose members are scored, and of
-    scores as capped by tiers; `failed/` and `missing/` shares of rows.
+    scores as they are optimised; `failed/` and `missing/` shares of rows.
     """
     metrics = {}
     scores = batch.scores.clone()
-    scores[:, : len(cfg.rewards)] = capped_scores(cfg, batch)
+    scores[:, : len(cfg.rewards)] = optimised(cfg, batch)[0]
     for i, name in enumerate([*cfg.rewards, *cfg.watch]):
         scored_M = batch.valid[:, i].view(-1, batch.group).all(1)
         scores_MG = scores[:, i].double().view(-1, batch.group)[scored_M]

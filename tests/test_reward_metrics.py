@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from qirl_fast.batch import Batch
-from qirl_fast.config import Config, load_config
+from qirl_fast.batch import Batch, StepFailed
+from qirl_fast.config import Config, ConfigError, load_config
 from qirl_fast.data.prompts import Prompt
 from qirl_fast.rewards.judge import FAILED, MISSING, SCORED
-from qirl_fast.rollouts import advantages, capped_scores, mean_scores, spread_metrics
+from qirl_fast.rollouts import advantages, mean_scores, optimised, spread_metrics
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
 
@@ -68,17 +68,36 @@ def test_a_group_with_a_failed_member_is_left_out(cfg: Config) -> None:
     assert (found.advantage[3:] == 0).all()
 
 
+def test_the_edit_rule_shapes_what_is_optimised(cfg: Config) -> None:
+    rule = "edit={instruction: alignment, preservation: aesthetics, lowest: 0, highest: 1}"
+    plain = [str(RECIPE), "rewards={alignment: 0.75, aesthetics: 0.25}", "watch=[]"]
+    cfg = load_config([*plain, rule])
+    status = [[SCORED, SCORED]] * 4 + [[SCORED, MISSING], [SCORED, FAILED]]
+    scores, states = optimised(cfg, batch(SCORES, status))
+    expected = np.array(SCORES, np.float32)
+    expected[:4, 0] = expected[:4, 1] * (0.3 + 0.7 * expected[:4, 0])
+    np.testing.assert_allclose(scores[:5], expected[:5], rtol=1e-6)
+    assert states[:, 0].tolist() == [SCORED] * 5 + [FAILED]
+    found = advantages(cfg, batch(SCORES)).advantage
+    assert not torch.equal(found, advantages(load_config(plain), batch(SCORES)).advantage)
+    # Scores of 1..5 under a range of 0..1 stop the step, and say what to set.
+    with pytest.raises(StepFailed, match=r"'alignment' scored 5.*set lowest and highest"):
+        advantages(cfg, batch([[5.0, 0.5]] * 6))
+    with pytest.raises(ConfigError, match=r"edit: judge 'face' is not among"):
+        load_config([*plain, rule.replace("alignment", "face")])
+
+
 def test_a_failed_higher_tier_caps_what_lower_ones_may_score(cfg: Config) -> None:
     tier = "[{judge: alignment, fails_below: 0.25, cap: {aesthetics: 0.4}}, {judge: aesthetics, "
     tiers = f"tiers={tier}fails_below: 0}}]"
     rewards = "rewards={alignment: 0.75, aesthetics: 0.25}"
     capped = load_config([str(RECIPE), rewards, tiers, "watch=[]"])
-    found = capped_scores(capped, batch(SCORES))
+    found = optimised(capped, batch(SCORES))[0]
     low = torch.tensor(SCORES)[:, 0] < 0.25
     assert low.any() and not low.all()
     wanted = torch.tensor(SCORES)
     wanted[low, 1] = wanted[low, 1].clamp(max=0.4)
     assert torch.equal(found, wanted)
-    assert torch.equal(capped_scores(cfg, batch(SCORES)), torch.tensor(SCORES))
+    assert torch.equal(optimised(cfg, batch(SCORES))[0], torch.tensor(SCORES))
     a, b = advantages(capped, batch(SCORES)), advantages(cfg, batch(SCORES))
     assert not torch.equal(a.advantage, b.advantage)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from qirl_fast.rewards.edits import check_rule
 from qirl_fast.rewards.tiers import check_tiers
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def cross_problems(cfg: Config) -> Iterator[Problem]:
     yield from _batch_problems(cfg)
     yield from _weight_problems(cfg)
     yield from _tier_problems(cfg)
+    yield from _edit_problems(cfg)
     yield from _curation_problems(cfg)
 
 
@@ -221,6 +223,14 @@ def _tier_problems(cfg: Config) -> Iterator[Problem]:
         check_tiers(cfg.tiers)
     except ValueError as error:
         yield ("tiers",), f"tiers: {error}"
+
+
+def _edit_problems(cfg: Config) -> Iterator[Problem]:
+    if cfg.edit is not None:
+        try:
+            check_rule(cfg.edit, list(cfg.rewards))
+        except ValueError as error:
+            yield ("edit",), f"edit: {error}"
 
 
 def _curation_problems(cfg: Config) -> Iterator[Problem]:

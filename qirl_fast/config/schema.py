@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, Strict, model_validator
 
 from qirl_fast.config.rules import CrossError, cross_problems
+from qirl_fast.rewards.edits import EditRule
 from qirl_fast.rewards.kinds import JudgeSettings
 from qirl_fast.rewards.tiers import Tier
 from qirl_fast.section import (
@@ -384,6 +385,11 @@ class Config(Section):
         default=[],
         description="optimised judges from the highest tier to the lowest; one that fails caps "
         "what those below it may score",
+    )
+    edit: EditRule | None = Field(
+        default=None,
+        description="of two judges of an edit: what one scores that left the rest alone and yet "
+        "failed; null: each by itself",
     )
     failures: FailureConfig = FailureConfig()
     advantage: AdvantageConfig = AdvantageConfig()

@@ -19,9 +19,11 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from qirl_fast.rewards.composite import shaped
+from qirl_fast.rewards.edits import EditRule
 from qirl_fast.rewards.judge import FAILED, MISSING, SCORED
 from qirl_fast.rewards.judges import Verdict
-from qirl_fast.rewards.tiers import Tier, cap_columns
+from qirl_fast.rewards.tiers import Tier
 
 
 @dataclass(frozen=True)
@@ -100,15 +102,18 @@ class ScoreFile:
         """The records by row."""
         return [self.records[row] for row in sorted(self.records)]
 
-    def array(self, tiers: Sequence[Tier] = ()) -> np.ndarray:
-        """Scores float64 [P, n, K] in the order of the rows and of `names`, capped by `tiers` as
-        training caps them; NaN: none.
+    def array(self, tiers: Sequence[Tier] = (), edit: EditRule | None = None) -> np.ndarray:
+        """Scores float64 [P, n, K] in the order of the rows and of `names`, by the rules by which
+        they are optimised; NaN: none.
         """
         values = [[record.scores[name] for name in self.names] for record in self.ordered()]
         shape = (len(values), len(self.names), self.samples)
         s_PnK = np.array(values, np.float64).reshape(shape).swapaxes(1, 2)
-        s_BK = s_PnK.reshape(-1, len(self.names))
-        return cap_columns(s_BK, ~np.isnan(s_BK), self.names, tiers).reshape(s_PnK.shape)
+        if not tiers and edit is None:
+            return s_PnK
+        s_BK, status_BK = (a.reshape(-1, len(self.names)) for a in (s_PnK, self.status()))
+        s_BK, status_BK = shaped(s_BK, status_BK, self.names, tiers, edit)
+        return np.where(status_BK == SCORED, s_BK, np.nan).reshape(s_PnK.shape)
 
     def status(self) -> np.ndarray:
         """int8 [P, n, K] of SCORED, FAILED, MISSING."""

@@ -1,4 +1,5 @@
-"""What several rewards amount to: weights by category, and rewards that a group lacks.
+"""What several rewards amount to: the rules that tie them, weights by category, and rewards that a
+group lacks.
 
 Shapes: B rows in groups of G, K judges.
 """
@@ -8,7 +9,24 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from qirl_fast.rewards.judge import MISSING
+from qirl_fast.rewards.edits import EditRule, edit_columns
+from qirl_fast.rewards.judge import MISSING, SCORED
+from qirl_fast.rewards.tiers import Tier, cap_columns
+
+
+def shaped(
+    values_BK: np.ndarray,
+    status_BK: np.ndarray,
+    names: Sequence[str],
+    tiers: Sequence[Tier] = (),
+    edit: EditRule | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and states of judges `names` as they are optimised: the edit rule's, then capped.
+
+    ValueError where a score is not what a rule wants.
+    """
+    values_BK, status_BK = edit_columns(values_BK, status_BK, names, edit)
+    return cap_columns(values_BK, status_BK == SCORED, names, tiers), status_BK
 
 
 def weights_for(

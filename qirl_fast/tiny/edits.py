@@ -137,7 +137,8 @@ def random_edit(tag: str, rng: np.random.Generator) -> Edit:
     if tag == "recolour":
         return Edit(tag, source, cell, color=str(rng.choice(_colors_free(source, cell))))
     if tag == "add":
-        return Edit(tag, source, empty, new=shape_in(empty, *chosen[count], rng))
+        color, kind = chosen[count]
+        return Edit(tag, source, empty, new=shape_in(empty, color, kind, rng))
     if tag == "remove":
         return Edit(tag, source, cell)
     if tag == "move":
