@@ -86,7 +86,7 @@ class Dali:
             return self._run(files[:half]) + self._run(files[half:])
         if self._mixed:
             images = images.as_cpu()
-        return [np.array(images.at(i)) for i in range(len(files))]
+        return [images.at(i) for i in range(len(files))]  # copies
 
 
 def _reason(error: RuntimeError) -> str:

@@ -21,6 +21,7 @@ from photos import encoded, made, photos
 from PIL import Image, ImageFile, ImageOps
 
 from qirl_fast.data import images
+from qirl_fast.data.dali import Dali
 from qirl_fast.data.images import Decoder, Header, header, over_white
 from qirl_fast.data.sources import ImageError, Source
 
@@ -104,6 +105,21 @@ def test_dali_serves_what_has_no_transparency(
     monkeypatch.setattr(Image.Image, "convert", spy)
     decoder(sources(folder), [[(8, 8)]] * 32)
     assert len(served) == 8
+
+
+def test_dali_goes_on_after_a_bad_file() -> None:
+    """Decoder would hide it: PIL decodes what DALI refuses."""
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed (extra 'dali')")
+    decode = Dali("cpu", 1, 4)
+    good, bad = photo_bytes(0), photo_bytes(0)[:80_000]
+    wanted = np.asarray(expected(good))
+    for files in ([good], [good, bad, good, good, bad, good, good], [bad], [good, good]):
+        results = decode(files)
+        assert [array is None for array in results] == [data is bad for data in files]
+        for array in results:
+            assert array is None or (array.flags.owndata and np.array_equal(array, wanted))
+    with pytest.raises(ValueError, match="got device 'meta'; wanted cpu or cuda"):
+        Dali("meta", 1, 4)
 
 
 def test_resize_is_that_of_the_stock_pipelines(decoder: Decoder, folder: Path) -> None:
