@@ -193,7 +193,7 @@ def main() -> None:
                 drawing, vae_steps=5, vae_scenes=320, dit_steps=5, wrong_steps=2, dit_scenes=512
             )
             few = replace(editing.drawing, dit_scenes=256)
-            editing = replace(editing, steps=4, wrong_steps=2, pool=256, drawing=few)
+            editing = replace(editing, steps=4, wrong_steps=2, pool=64, drawing=few)
         if args.command == "build":
             build(args.output, drawing, editing)
         else:
