@@ -119,8 +119,10 @@ def _empty(found: list[Found]) -> float:
 def _judge(
     found: list[list[Found]], source: list[Quarter], target: list[Quarter]
 ) -> dict[str, float]:
-    wanted, emptied, held, extra = [], [], [], 0.0
-    still = 1.0
+    wanted: list[float] = []
+    emptied: list[float] = []
+    held: list[float] = []
+    extra, still = 0.0, 1.0
     for here, before, after in zip(found, source, target, strict=True):
         if before != after:
             same = _same(here, before)

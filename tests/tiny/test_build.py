@@ -95,6 +95,7 @@ def test_the_editing_stage_continues_from_a_folder(built: Path, tmp_path: Path) 
     said = build(tmp_path, "--base", str(built / "weights"), command="edits")
     assert f"from {built / 'weights'}" in said and "minutes on 1 threads" in said
     assert layout(tmp_path / "weights") == layout(built / "weights")
+    assert not any(str(built) in file.read_text() for file in tmp_path.rglob("*config.json"))
     for name, stays in (
         ("vae/diffusion_pytorch_model.safetensors", True),
         ("transformer/diffusion_pytorch_model.safetensors", False),
