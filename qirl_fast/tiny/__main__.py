@@ -8,6 +8,8 @@ faces: the detector and the embedder of drawn faces, ONNX files; wants qirl-fast
 
 import argparse
 import json
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +57,21 @@ def write_model(model: QwenImage21, folder: Path) -> int:
     for name in ("vae", "text_encoder", "transformer", "scheduler", "processor"):
         getattr(model.pipeline, name).save_pretrained(folder / name)
     tiny.write_model_index(folder)
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
+def write_weights(model: QwenImage21, base: Path, folder: Path) -> int:
+    """Copy the folder `base` with this model's text encoder and transformer in place of its own.
+
+    Returns the size in bytes. Configurations stay those of `base`: a loaded model's would name the
+    folder it came from.
+    """
+    shutil.copytree(base, folder, dirs_exist_ok=True)
+    for name in ("text_encoder", "transformer"):
+        with tempfile.TemporaryDirectory() as saved:
+            getattr(model.pipeline, name).save_pretrained(saved)
+            for file in Path(saved).glob("*.safetensors"):
+                shutil.copy(file, folder / name)
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
 
@@ -119,7 +136,7 @@ def build_edits(base: Path, output: Path, recipe: pretrain_edits.Recipe) -> None
     assert isinstance(model, QwenImage21)
     with shown() as report:
         pretrain_edits.train(model, recipe, report)
-    size = write_model(model, output / "weights")
+    size = write_weights(model, base, output / "weights")
     minutes = (time.monotonic() - start) / 60
     print(
         f"built {output / 'weights'} from {base}: {size / 1e6:.1f} MB, {minutes:.1f} minutes "
@@ -224,7 +241,7 @@ def main() -> None:
                 drawing, vae_steps=5, vae_scenes=320, dit_steps=5, wrong_steps=2, dit_scenes=512
             )
             few = replace(editing.drawing, dit_scenes=256)
-            editing = replace(editing, steps=4, wrong_steps=2, pool=256, drawing=few)
+            editing = replace(editing, steps=4, wrong_steps=2, pool=64, drawing=few)
         if args.command == "build":
             build(args.output, drawing, editing)
         else:

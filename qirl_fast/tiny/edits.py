@@ -102,8 +102,9 @@ def named(scene: Scene) -> list[list[str] | None]:
     return [[shape.color, shape.kind] if shape else None for shape in scene]
 
 
-def shape_in(cell: int, color: str, kind: str, rng: np.random.Generator) -> Shape:
-    """An object in quarter `cell`, of any size, a little off the middle."""
+def shape_in(cell: int, thing: tuple[str, str], rng: np.random.Generator) -> Shape:
+    """This colour and shape in quarter `cell`, of any size, a little off the middle."""
+    color, kind = thing
     x, y = np.array(CELLS[cell]) + rng.uniform(-scenes.JITTER, scenes.JITTER, 2)
     return Shape(kind, color, float(x), float(y), float(rng.uniform(*scenes.RADIUS)))
 
@@ -131,14 +132,13 @@ def random_edit(tag: str, rng: np.random.Generator) -> Edit:
     chosen = [things[i] for i in rng.choice(len(things), count + 1, replace=False)]
     cells = rng.permutation(4).tolist()
     scene: list[Shape | None] = [None] * 4
-    for cell, (color, kind) in zip(cells[:count], chosen[:count], strict=True):
-        scene[cell] = shape_in(cell, color, kind, rng)
+    for cell, thing in zip(cells[:count], chosen[:count], strict=True):
+        scene[cell] = shape_in(cell, thing, rng)
     source, cell, empty = tuple(scene), cells[0], cells[count]
     if tag == "recolour":
         return Edit(tag, source, cell, color=str(rng.choice(_colors_free(source, cell))))
     if tag == "add":
-        color, kind = chosen[count]
-        return Edit(tag, source, empty, new=shape_in(empty, color, kind, rng))
+        return Edit(tag, source, empty, new=shape_in(empty, chosen[count], rng))
     if tag == "remove":
         return Edit(tag, source, cell)
     if tag == "move":
@@ -165,7 +165,7 @@ def misread(edit: Edit, rate: float, rng: np.random.Generator) -> Scene:
         cell = other(edit.cell, empty, rng) if wrong() else edit.cell
         color = other(edit.new.color, COLORS, rng) if wrong() else edit.new.color
         kind = other(edit.new.kind, SHAPES, rng) if wrong() else edit.new.kind
-        return replace(edit, cell=cell, new=shape_in(cell, color, kind, rng)).target
+        return replace(edit, cell=cell, new=shape_in(cell, (color, kind), rng)).target
     cell = other(edit.cell, full, rng) if wrong() else edit.cell
     color = other(edit.color, COLORS, rng) if edit.tag == "recolour" and wrong() else edit.color
     to = other(edit.to, empty, rng) if edit.tag == "move" and wrong() else edit.to

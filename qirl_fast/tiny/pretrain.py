@@ -187,7 +187,7 @@ def match_flow(
     """
     for module in modules:
         module.requires_grad_(True).train()
-    parameters = [p for module in modules for p in module.parameters()]
+    parameters: list[Tensor] = [p for module in modules for p in module.parameters()]
     averaged = copy.deepcopy([p.detach() for p in parameters])
     optimizer = torch.optim.AdamW(parameters, fit.lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -32,7 +32,7 @@ def scene(**quarters: str) -> Scene:
     for name, words in quarters.items():
         color, kind = words.split()
         cell = int(name[1])
-        found[cell] = shape_in(cell, color, kind, np.random.default_rng(cell))
+        found[cell] = shape_in(cell, (color, kind), np.random.default_rng(cell))
     return tuple(found)
 
 

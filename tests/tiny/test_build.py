@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from qirl_fast.models import load_model
-from qirl_fast.tiny import scenes
+from qirl_fast.tiny import edits, scenes
 
 
-def build(output: Path, *flags: str) -> str:
+def build(output: Path, *flags: str, command: str = "build") -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "qirl_fast.tiny", "build", "--quick", "--output", output, *flags],
+        [sys.executable, "-m", "qirl_fast.tiny", command, "--quick", "--output", output, *flags],
         capture_output=True,
         text=True,
         cwd=output,
@@ -55,9 +55,13 @@ def layout(model: Path) -> dict[str, Any]:
 
 def test_it_is_the_packaged_folder_but_for_the_numbers(built: Path, weights: Path) -> None:
     assert layout(built / "weights") == layout(weights)
-    for name, rows in scenes.split_rows().items():
+    files = scenes.split_rows()
+    for name, pairs in edits.split_edits().items():
+        files[f"edit-{name}"] = [row for row, _ in pairs]
+    for name, rows in files.items():
         lines = (built / "prompts" / f"{name}.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in lines] == rows
+        assert all((built / "prompts" / row["image"]).is_file() for row in rows if "image" in row)
 
 
 def test_it_loads_here_and_in_the_stock_pipeline(built: Path) -> None:
@@ -84,6 +88,21 @@ def test_it_can_be_trained(
 ) -> None:
     run = start([*small, "train.steps=1", f"model.path={built}/weights", f"output={tmp_path}"])
     assert run.wait() == 0, run.output()
+
+
+def test_the_editing_stage_continues_from_a_folder(built: Path, tmp_path: Path) -> None:
+    """The autoencoder stays; text encoder and transformer move; the files are those of build."""
+    said = build(tmp_path, "--base", str(built / "weights"), command="edits")
+    assert f"from {built / 'weights'}" in said and "minutes on 1 threads" in said
+    assert layout(tmp_path / "weights") == layout(built / "weights")
+    assert not any(str(built) in file.read_text() for file in tmp_path.rglob("*config.json"))
+    for name, stays in (
+        ("vae/diffusion_pytorch_model.safetensors", True),
+        ("transformer/diffusion_pytorch_model.safetensors", False),
+        ("text_encoder/model.safetensors", False),
+    ):
+        old, new = ((path / "weights" / name).read_bytes() for path in (built, tmp_path))
+        assert (old == new) == stays, name
 
 
 @pytest.mark.slow
