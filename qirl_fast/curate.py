@@ -59,8 +59,11 @@ SAY_EVERY_S = 10.0
 
 def curate(cfg: Config, argv: Sequence[str] = ()) -> Path:
     """Curate by the recipe and return the folder; argv: the command's words, to name the next."""
-    trainer = _trainer(cfg)
     source = packaged(cfg.data.train)
+    if source.suffix not in (".jsonl", ".txt"):
+        wanted = "curation copies rows; wanted a .jsonl or .txt file"
+        raise ConfigError([f"data.train: got {cfg.data.train!r}: {wanted}"])
+    trainer = _trainer(cfg)
     prompts = trainer.sampler.prompts
     folder = open_folder(cfg, source)
     names = list(trainer.judges.names)
@@ -84,9 +87,9 @@ def curate(cfg: Config, argv: Sequence[str] = ()) -> Path:
         raise StepFailed(f"{error}; the first reason: {_first_reason(scores)}") from error
     write(folder, source, scores, decision)
     picture(folder, samples, decision)
-    trainer.judges.close()
+    trainer.close()
     summarise(folder, cfg, prompts, decision, names, seconds)
-    _say_next(folder, cfg, decision, argv)
+    _say_next(folder, cfg, prompts, decision, argv)
     return folder
 
 
@@ -264,7 +267,13 @@ def _drawn_before(folder: Path) -> float:
     return float(json.loads(path.read_text())["drawing_s"]) if path.exists() else 0.0
 
 
-def _say_next(folder: Path, cfg: Config, decision: Decision, argv: Sequence[str]) -> None:
+def _say_next(
+    folder: Path,
+    cfg: Config,
+    prompts: Sequence[Prompt],
+    decision: Decision,
+    argv: Sequence[str],
+) -> None:
     kept, failed = decision.verdicts.count(KEPT), decision.verdicts.count(FAILED)
     print(f"pictures {folder / 'histogram.png'} {folder / 'strips.png'}")
     if failed:
@@ -278,6 +287,8 @@ def _say_next(folder: Path, cfg: Config, decision: Decision, argv: Sequence[str]
     changed = ("data.train=", "run=", "curation.", "curation=")
     words = [word for word in argv if not word.startswith(changed)]
     words += [f"data.train={folder / 'kept.jsonl'}", f"run={cfg.run}-curated"]
+    if cfg.data.images is None and any(p.images for p in prompts):
+        words.append(f"data.images={packaged(cfg.data.train).parent}")
     if kept < cfg.data.prompts_per_step:
         words.append(f"data.prompts_per_step={kept}")
     print("train on the kept ones: python -m qirl_fast.train " + shlex.join(words))

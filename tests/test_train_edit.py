@@ -18,6 +18,7 @@ import yaml
 from PIL import Image
 
 from qirl_fast.config import ConfigError, load_config
+from qirl_fast.curate import main as curate
 from qirl_fast.models.qwenimage21 import QwenImage21
 from qirl_fast.rewards.judge import SOURCES
 from qirl_fast.tiny import packaged
@@ -250,6 +251,20 @@ def test_the_images_may_lie_elsewhere(small, edits: Path) -> None:
     assert len(trainer.next_prompts()) == 2
     with pytest.raises(ConfigError, match=r"data\.images: no such folder"):
         load_config([*small, *settings(edits, "data.images=/no/such")])
+
+
+def test_edits_are_curated_and_keep_their_pictures(small, edits: Path, capsys) -> None:
+    more = ["curation={samples: 2, quantile: null, threshold: 0.0}", "evaluation.prompts=2"]
+    assert curate([*small, *settings(edits, *more)]) == 0
+    said = capsys.readouterr().out.replace("\n", " ")
+    found = edits / "runs/edit-curation"
+    rows = [row for name in ("kept", "dropped") for row in read(found / f"{name}.jsonl")]
+    assert sorted(row["image"] for row in rows) == [f"edits/train-00{i}.png" for i in range(8)]
+    assert f"data.images={edits}" in said and (found / "strips.png").exists()
+    argv = [f"data.train={found / 'kept.jsonl'}", f"data.images={edits}", *more]
+    assert Trainer(load_config([*small, *settings(edits, *argv)])).next_prompts()
+    assert curate([*small, *settings(edits, f"data.train={edits / 'edits'}", *more)]) == 2
+    assert "curation copies rows" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(

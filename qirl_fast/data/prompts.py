@@ -76,7 +76,7 @@ def load_prompts(
         raise PromptError(
             f"{path}: got a {path.suffix or 'bare'} file; wanted .jsonl or .txt, a folder or .tar"
         )
-    repeats = len(prompts) - len({prompt.prompt for prompt in prompts})
+    repeats = len(prompts) - len({(prompt.prompt, prompt.images) for prompt in prompts})
     if repeats:
         log.warning("%s: %d of %d prompts repeat an earlier one", path, repeats, len(prompts))
     return prompts
