@@ -7,6 +7,7 @@ their content; judges see them, over white and at the size of what is drawn, und
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,16 +18,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qirl_fast.batch import StepFailed
 from qirl_fast.config import Config
 from qirl_fast.data.buckets import bucket_of
 from qirl_fast.data.embeddings import EmbeddingCache, fingerprint
 from qirl_fast.data.images import Decoder, ImageError, Size, header, over_white
 from qirl_fast.data.prefetch import ImageLoader
 from qirl_fast.data.prompts import Prompt
+from qirl_fast.data.sampler import PromptSampler
 from qirl_fast.data.sources import Source
 from qirl_fast.models.adapter import Adapter
 from qirl_fast.models.prefix import Conditioned
 from qirl_fast.rewards.judge import SOURCES, Row, Sources
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,29 @@ class Conditioning:
                 prompt.images, condition_versions(self.cfg, self.model, prompt), strict=True
             )
         ]
+
+    def draw(self, sampler: PromptSampler) -> list[Prompt]:
+        """The sampler's next prompts, their images decoded; those of the batch after are begun.
+
+        Rows whose images cannot be used raise StepFailed, or are left out for good and others take
+        their place, as data.bad_images says.
+        """
+        while True:
+            before = sampler.state_dict()
+            prompts = next(sampler)
+            faults = self.faults(prompts)
+            if not faults:
+                self.prefetch(sampler.peek())
+                return prompts
+            sampler.load_state_dict(before)
+            for error in faults.values():
+                if self.cfg.data.bad_images == "stop":
+                    raise StepFailed(f"{error}; or leave such rows out with data.bad_images=skip")
+                log.warning("this row is left out for good: %s", error)
+            try:
+                sampler.drop([prompts[i] for i in faults])
+            except ValueError as error:
+                raise StepFailed(f"images that cannot be used were left out: {error}") from error
 
     def prefetch(self, prompts: Sequence[Prompt]) -> None:
         """Begin to decode the prompts' images; what is refused is refused when it is asked for."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qirl_fast import ops
 from qirl_fast.algorithms import ALGORITHMS
-from qirl_fast.batch import Batch, StepFailed
+from qirl_fast.batch import Batch
 from qirl_fast.checkpoint import lora_state, rng_state, set_rng_state
 from qirl_fast.conditioning import Conditioning
 from qirl_fast.config import Config, derived
@@ -141,24 +141,8 @@ class Trainer:
         )
 
     def next_prompts(self) -> list[Prompt]:
-        """The next update's prompts, their images decoded; those of the one after it are begun.
-
-        Rows whose images cannot be used stop the run, or are left out for good, as data.bad_images
-        says, and others take their place.
-        """
-        while True:
-            before = self.sampler.state_dict()
-            prompts = next(self.sampler)
-            faults = self.conditioning.faults(prompts)
-            if not faults:
-                self.conditioning.prefetch(self.sampler.peek())
-                return prompts
-            self.sampler.load_state_dict(before)
-            for error in faults.values():
-                if self.cfg.data.bad_images == "stop":
-                    raise StepFailed(f"{error}; or leave such rows out with data.bad_images=skip")
-                logger.warning("this row is left out for good: %s", error)
-            self.sampler.drop([prompts[i] for i in faults])
+        """The next update's prompts, their images decoded: see `Conditioning.draw`."""
+        return self.conditioning.draw(self.sampler)
 
     def rollout(self, prompts: list[Prompt], update: int) -> Batch:
         """Every prompt's group, drawn and judged."""

@@ -13,7 +13,8 @@ from qirl_fast.rewards.edits import check_rule
 from qirl_fast.rewards.tiers import check_tiers
 
 if TYPE_CHECKING:
-    from qirl_fast.config.schema import Config, RolloutConfig
+    from qirl_fast.config.drawing import RolloutConfig
+    from qirl_fast.config.schema import Config
 
 Problem = tuple[tuple[str, ...], str]  # (dotted keys involved, one line of text)
 
