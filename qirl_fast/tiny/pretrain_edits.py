@@ -1,12 +1,12 @@
 """The last stage of the tiny model's pre-training: from drawing to drawing and editing.
 
-It continues from a model that draws (`pretrain.py`) on batches of two kinds: text-to-image as that
-model saw it last, so that it draws as before, and edits. An edit is laid out as the stock pipeline
-does it: the source picture goes through the vision tower into the text encoder together with the
-instruction, and its latents take the places of its slots in the prefix. First the targets are
-right, then, as the learning rate falls, a share is misread (`edits.misread`): the model then knows
-every word, draws clean scenes, keeps what it is not told to change, and does what it is told only
-part of the time.
+It continues from a model that draws (`pretrain.py`) on batches of two kinds: text-to-image with
+misread captions as at that model's end, so that it draws as before, and edits. An edit is laid out
+as the stock pipeline does it: the source picture goes through the vision tower into the text
+encoder together with the instruction, and its latents take the places of its slots in the prefix.
+First the targets are right, then, as the learning rate falls, a share is misread (`edits.misread`):
+the model then knows every word, draws clean scenes, keeps what it is not told to change, and does
+what it is told only part of the time.
 """
 
 from dataclasses import dataclass, field
@@ -33,15 +33,17 @@ class Recipe:
     """
 
     seed: int = 0
-    steps: int = 4000
-    wrong_steps: int = 700
+    steps: int = 3300
+    wrong_steps: int = 800
     edits: float = 0.75
     pool: int = 8192
     misread: float = 0.35
     edits_per_step: int = 32
     rows_per_edit: int = 3
     lr: float = 1.5e-3
-    drawing: pretrain.Recipe = field(default_factory=lambda: pretrain.Recipe(dit_scenes=8192))
+    drawing: pretrain.Recipe = field(
+        default_factory=lambda: pretrain.Recipe(dit_scenes=8192, wrong_words=0.4)
+    )
 
 
 def encode(

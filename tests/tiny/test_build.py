@@ -90,6 +90,7 @@ def test_it_can_be_trained(
     assert run.wait() == 0, run.output()
 
 
+@pytest.mark.slow
 def test_the_editing_stage_continues_from_a_folder(built: Path, tmp_path: Path) -> None:
     """The autoencoder stays; text encoder and transformer move; the files are those of build."""
     said = build(tmp_path, "--base", str(built / "weights"), command="edits")
