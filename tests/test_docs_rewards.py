@@ -9,6 +9,7 @@ import pytest
 from pydantic import TypeAdapter
 from yaml import safe_load
 
+from qirl_fast.rewards.edits import EditRule, check_rule
 from qirl_fast.rewards.kinds import BUILDERS, JudgeSettings
 from qirl_fast.rewards.tiers import Tier, check_tiers
 
@@ -47,6 +48,8 @@ def test_the_sections_shown_are_valid() -> None:
     for section in shown:
         for judge in section.get("judges", {}).values():
             kinds.add(settings.validate_python(judge).kind)
+        if "edit" in section:
+            check_rule(EditRule.model_validate(section["edit"]), list(section["rewards"]))
         check_tiers([Tier.model_validate(tier) for tier in section.get("tiers", [])])
     assert {"vlm", "openai", "remote", "ocr", "pickscore"} <= kinds
 

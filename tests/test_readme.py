@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from yaml import safe_dump, safe_load
 
 from qirl_fast.checkpoint import lora_state, save_checkpoint
 from qirl_fast.config import Config, default_recipe, load_config
@@ -83,6 +84,14 @@ def test_recipe_and_judge_snippets_are_accepted(tmp_path, monkeypatch):
         (tmp_path / "prompts" / f"{name}.jsonl").symlink_to(packaged(f"tiny:{name}"))
     cfg = load_config(["my_recipe.yaml"])
     assert cfg.rewards == {"my_judges:score": 1.0}
+    (tmp_path / "edits").mkdir()
+    for name in ("train", "heldout"):
+        (tmp_path / "edits" / f"{name}.jsonl").symlink_to(packaged(f"tiny:edit-{name}"))
+    recipe = safe_load(snippet("my_recipe.yaml", "yaml"))
+    recipe |= safe_load(snippet("kind: preservation", "yaml"))
+    (tmp_path / "edits.yaml").write_text(safe_dump(recipe), encoding="utf-8")
+    edits = load_config(["edits.yaml"])
+    assert set(edits.judges) == set(edits.rewards) and edits.data.bad_images == "skip"
     scores = run(snippet(WORDS[2]))["score"](torch.full((2, 4, 4, 3), 51).numpy(), [{}, {}])
     assert scores.tolist() == pytest.approx([0.2, 0.2])
 
