@@ -7,7 +7,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
+
+from qirl_fast.data.sources import ImageError
 
 PHOTOS = {
     "sklearn.datasets": ("images/china.jpg", "images/flower.jpg"),
@@ -64,3 +67,19 @@ def made() -> dict[str, bytes]:
         "clear.webp": encoded(clear, "WEBP", quality=80),
         "clear-lossless.webp": encoded(clear, "WEBP", lossless=True, method=0, exact=True),
     }
+
+
+def photo_bytes(index: int) -> bytes:
+    return photos()[index].read_bytes()
+
+
+def expected(data: bytes) -> Image.Image:
+    """The image as PIL shows it."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    alpha = image.mode in ("RGBA", "LA") or "transparency" in image.info
+    return image.convert("RGBA" if alpha else "RGB")
+
+
+def arrays(result: list[np.ndarray] | ImageError) -> list[np.ndarray]:
+    assert not isinstance(result, ImageError), result
+    return result
