@@ -52,21 +52,21 @@ class Group:
 def folder_groups(folder: Path) -> list[Group]:
     """The rows of a folder and its subfolders, sorted by name; files with a leading dot are none.
 
-    Raises PromptError: a link that leaves the folder, or what `_groups` refuses.
+    An image whose link leaves the folder is a source that refuses. PromptError: see `_groups`.
     """
     sources = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if not path.is_dir() and not path.name.startswith("."):
-            sources.append(Source(name, inside(folder, name, str(folder))))
+            sources.append(source_in(folder, name))
     return _groups(sources, str(folder))
 
 
 def shard_groups(pattern: Path) -> list[Group]:
     """The rows of `x.tar`, or of all shards of `x-{000..010}.tar`, in the order they lie there.
 
-    Raises PromptError: a shard that is missing, cut off or compressed, a member that is a link or
-    whose name leaves the shard, a name that comes twice, or what `_groups` refuses.
+    An image that is a link, whose name leaves the shard or comes twice is a source that refuses.
+    PromptError: a shard that is missing, cut off or compressed, or what `_groups` refuses.
     """
     groups: list[Group] = []
     for shard in expand(pattern):
@@ -93,54 +93,51 @@ def expand(pattern: Path) -> list[Path]:
     ]
 
 
-def inside(root: Path, name: str, where: str) -> Path:
-    """The file `name` of the dataset at `root`.
-
-    Raises PromptError where the path, or a link on it, leads out of the root.
+def source_in(root: Path, name: str) -> Source:
+    """The image `name` of the dataset at `root`; it refuses where the path, or a link on it, leads
+    out of the root.
     """
     relative = PurePosixPath(name)
     if not name or "\0" in name or relative.is_absolute() or ".." in relative.parts:
-        raise PromptError(
-            f"{where}: got image {name!r}; wanted a path below {root}, without '..' and not "
-            "absolute: name the root of the images, or move the file"
+        refused = (
+            f"wanted a path below {root}, without '..' and not absolute: name the root of the "
+            "images, or move the file"
         )
-    path = root / relative
+        return Source(name, root, refused=refused)
+    path, refused = root / relative, ""
     try:
         target = path.resolve()
+        if not target.is_relative_to(root.resolve()):
+            refused = f"is a link to {target}, outside {root}; copy the file there"
     except (OSError, RuntimeError) as error:  # a loop of links
-        raise PromptError(f"{where}: image {name!r} cannot be followed ({error})") from error
-    if not target.is_relative_to(root.resolve()):
-        raise PromptError(
-            f"{where}: image {name!r} is a link to {target}, outside {root}; copy the file there"
-        )
-    return path
+        refused = f"cannot be followed ({error}); copy the file there"
+    return Source(name, path, refused=refused)
 
 
 def _members(shard: Path) -> list[Source]:
-    sources: list[Source] = []
-    names: set[str] = set()
+    sources: dict[str, Source] = {}
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
-                where = f"{shard.name}:{member.name}"
                 if member.isdir() or PurePosixPath(member.name).name.startswith("."):
                     continue
-                parts = PurePosixPath(member.name)
+                parts, refused = PurePosixPath(member.name), ""
                 if parts.is_absolute() or ".." in parts.parts:
-                    raise PromptError(f"{where}: the name leaves the shard; wanted a relative one")
-                if not member.isreg() or member.issparse():
-                    raise PromptError(f"{where}: is a link or no plain file; store the file itself")
-                if member.name in names:
-                    raise PromptError(f"{where}: the name comes twice in the shard; wanted once")
-                names.add(member.name)
-                sources.append(Source(where, shard, member.offset_data, member.size))
+                    refused = "the name leaves the shard; wanted a relative one"
+                elif not member.isreg() or member.issparse():
+                    refused = "is a link or no plain file; store the file itself"
+                elif member.name in sources:
+                    refused = "the name comes twice in the shard; wanted once"
+                sources[member.name] = Source(
+                    f"{shard.name}:{member.name}", shard, member.offset_data, member.size, refused
+                )
     except OSError as error:
         raise PromptError(f"{shard}: cannot be read ({error.strerror}); wanted a shard") from error
     except tarfile.TarError as error:
         raise PromptError(
             f"{shard}: not a whole uncompressed tar ({error}); unpack .gz, or copy it again"
         ) from error
-    return sources
+    return list(sources.values())
 
 
 def _groups(sources: Sequence[Source], where: str) -> list[Group]:

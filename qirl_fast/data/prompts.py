@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qirl_fast.data.grouped import Group, folder_groups, inside, shard_groups, side_text
+from qirl_fast.data.grouped import Group, folder_groups, shard_groups, side_text, source_in
 from qirl_fast.data.sources import PromptError, Source
 
 __all__ = ["Prompt", "PromptError", "load_prompts"]
@@ -56,7 +56,8 @@ def load_prompts(
     space around a prompt is dropped and blank lines are refused, as blank prompts are in JSONL; a
     line break at the end of the file is no row. Image files are not opened: see images.header.
     Raises PromptError naming file and line: not readable, not UTF-8, no rows, malformed JSON,
-    missing or blank prompt, wrong types, an image path or link that leaves the folder.
+    missing or blank prompt, wrong types. An image path or link that leaves the folder is for
+    `Source.open` to refuse.
     """
     path = Path(path)
     if images is not None and path.suffix != ".jsonl":
@@ -88,7 +89,7 @@ def _jsonl(path: Path, root: Path) -> list[Prompt]:
         where = f"{path}:{number}"
         row = _object(line, where)
         names = _image_names(row, where, folder=path.name == ROW_FILE)
-        sources = tuple(Source(name, inside(root, name, where)) for name in names)
+        sources = tuple(source_in(root, name) for name in names)
         prompts.append(_prompt(row, where, sources))
     return prompts
 

@@ -27,18 +27,22 @@ class Source:
 
     name: for messages: "photos/3.png", "shard-0.tar:3.png"; its ending says the format.
     path: the file, or the shard. offset, size: bytes of a member of a shard; size None: a file.
+    refused: why it is never opened, such as a link that leaves the dataset; "": it may be.
     """
 
     name: str
     path: Path
     offset: int = 0
     size: int | None = None
+    refused: str = ""
 
     def open(self) -> BinaryIO:
         """The bytes as a file that can be sought in.
 
-        ImageError: there is no such file, it cannot be read, or it holds no byte.
+        ImageError: it is refused, there is no such file, it cannot be read, or it holds no byte.
         """
+        if self.refused:
+            raise ImageError(f"{self.name}: {self.refused}")
         try:
             file = self.path.open("rb")
             size = file.seek(0, io.SEEK_END) if self.size is None else self.size
@@ -70,7 +74,7 @@ class Source:
         """SHA-256 of the bytes, hexadecimal; read again only where the file has changed."""
         try:
             stat = self.path.stat()
-        except OSError:
+        except (OSError, ValueError):
             return hashlib.sha256(self.read()).hexdigest()  # raises what is wrong
         return _sha256(self, stat.st_mtime_ns, stat.st_size)
 
