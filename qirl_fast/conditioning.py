@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -138,14 +139,15 @@ class Conditioning:
 
     def prefetch(self, prompts: Sequence[Prompt]) -> None:
         """Begin to decode the prompts' images; what is refused is refused when it is asked for."""
+        wanted = []
         for prompt in prompts:
-            try:
-                self.loader.prefetch(self._wanted(prompt))
-            except ImageError:
-                continue
+            with suppress(ImageError):
+                wanted += self._wanted(prompt)
+        self.loader.prefetch(wanted)
 
     def faults(self, prompts: Sequence[Prompt]) -> dict[int, ImageError]:
         """The first fault of each prompt whose images cannot be used; the others are decoded."""
+        self.prefetch(prompts)  # together
         found: dict[int, ImageError] = {}
         for i, prompt in enumerate(prompts):
             try:

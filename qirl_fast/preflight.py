@@ -68,6 +68,7 @@ def _bad_images(
     """
     bad: dict[int, ImageError] = {}
     room = cfg.evaluation.prompts if name == "heldout" else 0
+    conditioning.prefetch(rows[:room])
     for i, row in enumerate(rows):
         try:
             condition_versions(cfg, conditioning.model, row)

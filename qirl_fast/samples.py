@@ -92,7 +92,11 @@ class BaseSamples:
             return self._images(number, self._given(number), own)
 
     def _given(self, number: int) -> Given:
-        return self.trainer.conditioning.of([self.prompts[row] for row in self.chunks[number]])
+        prompts = [self.prompts[row] for row in self.chunks[number]]
+        for place, error in self.trainer.conditioning.faults(prompts).items():
+            mend = "mend it, or take the row out"
+            raise StepFailed(self._where(self.chunks[number][place], f"{error}; {mend}"))
+        return self.trainer.conditioning.of(prompts)
 
     def _draw(self, numbers: Sequence[int]) -> Iterator[tuple[int, Given, np.ndarray]]:
         trainer = self.trainer

@@ -20,6 +20,7 @@ from qirl_fast.conditioning import Conditioning
 from qirl_fast.config import Config, derived
 from qirl_fast.data.prompts import Prompt, load_prompts
 from qirl_fast.data.sampler import PromptSampler
+from qirl_fast.data.sources import ImageError
 from qirl_fast.evaluation.heldout import Evaluation, evaluate
 from qirl_fast.learner import Learner
 from qirl_fast.models import load_model
@@ -191,7 +192,7 @@ class Trainer:
         parts = [[i for i, s in enumerate(sizes) if s == size] for size in dict.fromkeys(sizes)]
         try:
             found = [self._evaluate_part([prompts[i] for i in part]) for part in parts]
-        except NotFinite as error:
+        except (NotFinite, ImageError) as error:
             raise EvaluationFailed(f"held-out images: {error}") from error
         set_rng_state(generators)
         self.judges.load_state_dict(judges)

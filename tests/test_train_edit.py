@@ -265,6 +265,11 @@ def test_edits_are_curated_and_keep_their_pictures(small, edits: Path, capsys) -
     assert Trainer(load_config([*small, *settings(edits, *argv)])).next_prompts()
     assert curate([*small, *settings(edits, f"data.train={edits / 'edits'}", *more)]) == 2
     assert "curation copies rows" in capsys.readouterr().err
+    # Damage that shows when a row is drawn stops it, scores kept, and says which row.
+    name = spoil(edits, 6, "cut")
+    assert curate([*small, *settings(edits, *more, "run=cut")]) == 1
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "prompt 7" in said and name in said and "the scores so far are kept" in said
 
 
 @pytest.mark.skipif(
