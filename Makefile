@@ -10,7 +10,7 @@ READY := .venv/.ready
 # The folder and the choices the environment was made with; another value means set-up again.
 KEY := $(CURDIR) PYTHON=$(PYTHON) QIRL_CUDA=$(QIRL_CUDA)
 # Tests run on all cores, four at most; those of a file on one, as they share what they set up.
-WORKERS := -n logical --maxprocesses 4 --dist loadfile
+WORKERS := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help setup train train-edit test lint format clean cuda-check asan FORCE

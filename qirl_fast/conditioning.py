@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from qirl_fast.batch import StepFailed
 from qirl_fast.config import Config
 from qirl_fast.data.buckets import bucket_of
 from qirl_fast.data.embeddings import EmbeddingCache, fingerprint
-from qirl_fast.data.images import Decoder, ImageError, Size, header, over_white
+from qirl_fast.data.images import MAX_SIDE, Decoder, ImageError, Size, header, over_white
 from qirl_fast.data.prefetch import ImageLoader
 from qirl_fast.data.prompts import Prompt
 from qirl_fast.data.sampler import PromptSampler
@@ -50,9 +51,14 @@ class Given:
     width: int
 
 
-@lru_cache(maxsize=1 << 16)
 def shown_size(source: Source) -> Size:
     """(height, width) of a condition image as it is shown; ImageError where it is refused."""
+    return _shown_size(source, source.state())
+
+
+@lru_cache(maxsize=1 << 16)
+def _shown_size(source: Source, state: object) -> Size:
+    """`shown_size` of the file in this state."""
     found = header(source)
     return found.height, found.width
 
@@ -80,6 +86,12 @@ def condition_versions(
             found.append(adapter.condition_sizes(size, pixels))
         except ValueError as error:
             raise ImageError(f"{source.name}: {error}") from error
+        longest = max(side for version in found[-1] for side in version)
+        if longest > MAX_SIDE:
+            raise ImageError(
+                f"{source.name}: {size[0]} x {size[1]} is so long that its side becomes {longest} "
+                f"pixels for the model; wanted at most {MAX_SIDE}: crop it"
+            )
     return found
 
 
@@ -89,9 +101,14 @@ class Conditioning:
     def __init__(self, cfg: Config, model: Any, folder: Path) -> None:
         self.cfg, self.model = cfg, model
         kept, texts = Path(cfg.output) / "embeddings", fingerprint(folder)
-        both = f"{texts}-{fingerprint(folder, ('vae',))}"
         self.texts = EmbeddingCache(kept, f"{texts}-{cfg.model.dtype}")
-        self.edits = EmbeddingCache(kept, f"{both}-{cfg.model.dtype}")
+        # The pipelines' encoding of images is not settled (diffusers issue 14194), and nvJPEG, with
+        # which DALI decodes on a GPU, rounds in its own way.
+        versions = "-".join(version(name) for name in ("diffusers", "transformers"))
+        mixed = cfg.data.decoder == "dali" and model.device.type == "cuda"
+        images = f"{fingerprint(folder, ('vae',))}-{versions}{'-mixed' if mixed else ''}"
+        self.edits = EmbeddingCache(kept, f"{texts}-{images}-{cfg.model.dtype}")
+        self.guided = cfg.rollout.guidance != 1 or cfg.evaluation.guidance != 1
         try:
             self.loader = ImageLoader(Decoder(cfg.data.decoder, device=str(model.device)))
         except RuntimeError as error:  # DALI is not there
@@ -123,7 +140,11 @@ class Conditioning:
         while True:
             before = sampler.state_dict()
             prompts = next(sampler)
-            faults = self.faults(prompts)
+            try:
+                faults = self.faults(prompts)
+            except OSError as failure:  # a disk or a network that may come back: no row's fault
+                sampler.load_state_dict(before)
+                raise StepFailed(f"condition images cannot be read: {failure}") from failure
             if not faults:
                 self.prefetch(sampler.peek())
                 return prompts
@@ -146,12 +167,14 @@ class Conditioning:
         self.loader.prefetch(wanted)
 
     def faults(self, prompts: Sequence[Prompt]) -> dict[int, ImageError]:
-        """The first fault of each prompt whose images cannot be used; the others are decoded."""
+        """The first fault of each prompt whose images cannot be used; the others are decoded and
+        encoded.
+        """
         self.prefetch(prompts)  # together
         found: dict[int, ImageError] = {}
         for i, prompt in enumerate(prompts):
             try:
-                self._decoded(prompt)
+                self._edit(prompt) if prompt.images else None
             except ImageError as error:
                 found[i] = error
         return found
@@ -177,7 +200,6 @@ class Conditioning:
             decoded.append(images)
         return decoded
 
-    @torch.no_grad()
     def of(self, prompts: Sequence[Prompt]) -> Given:
         """What is given of prompts of one target size. ImageError for an image of no use."""
         sizes = {self.target(p) for p in prompts}
@@ -197,13 +219,22 @@ class Conditioning:
                 nulls.append(null)
                 rows.append(prompt.metadata)
                 continue
-            decoded = self._decoded(prompt)
-            versions = [images[:-1] for images in decoded]
-            embeddings.append(self._conditioned(prompt, prompt.prompt, versions))
-            nulls.append(self._conditioned(prompt, "", versions))
-            sources = Sources(over_white(images[-1]) for images in decoded)
+            embedding, unconditional, sources = self._edit(prompt)
+            embeddings.append(embedding)
+            nulls.append(unconditional)
             rows.append(prompt.metadata | {SOURCES: sources})
         return Given(embeddings, nulls, rows, height, width)
+
+    @torch.no_grad()
+    def _edit(self, prompt: Prompt) -> tuple[Conditioned, Conditioned | None, Sources]:
+        """Of a prompt with images: itself and, where anything is guided, the unconditional one;
+        what judges see of the images. ImageError for an image of no use.
+        """
+        decoded = self._decoded(prompt)
+        versions = [images[:-1] for images in decoded]
+        embedding = self._conditioned(prompt, prompt.prompt, versions)
+        null = self._conditioned(prompt, "", versions) if self.guided else None
+        return embedding, null, Sources(over_white(images[-1]) for images in decoded)
 
     def _texts(self, prompts: Sequence[str]) -> list[Tensor]:
         with torch.no_grad():
@@ -217,10 +248,15 @@ class Conditioning:
             (source.sha256(), [(v.shape[0], v.shape[1]) for v in own])
             for source, own in zip(prompt.images, versions, strict=True)
         ]
-        kept = self.edits.conditioned(
-            text, shown, lambda: as_tensors(self.model.condition(text, versions))
-        )
-        return from_tensors(kept)
+
+        def encoded() -> dict[str, Tensor]:
+            try:
+                return as_tensors(self.model.condition(text, versions))
+            except ValueError as error:  # a size, or a shape, that the encoder does not take
+                names = ", ".join(source.name for source in prompt.images)
+                raise ImageError(f"{names}: {error}") from error
+
+        return from_tensors(self.edits.conditioned(text, shown, encoded))
 
 
 def as_tensors(prompt: Conditioned) -> dict[str, Tensor]:

@@ -53,6 +53,7 @@ from qirl_fast.trainer import Trainer
 
 # Settings that decide what is drawn and scored; the others, such as the weights, may change.
 DRAWING = ("seed", "device", "algorithm", "model", "rollout", "judges")
+SHOWING = ("images", "buckets", "condition_pixels")
 NOT_DRAWING = ("model.lora", "rollout.group_size")
 SAY_EVERY_S = 10.0
 
@@ -64,8 +65,10 @@ def curate(cfg: Config, argv: Sequence[str] = ()) -> Path:
         wanted = "curation copies rows; wanted a .jsonl or .txt file"
         raise ConfigError([f"data.train: got {cfg.data.train!r}: {wanted}"])
     trainer = _trainer(cfg)
-    prompts = trainer.sampler.prompts
-    folder = open_folder(cfg, source)
+    left_out = sorted(trainer.sampler.dropped)
+    usable = [i for i in range(len(trainer.sampler.prompts)) if i not in left_out]
+    prompts = [trainer.sampler.prompts[i] for i in usable]
+    folder = open_folder(cfg, source, left_out)
     names = list(trainer.judges.names)
     try:
         scores = ScoreFile(folder / "scores.jsonl", names, cfg.curation.samples)
@@ -73,7 +76,10 @@ def curate(cfg: Config, argv: Sequence[str] = ()) -> Path:
         raise ConfigError([str(error)]) from error
     for text in trainer.judges.warnings():
         print(f"warning: {text}")
-    samples = BaseSamples(trainer, prompts, cfg.curation.samples)
+    if left_out:
+        lines = ", ".join(str(i + 1) for i in left_out)
+        print(f"warning: rows whose images cannot be used are in no file written here: {lines}")
+    samples = BaseSamples(trainer, prompts, cfg.curation.samples, usable)
     try:
         seconds = draw(samples, scores, folder)
     finally:
@@ -85,7 +91,8 @@ def curate(cfg: Config, argv: Sequence[str] = ()) -> Path:
         )
     except ValueError as error:
         raise StepFailed(f"{error}; the first reason: {_first_reason(scores)}") from error
-    write(folder, source, scores, decision)
+    rows = source_rows(source)
+    write(folder, [rows[i] for i in usable], scores, decision)
     picture(folder, samples, decision)
     trainer.close()
     summarise(folder, cfg, prompts, decision, names, seconds)
@@ -100,8 +107,11 @@ def _trainer(cfg: Config) -> Trainer:
         raise ConfigError([str(error)]) from error
 
 
-def open_folder(cfg: Config, source: Path) -> Path:
-    """<output>/<run>-curation, new or made with the same settings; ConfigError otherwise."""
+def open_folder(cfg: Config, source: Path, left_out: Sequence[int] = ()) -> Path:
+    """<output>/<run>-curation, new or made with the same settings; ConfigError otherwise.
+
+    left_out: rows of data.train without a usable image.
+    """
     folder = Path(cfg.output) / f"{cfg.run}-curation"
     own = {
         key: value
@@ -110,6 +120,8 @@ def open_folder(cfg: Config, source: Path) -> Path:
     }
     own |= {"rewards and watch": [*cfg.rewards, *cfg.watch]}
     own |= {f"curation.{name}": getattr(cfg.curation, name) for name in ("samples", "images")}
+    own |= {f"data.{name}": getattr(cfg.data, name) for name in SHOWING}
+    own |= {"rows left out": list(left_out) or None}
     own |= {"sha256 of data.train": hashlib.sha256(source.read_bytes()).hexdigest()}
     path = folder / "settings.json"
     try:
@@ -187,10 +199,10 @@ def _first_reason(scores: ScoreFile) -> str:
     return "a judge had nothing to judge"
 
 
-def write(folder: Path, source: Path, scores: ScoreFile, decision: Decision) -> None:
-    """kept.jsonl, dropped.jsonl, failed.jsonl: each whole or not at all."""
+def write(folder: Path, rows: Sequence[str], scores: ScoreFile, decision: Decision) -> None:
+    """kept.jsonl, dropped.jsonl, failed.jsonl: each whole or not at all. rows: by record."""
     texts: dict[str, list[str]] = {"kept": [], "dropped": [], "failed": []}
-    array, rows = scores.array(), source_rows(source)
+    array = scores.array()
     for p, record in enumerate(scores.ordered()):
         verdict = decision.verdicts[p]
         found = statistics(decision, array, scores.names, p)

@@ -24,6 +24,7 @@ from qirl_fast.data.sources import ImageError
 from qirl_fast.models import Model, adapter_of
 from qirl_fast.models.fp8 import Layer, plan_layers, use_fp8
 from qirl_fast.models.loading import described_model
+from qirl_fast.models.prefix import Conditioned
 from qirl_fast.models.qwenimage21 import PIXELS_PER_TOKEN
 from qirl_fast.tiny import packaged
 
@@ -49,15 +50,12 @@ def plan(cfg: Config) -> dict[str, int]:
         plan["weights in fp8"] = sum(layers) * (2 if both_ways else 1)
     prompts = load_prompts(packaged(cfg.data.train), cfg.data.images)
     images = _most_images(cfg, adapter, prompts)
-    latents = sum(_tokens(*versions[0]) for versions in images)
     length = adapter.prompt_tokens(folder, max((p.prompt for p in prompts), key=len), images)
     size, rollout = derived(cfg), cfg.rollout
     target = max(cfg.data.buckets or [(rollout.height, rollout.width)], key=lambda s: _tokens(*s))
     tokens = _tokens(*target)
-    # Condition images run with the target, or stand in the prefix, four tokens for a slot's one.
-    beside = latents if adapter.text_stream else 0
-    inside = 0 if adapter.text_stream else 3 * latents // 4
-    trained, saved, prefix = _replay(cfg, adapter, folder, length + inside, tokens + beside)
+    grids = tuple(_grid(*versions[0]) for versions in images)
+    trained, saved, prefix = _replay(cfg, adapter, folder, length, grids, target)
     on_cpu = cfg.device == "cpu" or not torch.cuda.is_available()
     threads = (cfg.threads or torch.get_num_threads()) if on_cpu else 1
     at_once = min(threads, size.minibatch_samples // size.chunk_rows)
@@ -98,8 +96,12 @@ def describe_plan(plan: dict[str, int]) -> str:
     return "\n".join(["# planned memory", *lines, total]) + "\n"
 
 
+def _grid(height: int, width: int) -> tuple[int, int]:
+    return height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN
+
+
 def _tokens(height: int, width: int) -> int:
-    return (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN)
+    return math.prod(_grid(height, width))
 
 
 def _most_images(
@@ -118,11 +120,17 @@ def _most_images(
 
 
 def _replay(
-    cfg: Config, adapter: type[Model], folder: Path, length: int, tokens: int
+    cfg: Config,
+    adapter: type[Model],
+    folder: Path,
+    length: int,
+    grids: tuple[Size, ...],
+    size: Size,
 ) -> tuple[int, int, int]:
-    """(trained weights, bytes saved for backward, bytes of the prefix) of one chunk's replay.
+    """(trained weights, bytes saved for backward, bytes of the prefixes) of one chunk's replay.
 
-    length: tokens of a prefix; tokens: of the image stream.
+    length: embeddings of a prompt; grids: tokens (height, width) of its condition images; size: of
+    the target, pixels.
     """
     rows = derived(cfg).chunk_rows
     dtype = getattr(torch, cfg.model.dtype)
@@ -139,18 +147,25 @@ def _replay(
     mode, model.device = FakeTensorMode(), torch.device("cpu")
     _without_storage(transformer, mode, model.device)
     trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+    tokens, latents = _tokens(*size), sum(h * w for h, w in grids)
+    # Of a prompt with images the slots have values: each stands for four latent tokens, or, where
+    # these run beside the target's, there is none.
+    shown = 0 if adapter.text_stream else latents // 4
+    slots = torch.arange(length) < shown
     with mode:
-        size = (cfg.rollout.height, cfg.rollout.width)
-        grid = (size[0] // PIXELS_PER_TOKEN, size[1] // PIXELS_PER_TOKEN)
         channels = transformer.config.in_channels
         head = transformer.config.attention_head_dim
-        rope = torch.empty(length + tokens, head // 2, dtype=torch.complex64)
-        model.use_rope(length, grid, rope)
         config = transformer.config
         channels_of_text = config.get("context_in_dim") or config.get("joint_attention_dim")
         group = trained_group(cfg)
         groups = -(-rows // group)
-        embeddings = [torch.empty(length, channels_of_text)] * groups
+        text = torch.empty(length, channels_of_text)
+        shown_with = Conditioned(text, slots, torch.empty(latents, channels), grids)
+        prompt: Tensor | Conditioned = shown_with if grids else text
+        rotated = length - shown + latents + tokens
+        rope = torch.empty(rotated, head // 2, dtype=torch.complex64)
+        model.use_rope(shown_with if grids else length, _grid(*size), rope)
+        embeddings = [prompt] * groups
         owner = [r // group for r in range(rows)]
         weights = list(transformer.parameters())
         region = ExitStack()
@@ -162,18 +177,22 @@ def _replay(
         count = SavedTensors(weights)
         with count, region:
             prefix = model.prefix(embeddings, owner, *size)
-            both = cfg.rollout.guidance != 1 and cfg.rollout.ratio_mode == "full"
-            if both:  # the unconditional branch has a gradient too
-                prefix = model.join(prefix, model.prefix(embeddings[:1], [0] * rows, *size))
+            guided = cfg.rollout.guidance != 1
+            null = model.prefix(embeddings, owner, *size) if grids else None
+            if guided and cfg.rollout.ratio_mode == "full":  # that branch has a gradient too
+                null = null or model.prefix(embeddings[:1], [0] * rows, *size)
+                prefix = model.join(prefix, null)
                 rows *= 2
             for _ in range(derived(cfg).recorded_steps):
                 x = torch.empty(rows, tokens, channels)
                 model.velocity(x, torch.empty(1), prefix)
-        held = {id(t.untyped_storage()): t.untyped_storage().nbytes() for t in prefix.tensors}
+        # With images an unconditional prompt is as long as its prompt, and there is one for each.
+        tensors = [*prefix.tensors, *(null.tensors if guided and null else ())]
+        held = {id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}
     # What a recomputed block starts from is held by the call, not saved by autograd.
     width = transformer.config.num_attention_heads * head
-    text = length if adapter.text_stream else 0
-    starts = min(again, len(transformer.transformer_blocks)) * rows * (tokens + text) * width
+    beside = length + latents if adapter.text_stream else 0
+    starts = min(again, len(transformer.transformer_blocks)) * rows * (tokens + beside) * width
     saved = count.bytes + starts * derived(cfg).recorded_steps * dtype.itemsize
     return trained, saved, sum(held.values())
 

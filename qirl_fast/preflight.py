@@ -36,18 +36,18 @@ def preflight(
     conditioning: Conditioning,
     prompts: Mapping[str, list[Prompt]],
     files: Mapping[str, Path],
-) -> dict[str, list[Prompt]]:
-    """The rows to use; ConfigError with one line per problem.
+) -> dict[str, set[int]]:
+    """The rows to leave out, by number; ConfigError with one line per problem.
 
     prompts, files: "train" and "heldout", the rows and where they were read from. Rows whose
     images cannot be used are problems, or left out, as data.bad_images says.
     """
-    bad = {name: _bad_images(cfg, conditioning, name, rows) for name, rows in prompts.items()}
-    used = {
-        name: [row for i, row in enumerate(rows) if i not in bad[name]]
-        for name, rows in prompts.items()
-    }
-    problems = [*_size_problems(cfg, model, scheduler_config), *_count_problems(cfg, used)]
+    bad: dict[str, dict[int, ImageError]] = {"train": {}, "heldout": {}}
+    if model.takes_images():
+        bad = {name: _bad_images(cfg, conditioning, name, rows) for name, rows in prompts.items()}
+    skip = cfg.data.bad_images == "skip"
+    have = {name: len(rows) - len(bad[name]) * skip for name, rows in prompts.items()}
+    problems = [*_size_problems(cfg, model, scheduler_config), *_count_problems(cfg, have)]
     for name, rows in prompts.items():
         problems += _row_problems(cfg, judges, rows, bad[name], files[name])
         problems += _image_problems(cfg, model, rows, bad[name], files[name])
@@ -56,7 +56,7 @@ def preflight(
     for name, faults in bad.items():
         for i, fault in faults.items():
             log.warning("%s: row %d is left out: %s", files[name], i + 1, fault)
-    return used
+    return {name: set(faults) for name, faults in bad.items()}
 
 
 def _bad_images(
@@ -110,17 +110,21 @@ def _image_problems(
 
 
 def _size_problems(cfg: Config, model: Model, scheduler_config: Mapping[str, Any]) -> Iterator[str]:
-    for height, width in cfg.data.buckets or ():
+    sizes = [("rollout.height, rollout.width", (cfg.rollout.height, cfg.rollout.width))]
+    sizes += [("data.buckets", size) for size in cfg.data.buckets or ()]
+    for key, size in sizes:
         try:
-            model.latent_shape(height, width)
+            tokens, _ = model.latent_shape(*size)
         except ValueError as error:
-            yield f"data.buckets: {error}"
-    height, width = cfg.rollout.height, cfg.rollout.width
-    try:
-        tokens, _ = model.latent_shape(height, width)
-    except ValueError as error:
-        yield f"rollout.height, rollout.width: {error}"
-        return
+            yield f"{key}: {error}"
+            continue
+        problem = next(_step_problems(cfg, tokens, scheduler_config), None)
+        if problem is not None:
+            yield problem if key != "data.buckets" else f"data.buckets {list(size)}: {problem}"
+
+
+def _step_problems(cfg: Config, tokens: int, scheduler_config: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the noise levels of an image of so many tokens."""
     for key, steps in (("rollout", cfg.rollout.steps), ("evaluation", cfg.evaluation.steps)):
         try:
             make_sigmas(steps, tokens, scheduler_config)
@@ -151,14 +155,14 @@ def _dynamics_problems(cfg: Config, sigmas: np.ndarray) -> Iterator[str]:
             return
 
 
-def _count_problems(cfg: Config, prompts: Mapping[str, list[Prompt]]) -> Iterator[str]:
-    have, want = len(prompts["heldout"]), cfg.evaluation.prompts
+def _count_problems(cfg: Config, usable: Mapping[str, int]) -> Iterator[str]:
+    have, want = usable["heldout"], cfg.evaluation.prompts
     if not 2 <= want <= have:
         yield (
             f"evaluation.prompts: got {want}; {cfg.data.heldout} has {have}, and an interval needs "
             f"two: allowed: 2 to {have}"
         )
-    have, want = len(prompts["train"]), cfg.data.prompts_per_step
+    have, want = usable["train"], cfg.data.prompts_per_step
     if want > have:
         yield (
             f"data.prompts_per_step: got {want}; {cfg.data.train} has {have}, and no prompt comes "

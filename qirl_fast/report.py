@@ -38,7 +38,9 @@ def before_evaluation(trainer: Trainer, run_dir: Path) -> Evaluation:
                     ]
                 )
             scores = {n.removeprefix("score_"): saved[n] for n in saved if n.startswith("score_")}
-            images = [saved[f"image_{i}"] for i in range(len(ids))]
+            # One array, in runs begun before images could differ in size.
+            own = saved.get("images", ())
+            images = list(own) or [saved[f"image_{i}"] for i in range(len(ids))]
             return Evaluation(scores, images)
     with trainer.model.reference():
         before = trainer.evaluate_weights()

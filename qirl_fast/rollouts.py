@@ -195,7 +195,11 @@ class Rollouts:
         samples: numbers of those to draw, as many of each prompt; None: all. record: keep what
         replay needs.
         """
-        r, given = self.cfg.rollout, self.give(prompts)
+        r = self.cfg.rollout
+        try:
+            given = self.give(prompts)
+        except (ValueError, OSError) as error:
+            raise StepFailed(str(error)) from error
         how = replace(self.how, height=given.height, width=given.width)
         total = len(prompts) * r.group_size
         owner = [k // r.group_size for k in (range(total) if samples is None else samples)]

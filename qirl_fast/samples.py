@@ -42,10 +42,20 @@ class Drawn:
 
 
 class BaseSamples:
-    """Draws `samples` images of each of `prompts` with the trainer's untrained policy."""
+    """Draws `samples` images of each of `prompts` with the trainer's untrained policy.
 
-    def __init__(self, trainer: Trainer, prompts: Sequence[Prompt], samples: int) -> None:
+    numbers: of the prompts' rows in their file, for messages; None: as they come.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        prompts: Sequence[Prompt],
+        samples: int,
+        numbers: Sequence[int] | None = None,
+    ) -> None:
         self.trainer, self.prompts, self.samples = trainer, prompts, samples
+        self.numbers = range(len(prompts)) if numbers is None else numbers
         self.chunks = self._chunks(max(1, trainer.cfg.rollout.max_rows // samples))
         self.place = {
             row: (number, i)
@@ -144,7 +154,7 @@ class BaseSamples:
         return np.concatenate(list(parts))
 
     def _where(self, row: int, what: str) -> str:
-        return f"prompt {row + 1} ({self.prompts[row].prompt!r}): {what}"
+        return f"prompt {self.numbers[row] + 1} ({self.prompts[row].prompt!r}): {what}"
 
     def _judge(self, number: int, given: Given, images: np.ndarray) -> Verdict:
         generators, judges = self.start

@@ -4,7 +4,6 @@ import logging
 import random
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -82,20 +81,15 @@ class Trainer:
         names = [*cfg.rewards, *cfg.watch]
         self.judges = Judges(names, cfg.judges, device, cfg.failures.reask)
         files = {"train": packaged(cfg.data.train), "heldout": packaged(cfg.data.heldout)}
-        root = Path(cfg.data.images) if cfg.data.images else None
-        prompts = {name: load_prompts(file, root) for name, file in files.items()}
+        roots = {"train": cfg.data.images, "heldout": cfg.data.heldout_images}
+        prompts = {name: load_prompts(file, roots[name]) for name, file in files.items()}
         self.conditioning = Conditioning(cfg, self.model, folder)
-        prompts = preflight(
+        left_out = preflight(
             cfg, self.model, self.judges, self.scheduler, self.conditioning, prompts, files
         )
-        sizes = [self.conditioning.target(p) for p in prompts["train"]]
-        self.sampler = PromptSampler(
-            prompts["train"],
-            cfg.data.prompts_per_step,
-            cfg.seed,
-            sizes if cfg.data.buckets else None,
-        )
-        self.heldout = prompts["heldout"][: cfg.evaluation.prompts]
+        self.sampler = self._sampler(prompts["train"], left_out["train"])
+        usable = [p for i, p in enumerate(prompts["heldout"]) if i not in left_out["heldout"]]
+        self.heldout = usable[: cfg.evaluation.prompts]
         self.rollout_sampling = self._sampling(cfg.rollout.steps, cfg.rollout.guidance)
         self.evaluation_sampling = self._sampling(cfg.evaluation.steps, cfg.evaluation.guidance)
         self.learner = Learner(cfg, self.model, self.algorithm, self.workers, self.rollout_sampling)
@@ -110,6 +104,17 @@ class Trainer:
             self.in_fp8,
             self.conditioning.of,
         )
+
+    def _sampler(self, prompts: list[Prompt], refused: set[int]) -> PromptSampler:
+        """Over all rows, of which those `refused` are never drawn: on resuming others may be."""
+        per_step, seed, buckets = self.cfg.data.prompts_per_step, self.cfg.seed, None
+        if self.cfg.data.buckets:
+            nowhere = (0, 0)  # a refused image has no size
+            buckets = [
+                nowhere if i in refused else self.conditioning.target(p)
+                for i, p in enumerate(prompts)
+            ]
+        return PromptSampler(prompts, per_step, seed, buckets, refused)
 
     def _fp8(self) -> Fp8 | None:
         """The transformer's fp8 layers, off; which they are is logged."""

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from small_transformers import EDITORS, edit_folder
 
 from qirl_fast.config import ConfigError, load_config
 from qirl_fast.curate import main as curate
+from qirl_fast.memory import plan
 from qirl_fast.models.qwenimage21 import QwenImage21
 from qirl_fast.rewards.judge import SOURCES
+from qirl_fast.rollout.sample import sample
 from qirl_fast.tiny import packaged
 from qirl_fast.trainer import Trainer
 
@@ -30,6 +34,7 @@ Start = Callable[..., Any]
 JUDGE = """
 import numpy
 from qirl_fast.rewards.judge import SOURCES
+from qirl_fast.rollout.sample import sample
 
 seen = []
 
@@ -179,6 +184,43 @@ def test_bad_rows_are_left_out_where_that_is_asked_for(small, edits: Path) -> No
         Trainer(load_config([*small, *own, "evaluation.prompts=7"]))
 
 
+def test_a_row_mended_or_broken_meanwhile_does_not_stop_the_rest(small, start, edits) -> None:
+    spoil(edits, 3, "missing")
+    own = settings(edits, "data.bad_images=skip", "evaluation.prompts=2")
+    run = start([*small, *own])
+    assert run.wait() == 0, run.output()
+    Image.new("RGB", (64, 64)).save(edits / "edits/train-003.png")
+    spoil(edits, 7, "missing")
+    rest = start([*small, *own, "train.steps=6", "resume=auto"])
+    assert rest.wait() == 0, rest.output()
+    assert len(read(edits / "runs/edit/metrics.jsonl")) == 6
+
+
+def test_an_image_that_the_encoder_does_not_take_is_a_bad_one(small, edits: Path) -> None:
+    picture = read(edits / "edits.jsonl")[0]["image"]
+    Image.new("RGB", (16_000, 60)).save(edits / picture)  # the processor's ratio ends at 200
+    own = settings(edits, "data.condition_pixels=1048576")
+    with pytest.raises(ConfigError, match=r"train-000\.png: .*so long.*16384: crop it"):
+        Trainer(load_config([*small, *own]))
+    with pytest.raises(ConfigError, match=r"train-000\.png: .*short side rounds to 0"):
+        Trainer(load_config([*small, *settings(edits)]))
+    Image.new("RGB", (64, 64)).save(edits / picture)
+    with pytest.raises(ConfigError, match=r"train-000\.png: .*choose an area it takes"):
+        Trainer(load_config([*small, *own]))
+
+
+def test_a_run_begun_with_images_of_one_size_goes_on(small, start: Start, edits: Path) -> None:
+    run = start([*small, *settings(edits)])
+    assert run.wait() == 0, run.output()
+    before = edits / "runs/edit/samples/before.npz"
+    with np.load(before) as saved:
+        kept = {name: saved[name] for name in saved if not name.startswith("image_")}
+        images = np.stack([saved[f"image_{i}"] for i in range(4)])
+    np.savez(before, images=images, **kept)
+    rest = start([*small, *settings(edits, "train.steps=3", "resume=auto")])
+    assert rest.wait() == 0, rest.output()
+
+
 def test_every_update_is_of_one_size(small, start: Start, edits: Path) -> None:
     rows = read(edits / "edits.jsonl")
     for row in rows[:4]:
@@ -227,6 +269,48 @@ def test_rows_with_and_without_images_train_together(small, start: Start, edits:
     judge_by(edits, "edit_accuracy")
     run = start([*small, *settings(edits)])
     assert run.wait() == 0, run.output()
+    # Each row is guided away from its own unconditional branch, as if it were drawn alone.
+    trainer = Trainer(load_config([*small, *settings(edits)]))
+    prompts = [trainer.sampler.prompts[i] for i in (5, 1, 7)]
+    given = trainer.conditioning.of(prompts)
+    how = replace(trainer.evaluation_sampling, max_rows=1)
+
+    def latents(embeddings: list[Any], null: Any, samples: list[int]) -> list[Any]:
+        drawn = sample(
+            trainer.model,
+            embeddings,
+            null,
+            how,
+            trainer.scheduler,
+            group_size=1,
+            seed=0,
+            update=0,
+            samples=samples,
+        )
+        return [chunk.latents for chunk in drawn]
+
+    together = latents(given.embeddings, given.null, [0, 1, 2])
+    for i in range(3):
+        (alone,) = latents(given.embeddings, given.null[i], [i])
+        assert np.array_equal(alone, together[i])
+    other = latents(given.embeddings, given.null[0], [2])[0]
+    assert not np.array_equal(other, together[2])
+
+
+@pytest.mark.parametrize("name", EDITORS)
+def test_every_editing_family_is_planned_and_trains(small, start, edits, weights, name) -> None:
+    folder = edit_folder(name, weights, edits / "model")
+    own = settings(edits, f"model.path={folder}", "train.steps=1", "evaluation.prompts=2")
+    images = ("keys and values of the prompts", "activations of replay")
+    with_images = plan(load_config([*small, *own]))
+    assert all(with_images[purpose] > 0 for purpose in images)
+    # Twice the area, more of everything that holds condition tokens.
+    larger = plan(load_config([*small, *own, "data.condition_pixels=16384"]))
+    assert all(larger[purpose] > with_images[purpose] for purpose in images[1:])
+    run = start([*small, *own])
+    assert run.wait() == 0, run.output()
+    (line,) = read(edits / "runs/edit/metrics.jsonl")
+    assert line["pre_update_ratio_error"] == 0
 
 
 def test_a_model_that_draws_from_text_alone_is_told_so(small, edits: Path, monkeypatch) -> None:
@@ -247,7 +331,8 @@ def test_the_images_may_lie_elsewhere(small, edits: Path) -> None:
     (edits / "edits").rename(edits / "photos/edits")
     with pytest.raises(ConfigError, match=r"8 of 8 rows have an image that cannot be used"):
         Trainer(load_config([*small, *settings(edits)]))
-    trainer = Trainer(load_config([*small, *settings(edits, f"data.images={edits / 'photos'}")]))
+    roots = [f"data.{name}={edits / 'photos'}" for name in ("images", "heldout_images")]
+    trainer = Trainer(load_config([*small, *settings(edits, *roots)]))
     assert len(trainer.next_prompts()) == 2
     with pytest.raises(ConfigError, match=r"data\.images: no such folder"):
         load_config([*small, *settings(edits, "data.images=/no/such")])
@@ -265,6 +350,20 @@ def test_edits_are_curated_and_keep_their_pictures(small, edits: Path, capsys) -
     assert Trainer(load_config([*small, *settings(edits, *argv)])).next_prompts()
     assert curate([*small, *settings(edits, f"data.train={edits / 'edits'}", *more)]) == 2
     assert "curation copies rows" in capsys.readouterr().err
+    # A row left out moves no other's scores, and a mended one is not mixed in.
+    spoil(edits, 0, "missing")
+    skip = [*small, *settings(edits, *more, "run=skip", "data.bad_images=skip")]
+    assert curate(skip) == 0
+    assert "cannot be used are in no file written here: 1 " in capsys.readouterr().out.replace(
+        "\n", " "
+    )
+    found = edits / "runs/skip-curation"
+    scores = read(found / "scores.jsonl")
+    rows = [row for name in ("kept", "dropped") for row in read(found / f"{name}.jsonl")]
+    assert {row["prompt"] for row in scores} == {row["prompt"] for row in rows}
+    assert sorted(row["image"] for row in rows) == [f"edits/train-00{i}.png" for i in range(1, 8)]
+    Image.new("RGB", (64, 64)).save(edits / "edits/train-000.png")
+    assert curate(skip) == 2 and "rows left out: was [0]" in capsys.readouterr().err
     # Damage that shows when a row is drawn stops it, scores kept, and says which row.
     name = spoil(edits, 6, "cut")
     assert curate([*small, *settings(edits, *more, "run=cut")]) == 1

@@ -28,9 +28,10 @@ def missing_files(plain: Mapping[str, Any]) -> list[str]:
                 f"data.{name}: no such file: {path!r}; wanted a .jsonl or .txt file, a folder, or "
                 "tar shards"
             )
-    images = _text(plain, "data", "images")
-    if images is not None and not Path(images).is_dir():
-        lines.append(f"data.images: no such folder: {images!r}")
+    for name in ("images", "heldout_images"):
+        images = _text(plain, "data", name)
+        if images is not None and not Path(images).is_dir():
+            lines.append(f"data.{name}: no such folder: {images!r}")
     model = _text(plain, "model", "path")
     if model is not None and model != "tiny":
         lines += [f"model.path: {line}" for line in model_folder_problems(Path(model))]

@@ -40,7 +40,10 @@ class DataConfig(Section):
     prompts_per_step: Count = Field(description="different prompts per rollout")
     images: Text | None = Field(
         default=None,
-        description="folder that image paths in the rows start from; null: that of the file",
+        description="folder that image paths of a .jsonl `train` start from; null: its own folder",
+    )
+    heldout_images: Text | None = Field(
+        default=None, description="the same of `heldout`; null: its own folder"
     )
     decoder: Literal["pil", "dali"] = Field(
         default="pil", description="library that decodes condition images"

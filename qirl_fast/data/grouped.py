@@ -57,6 +57,8 @@ def folder_groups(folder: Path) -> list[Group]:
     sources = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
+        if path.is_symlink() and path.is_dir():
+            raise PromptError(f"{folder}: {name} is a link to a folder; wanted the folder itself")
         if not path.is_dir() and not path.name.startswith("."):
             sources.append(source_in(folder, name))
     return _groups(sources, str(folder))

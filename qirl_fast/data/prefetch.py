@@ -18,7 +18,8 @@ from qirl_fast.data.images import BATCH, Size, Versions
 from qirl_fast.data.sources import ImageError, Source
 
 Wanted = tuple[Source, Sequence[Size]]
-Key = tuple[Source, tuple[Size, ...]]
+# The second part changes with the file.
+Key = tuple[Source, tuple[int, int] | None, tuple[Size, ...]]
 Result = Versions | ImageError
 Decode = Callable[[Sequence[Source], Sequence[Sequence[Size]]], list[Result]]
 
@@ -57,7 +58,7 @@ class ImageLoader:
             self.waited_s += time.perf_counter() - start
 
     def _futures(self, wanted: Sequence[Wanted]) -> list[Future[Result]]:
-        keys = [(source, tuple((h, w) for h, w in sizes)) for source, sizes in wanted]
+        keys = [(s, s.state(), tuple((h, w) for h, w in sizes)) for s, sizes in wanted]
         with self._lock:
             new = [key for key in dict.fromkeys(keys) if key not in self._kept]
             for start in range(0, len(new), BATCH):
@@ -70,7 +71,7 @@ class ImageLoader:
 
     def _decode(self, part: dict[Key, Future[Result]]) -> None:
         try:
-            results = self._decoder([source for source, _ in part], [sizes for _, sizes in part])
+            results = self._decoder([key[0] for key in part], [key[2] for key in part])
         except BaseException as error:  # it belongs to whoever asks for the images
             with self._lock:
                 for key in part:

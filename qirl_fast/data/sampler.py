@@ -27,6 +27,7 @@ class PromptSampler:
 
     prompts: the rows to draw from. per_step: rows per batch, 1 to len(prompts). seed: 0 or more.
     buckets: of each row what the rows of a batch have in common, such as a size; None: nothing.
+    dropped: numbers of rows that are not to be drawn, see `drop`; a loaded state has its own.
     Raises ValueError for sizes outside these ranges, and for a bucket of less than `per_step` rows.
     """
 
@@ -36,6 +37,7 @@ class PromptSampler:
         per_step: int,
         seed: int,
         buckets: Sequence[Hashable] | None = None,
+        dropped: Collection[int] = (),
     ) -> None:
         if not 1 <= per_step <= len(prompts):
             raise ValueError(
@@ -51,7 +53,7 @@ class PromptSampler:
         self.seed = seed
         self.buckets = None if buckets is None else list(buckets)
         self.epoch = 0
-        self._dropped: frozenset[int] = frozenset()
+        self._dropped = frozenset(dropped)
         self._check_buckets(self._dropped)
         self._carry: list[int] = []  # rows left of the epoch before, at the front of this one
         self._rest: list[int] | None = None  # what this epoch draws, if not all: after `drop`
@@ -110,6 +112,11 @@ class PromptSampler:
     def peek(self) -> list[Prompt]:
         """The batch that `next` will return, if nothing is dropped before."""
         return next(copy.copy(self))
+
+    @property
+    def dropped(self) -> frozenset[int]:
+        """Numbers of the rows that are never drawn again."""
+        return self._dropped
 
     def drop(self, prompts: Collection[Prompt]) -> None:
         """Never draw these prompts again, nor rows equal to them; the state remembers it.

@@ -5,12 +5,24 @@ Nothing is unpacked: a member is read in place, by its offset and size in the sh
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, cast
+
+# What is wrong with a file itself: not there, a folder, not ours to read, no name for a file.
+OWN_FAULTS = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
 
 
 class ImageError(ValueError):
@@ -39,7 +51,8 @@ class Source:
     def open(self) -> BinaryIO:
         """The bytes as a file that can be sought in.
 
-        ImageError: it is refused, there is no such file, it cannot be read, or it holds no byte.
+        ImageError: it is refused, there is no such file, it may not be read, or it holds no byte.
+        OSError: the disk fails.
         """
         if self.refused:
             raise ImageError(f"{self.name}: {self.refused}")
@@ -51,6 +64,8 @@ class Source:
                 raise ImageError(f"{self.name}: the file is empty (0 bytes); replace it")
             file.seek(0)
         except OSError as error:
+            if error.errno not in OWN_FAULTS:
+                raise  # the disk's or the network's: another time the file may be there
             raise ImageError(
                 f"{self.name}: cannot be read ({error.strerror}); wanted an image file at "
                 f"{self.path}: put it there, or take the row out"
@@ -70,13 +85,20 @@ class Source:
             )
         return data
 
-    def sha256(self) -> str:
-        """SHA-256 of the bytes, hexadecimal; read again only where the file has changed."""
+    def state(self) -> tuple[int, int] | None:
+        """What changes when the file does: its time and size; None where there is none."""
         try:
             stat = self.path.stat()
         except (OSError, ValueError):
+            return None
+        return stat.st_mtime_ns, stat.st_size
+
+    def sha256(self) -> str:
+        """SHA-256 of the bytes, hexadecimal; read again only where the file has changed."""
+        state = self.state()
+        if state is None:
             return hashlib.sha256(self.read()).hexdigest()  # raises what is wrong
-        return _sha256(self, stat.st_mtime_ns, stat.st_size)
+        return _sha256(self, *state)
 
 
 def _read(file: BinaryIO, source: Source) -> bytes:

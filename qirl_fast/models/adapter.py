@@ -20,6 +20,7 @@ from qirl_fast.models.loading import check_class, load_component, load_part
 from qirl_fast.models.modulation import ModulationCache
 from qirl_fast.models.prefix import Conditioned
 
+ROPES = 64  # layouts whose rotations are kept
 _NO_IMAGES = (
     "{} draws from text alone and takes no condition images; use Qwen-Image-Edit, "
     "Qwen-Image-Edit-Plus or Qwen-Image-2.1, or prompts without images"
@@ -74,6 +75,7 @@ class Adapter:
         self.vae = pipeline.vae
         self.device = pipeline.transformer.device
         self.dtype = pipeline.transformer.dtype
+        self.ropes: dict[Any, Any] = {}  # rotations by layout
         self.recompute_blocks = 0  # from the first: activations computed again in backward
         self._frozen: list[Tensor] | None = None
         self._decoding = threading.Lock()
@@ -173,6 +175,13 @@ class Adapter:
         if self.graphs is None or torch.is_grad_enabled():
             return self.forward(x, rows, prefix)
         return self.graphs(x, rows, prefix)
+
+    def keep_rope(self, layout: Any, rope: Any) -> Any:
+        """The rotations `rope`, kept for this layout; of many layouts the first go."""
+        self.ropes[layout] = rope
+        while len(self.ropes) > ROPES:
+            del self.ropes[next(iter(self.ropes))]
+        return rope
 
     def recomputed(self, block: int, run: Callable[..., Any]) -> Callable[..., Any]:
         """`run`, whose activations are computed again in backward for the first blocks."""

@@ -120,7 +120,6 @@ class QwenImage(Adapter):
                     f"this transformer has {setting}: it is a distilled, editing or layered "
                     f"variant, which the adapter of {self.pipeline_class.__name__} does not serve"
                 )
-        self._ropes: dict[tuple[int, Grids], tuple[Tensor, Tensor]] = {}
 
     def modulating(self) -> list[nn.Module]:
         """The modules whose weights `modulation` reads."""
@@ -206,12 +205,13 @@ class QwenImage(Adapter):
 
     def _rope(self, length: int, grids: Grids) -> tuple[Tensor, Tensor]:
         """Rotations complex64 of the images [N, head_dim / 2] and of the text [L, head_dim / 2]."""
-        if (length, grids) not in self._ropes:
-            with torch.inference_mode(False):  # to be saved for a backward pass later
-                self._ropes[length, grids] = self.transformer.pos_embed(
-                    [[(1, *grid) for grid in grids]], max_txt_seq_len=length, device=self.device
-                )
-        return self._ropes[length, grids]
+        if (length, grids) in self.ropes:
+            return self.ropes[length, grids]
+        with torch.inference_mode(False):  # to be saved for a backward pass later
+            rope = self.transformer.pos_embed(
+                [[(1, *grid) for grid in grids]], max_txt_seq_len=length, device=self.device
+            )
+        return self.keep_rope((length, grids), rope)
 
     def use_rope(self, prompt: int | Conditioned, grid: tuple[int, int], rope: Tensor) -> None:
         """Take these rotations [L + N + M, ...], of a text of L tokens or a prompt with condition
@@ -219,7 +219,7 @@ class QwenImage(Adapter):
         """
         length = prompt if isinstance(prompt, int) else len(prompt.text)
         condition = () if isinstance(prompt, int) else prompt.grids
-        self._ropes[length, (grid, *condition)] = rope[length:], rope[:length]
+        self.keep_rope((length, (grid, *condition)), (rope[length:], rope[:length]))
 
     def modulation(self, sigma: Tensor) -> tuple[Tensor, ...]:
         """Rows of noise levels [R]: of each block's image and text [R, 6 D], of the last norm."""

@@ -86,7 +86,6 @@ class QwenImage21(Adapter):
                 "this transformer has causal_condition off: its text is modulated at the noise "
                 "level of the sample, and a prompt's keys and values cannot be shared"
             )
-        self._ropes: dict[tuple[Layout, tuple[int, int]], Tensor] = {}
 
     def modulating(self) -> list[nn.Module]:
         """The modules whose weights `modulation` reads."""
@@ -193,20 +192,20 @@ class QwenImage21(Adapter):
 
     def _rope(self, layout: Layout, grid: tuple[int, int]) -> Tensor:
         """Rotations complex64 [L + N, head_dim / 2] of a prefix's tokens and the target's."""
-        if (layout, grid) not in self._ropes:
-            image = torch.tensor([k >= 0 for k in layout.image] + [True] * (grid[0] * grid[1]))
-            shapes = [(1, *size) for size in (*layout.grids, grid)]
-            with torch.inference_mode(False):  # to be saved for a backward pass later
-                rope = self.transformer.pos_embed(shapes, image, device=self.device)
-            self._ropes[layout, grid] = rope
-        return self._ropes[layout, grid]
+        if (layout, grid) in self.ropes:
+            return self.ropes[layout, grid]
+        image = torch.tensor([k >= 0 for k in layout.image] + [True] * (grid[0] * grid[1]))
+        shapes = [(1, *size) for size in (*layout.grids, grid)]
+        with torch.inference_mode(False):  # to be saved for a backward pass later
+            rope = self.transformer.pos_embed(shapes, image, device=self.device)
+        return self.keep_rope((layout, grid), rope)
 
     def use_rope(self, prompt: int | Conditioned, grid: tuple[int, int], rope: Tensor) -> None:
         """Take these rotations [tokens of the prefix + N, ...], of a text of that many tokens or a
         prompt with condition images; of use where tensors have no values.
         """
         text = Layout((False,) * prompt) if isinstance(prompt, int) else Layout.of(prompt)
-        self._ropes[text, grid] = rope
+        self.keep_rope((text, grid), rope)
 
     def _prefix_forward(
         self, prompts: Sequence[Tensor | Conditioned], layout: Layout, rope: Tensor

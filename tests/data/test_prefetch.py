@@ -107,6 +107,17 @@ def test_memory_is_bounded() -> None:
         assert len(many) == 8 and len(loader._kept) == 2 == len(loader._bytes)
 
 
+def test_a_file_that_changes_is_decoded_again(tmp_path: Path) -> None:
+    decoder = Decoder()
+    source = Source("a.png", tmp_path / "a.png")
+    with ImageLoader(decoder) as loader:
+        for text, seen in (("one", 1), ("one", 1), ("longer", 2)):
+            if not source.path.exists() or source.path.read_text() != text:
+                source.path.write_text(text)
+            loader.get([(source, [(10, 10)])])
+            assert len(decoder.seen) == seen
+
+
 def test_errors_are_kept() -> None:
     decoder = Decoder()
     with ImageLoader(decoder, memory_bytes=0) as loader:

@@ -87,6 +87,11 @@ EMULATED = str(REPOSITORY / "build/emulated")
 BUILD = (str(REPOSITORY / ".ci/build-cpp"), EMULATED, "_cuda_emulated", "-DQIRL_CUDA=OFF")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first: begun last it would run alone, on one core, while others wait."""
+    items.sort(key=lambda item: item.path.name != "test_triton.py")
+
+
 def emulated_elsewhere() -> str | None:
     """QIRL_EMULATED_DIR: a folder that holds a build of another kind (make asan)."""
     return os.environ.get("QIRL_EMULATED_DIR")
