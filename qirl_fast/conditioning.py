@@ -173,8 +173,10 @@ class Conditioning:
         self.prefetch(prompts)  # together
         found: dict[int, ImageError] = {}
         for i, prompt in enumerate(prompts):
+            if not prompt.images:
+                continue
             try:
-                self._edit(prompt) if prompt.images else None
+                self._edit(prompt)
             except ImageError as error:
                 found[i] = error
         return found

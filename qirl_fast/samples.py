@@ -73,7 +73,7 @@ class BaseSamples:
         return [part[i : i + most] for part in parts for i in range(0, len(part), most)]
 
     def of(self, rows: Sequence[int]) -> Iterator[Drawn]:
-        """These rows' samples, in order; whole chunks are drawn for them.
+        """These rows' samples, in order of their chunks, which are drawn whole.
 
         Raises StepFailed for an image or a reward that is not finite, and for a judge that fails on
         more than failures.budget of all images so far.
