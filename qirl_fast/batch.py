@@ -61,7 +61,7 @@ def save_batch(batch: Batch, folder: Path) -> Path:
     tensors = {}
     for t in batch.trajectories:
         for name in ("x", "x_next", "logp"):
-            for step, value in zip(t.recorded, getattr(t, name), strict=True):
+            for step, value in zip(t.recorded, getattr(t, name), strict=False):  # of what is kept
                 tensors[f"rows{t.rows.start}.step{step}.{name}"] = value.cpu().clone()
     save_file(tensors, folder / "trajectories.safetensors")
     return folder

@@ -108,7 +108,8 @@ class Conditioning:
         mixed = cfg.data.decoder == "dali" and model.device.type == "cuda"
         images = f"{fingerprint(folder, ('vae',))}-{versions}{'-mixed' if mixed else ''}"
         self.edits = EmbeddingCache(kept, f"{texts}-{images}-{cfg.model.dtype}")
-        self.guided = cfg.rollout.guidance != 1 or cfg.evaluation.guidance != 1
+        scales = (cfg.rollout.guidance, cfg.evaluation.guidance)
+        self.guided = cfg.algorithm.guides or any(scale != 1 for scale in scales)
         try:
             self.loader = ImageLoader(Decoder(cfg.data.decoder, device=str(model.device)))
         except RuntimeError as error:  # DALI is not there

@@ -3,13 +3,12 @@
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qirl_fast.algorithms.grpo import Objective, StepLoss
+from qirl_fast.algorithms import Policy, StepLoss, make_algorithm
 from qirl_fast.batch import StepFailed
 from qirl_fast.config import Config
 from qirl_fast.models import Model
@@ -27,17 +26,17 @@ class Learner:
         self,
         cfg: Config,
         model: Model,
-        algorithm: ModuleType,
         workers: Workers,
         sampling: Sampling,
     ):
-        self.train, self.model, self.algorithm = cfg.train, model, algorithm
-        self.workers, self.sampling = workers, sampling
+        self.train, self.model, self.workers = cfg.train, model, workers
         lora, train = cfg.model.lora, cfg.train
         model.recompute_blocks = train.recompute_blocks
         self.trainable = model.trainable(
             cfg.model.adapter, lora.rank, lora.alpha, lora.targets, cfg.seed
         )
+        policy = Policy(model, self.trainable, sampling, workers, train.updates_per_rollout)
+        self.algorithm = make_algorithm(cfg.algorithm, policy)
         self.optimizer = torch.optim.AdamW(
             self.trainable.values(),
             lr=train.lr,
@@ -47,32 +46,30 @@ class Learner:
         ema = train.ema
         self.ema = Ema(list(self.trainable.values()), ema.decay, ema.every) if ema else None
         self.optimizer_steps = 0
-        self.objective = Objective(
-            train.clip_low,
-            train.clip_high,
-            train.kl_weight,
-            train.velocity_kl_weight,
-            train.step_weights,
-        )
 
-    def update(self, trajectories: Sequence[Trajectory], advantage: Tensor) -> dict[str, float]:
+    def update(
+        self, trajectories: Sequence[Trajectory], advantage: Tensor | None, tasks: Sequence[str]
+    ) -> dict[str, float]:
         """One optimizer step per minibatch of chunks; returns the metrics of the update.
 
-        advantage: float32, one value a row of all chunks, in their order.
+        advantage: float32, one value a row of all chunks, in their order; None where the algorithm
+        has no use for it. tasks: what each row is, see `Prompt.task`.
         `pre_update_*` are measured before the first optimizer step, where rollout and replay must
-        agree: the ratio is 1 there, bit for bit where `replay_steps` is 1, else to rounding.
+        agree: a ratio is 1 there, bit for bit where `replay_steps` is 1, else to rounding.
         `skipped_share`: of the rows, those whose replay was left out, see `_backward`.
         """
         count = self.train.updates_per_rollout
         size = len(trajectories) // count
         sums: dict[str, float] = {}
+        prepared = self.algorithm.prepare(trajectories, tasks)
         for k in range(count):
-            chunks = trajectories[k * size : (k + 1) * size]
-            found = self._backward(chunks, advantage)
+            part = slice(k * size, (k + 1) * size)
+            found = self._backward(trajectories[part], advantage, prepared[part])
             norm = self._optimizer_step()
-            if k == 0:
-                sums["pre_update_clip_fraction"] = found["clip_fraction"] * count
-                sums["pre_update_ratio_error"] = found["ratio_error"] * count
+            if k == 0 and "ratio_error" in found:
+                for name in ("clip_fraction", "ratio_error"):
+                    if name in found:
+                        sums[f"pre_update_{name}"] = found[name] * count
                 exact = self.train.replay_steps == 1
                 if found["ratio_error"] > (0 if exact else 0.01):
                     logger.error(
@@ -85,29 +82,31 @@ class Learner:
         rate = self.optimizer.param_groups[0]["lr"]
         return {name: value / count for name, value in sums.items()} | {"lr": rate}
 
-    def _backward(self, chunks: Sequence[Trajectory], advantage: Tensor) -> dict[str, float]:
+    def _backward(
+        self, chunks: Sequence[Trajectory], advantage: Tensor | None, prepared: Sequence[Any]
+    ) -> dict[str, float]:
         """Leave the gradient of the loss over all chunks in `.grad`; returns its metrics.
 
         Chunks are summed in order, whoever computed them first. An idle chunk (of groups that are
-        all flat, see `algorithm.idle`) adds zeros to the sums and is left out where `skip_flat` is
-        on; loss and gradient are divided by its rows all the same. The metrics of the ratio are
-        means over the other chunks, whether it is left out or not.
+        all flat, see `Algorithm.idle`) adds zeros to the sums and is left out where `skip_flat` is
+        on; loss and gradient are divided by its rows all the same. The algorithm's metrics are
+        means over the other chunks, whether it is left out or not, and absent without one.
         """
         rows = sum(len(chunk.rows) for chunk in chunks)
         parameters = list(self.trainable.values())
-        how, objective = self.sampling, self.objective
-        parts = [advantage[c.rows.start : c.rows.stop].float() for c in chunks]
-        idle = [self.algorithm.idle(part, objective) for part in parts]
+        parts = [
+            None if advantage is None else advantage[c.rows.start : c.rows.stop].float()
+            for c in chunks
+        ]
+        idle = [part is not None and self.algorithm.idle(part) for part in parts]
         judged = sum(len(c.rows) for c, is_idle in zip(chunks, idle, strict=True) if not is_idle)
         left = [k for k in range(len(chunks)) if not (idle[k] and self.train.skip_flat)]
-        references = self.algorithm.references(self.model, chunks, how, objective)
 
         def gradient(k: int) -> tuple[tuple[Tensor, ...], Tensor, list[StepLoss]]:
-            chunk, part = chunks[k], parts[k].to(self.model.device)
+            chunk, part = chunks[k], parts[k]
+            part = None if part is None else part.to(self.model.device)
             with torch.enable_grad():
-                steps = list(
-                    self.algorithm.loss(self.model, chunk, part, how, objective, references[k])
-                )
+                steps = list(self.algorithm.loss(chunk, part, prepared[k]))
                 share = len(chunk.rows) / (rows * len(steps))
                 loss = torch.stack([step.loss for step in steps]).sum() * share
             if not torch.isfinite(loss):
@@ -116,7 +115,7 @@ class Learner:
             found = torch.autograd.grad(loss, parameters, materialize_grads=True)
             return found, loss.detach(), steps
 
-        totals = {"loss": 0.0, "clip_fraction": 0.0, "ratio_error": 0.0}
+        totals = {"loss": 0.0}
         for k, (gradients, loss, steps) in zip(left, self.workers.map(gradient, left), strict=True):
             for p, g in zip(parameters, gradients, strict=True):
                 p.grad = g if p.grad is None else p.grad.add_(g)
@@ -125,8 +124,9 @@ class Learner:
                 continue
             share = len(chunks[k].rows) / (judged * len(steps))
             for step in steps:
-                error = (step.ratio - 1).abs().max().item()
-                totals["ratio_error"] = max(totals["ratio_error"], error)
+                if step.ratio is not None:
+                    error = (step.ratio - 1).abs().max().item()
+                    totals["ratio_error"] = max(totals.get("ratio_error", 0.0), error)
                 for name, value in step.metrics.items():
                     totals[name] = totals.get(name, 0.0) + value.item() * share
         for p in parameters:  # all chunks were left out: the optimizer steps on zeros all the same
@@ -147,7 +147,7 @@ class Learner:
         self.optimizer_steps += 1
         if self.ema:
             self.ema.update(self.optimizer_steps)
-        self.algorithm.after_step(self.model)
+        self.algorithm.after_step(self.optimizer_steps)
         return norm.item()
 
     def _learning_rate(self) -> float:
@@ -168,6 +168,7 @@ class Learner:
             "optimizer": self.optimizer.state_dict(),
             "optimizer_steps": self.optimizer_steps,
             "ema": self.ema.average if self.ema else [],
+            "algorithm": self.algorithm.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -179,3 +180,4 @@ class Learner:
                 torch._foreach_copy_(self.ema.average, state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.optimizer_steps = state["optimizer_steps"]
+        self.algorithm.load_state(state["algorithm"])

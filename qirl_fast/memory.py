@@ -66,9 +66,10 @@ def plan(cfg: Config) -> dict[str, int]:
     plan["AdamW's two moments"] = 8 * trained
     plan["average of the weights"] = 4 * trained if cfg.train.ema else 0
     state = tokens * models["transformer"].config.in_channels
-    stored = BYTES[rollout.storage_dtype]
-    offset = stored if rollout.guidance != 1 and rollout.ratio_mode == "frozen_offset" else 0
-    plan["recorded states"] = size.replays * state * (2 * stored + offset)
+    stored = {"transitions": 2, "states": 1, "levels": 0}[cfg.algorithm.keeps]
+    if stored == 2 and rollout.guidance != 1 and rollout.ratio_mode == "frozen_offset":
+        stored += 1  # the offset
+    plan["recorded states"] = size.replays * state * stored * BYTES[rollout.storage_dtype]
     plan["images"] = size.samples * target[0] * target[1] * 3
     plan["keys and values of the prompts"] = prefix * at_once
     plan["activations of replay"] = saved * at_once

@@ -76,8 +76,7 @@ def write_report(
         "phases_s": _phases(run_dir),
         "online_filter": _online_filter(run_dir),
         "images_per_s": _images_per_s(run_dir),
-        "pre_update_clip_fraction": _worst(run_dir, "pre_update_clip_fraction"),
-        "pre_update_ratio_error": _worst(run_dir, "pre_update_ratio_error"),
+        **_worst(run_dir, "pre_update_clip_fraction", "pre_update_ratio_error"),
         "steps": trainer.cfg.train.steps,
         "seed": trainer.cfg.seed,
         "versions": _versions() | {"threads": str(trainer.workers.count)},
@@ -147,8 +146,11 @@ def _images_per_s(run_dir: Path) -> float:
     return images / seconds if seconds else 0.0
 
 
-def _worst(run_dir: Path, metric: str) -> float:
-    return max((line[metric] for line in _lines(run_dir, "metrics")), default=0.0)
+def _worst(run_dir: Path, *metrics: str) -> dict[str, float]:
+    """The largest value of each metric that any update has."""
+    lines = _lines(run_dir, "metrics")
+    found = {name: [line[name] for line in lines if name in line] for name in metrics}
+    return {name: max(values) for name, values in found.items() if values}
 
 
 def _versions() -> dict[str, str]:

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qirl_fast import ops
+from qirl_fast.algorithms import Algorithm
 from qirl_fast.batch import Batch, StepFailed
 from qirl_fast.conditioning import Given
 from qirl_fast.config import Config
@@ -83,14 +83,15 @@ def optimised(cfg: Config, batch: Batch) -> tuple[Tensor, Tensor]:
 def mean_scores(cfg: Config, batch: Batch) -> dict[str, float]:
     """Mean score of each judge over its valid rows.
 
-    `reward` is the weighted mean of the optimised ones, absent where one failed on all rows.
+    `reward` is the weighted mean of the optimised ones, absent without any and where one failed on
+    all rows.
     """
     metrics = {}
     for i, name in enumerate([*cfg.rewards, *cfg.watch]):
         valid = batch.valid[:, i]
         if bool(valid.any()):
             metrics[f"reward/{name}"] = batch.scores[valid, i].double().mean().item()
-    if all(f"reward/{name}" in metrics for name in cfg.rewards):
+    if cfg.rewards and all(f"reward/{name}" in metrics for name in cfg.rewards):
         metrics["reward"] = sum(w * metrics[f"reward/{n}"] for n, w in cfg.rewards.items())
     return metrics
 
@@ -126,7 +127,7 @@ class Rollouts:
 
     cfg: Config
     model: Model
-    algorithm: ModuleType
+    algorithm: Algorithm
     judges: Judges
     workers: Workers
     how: Sampling
@@ -204,13 +205,7 @@ class Rollouts:
         total = len(prompts) * r.group_size
         owner = [k // r.group_size for k in (range(total) if samples is None else samples)]
         rows = [prompts[p] for p in owner]
-        recorded = self.algorithm.record(
-            r.steps,
-            (r.window.start, r.window.size) if r.window else None,
-            (r.sde_steps.count, r.sde_steps.high or r.steps - 1) if r.sde_steps else None,
-            self.cfg.seed,
-            update,
-        )
+        recorded = self.algorithm.record(r, self.cfg.seed, update)
 
         def draw(chunk: Trajectory) -> tuple[Trajectory, np.ndarray | NotFinite]:
             if not record:
@@ -236,7 +231,7 @@ class Rollouts:
             trajectories = [chunk for chunk, _, _ in chunks]
             return StepFailed(message, Batch(prompts, trajectories, drawn, scores, status))
 
-        with self.algorithm.sampling(self.model):
+        with self.algorithm.sampling():
             for chunk, images in sample_then(
                 draw,
                 self.workers,

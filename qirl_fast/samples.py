@@ -121,13 +121,7 @@ class BaseSamples:
         """uint8 [rows * n, H, W, 3] of a chunk; own: numbers of the samples wanted, None: all."""
         trainer, r = self.trainer, self.trainer.cfg.rollout
         rows, height, width = self.chunks[number], given.height, given.width
-        recorded = trainer.algorithm.record(
-            r.steps,
-            (r.window.start, r.window.size) if r.window else None,
-            (r.sde_steps.count, r.sde_steps.high or r.steps - 1) if r.sde_steps else None,
-            trainer.cfg.seed + SEEDS,
-            number,
-        )
+        recorded = trainer.algorithm.record(r, trainer.cfg.seed + SEEDS, number)
 
         def decoded(chunk: Trajectory) -> np.ndarray:
             try:

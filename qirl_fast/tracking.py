@@ -196,7 +196,8 @@ class Tracker:
 
     def _show(self, step: int, scalars: Mapping[str, float], clock: Mapping[str, Any]) -> None:
         parts = [f"{clock['images_per_s']:.1f} images/s"] if "images_per_s" in clock else []
-        parts += [f"reward {scalars['reward']:.4f}"] if "reward" in scalars else []
+        shown = "reward" if "reward" in scalars else "loss"
+        parts += [f"{shown} {scalars[shown]:.4f}"] if shown in scalars else []
         note = "  ".join(parts)
         if self._bar:
             self._bar.update(self._bar.task_ids[0], completed=step, note=note)

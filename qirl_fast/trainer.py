@@ -4,7 +4,6 @@ import logging
 import random
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 
 from qirl_fast import ops
-from qirl_fast.algorithms import ALGORITHMS
 from qirl_fast.batch import Batch
 from qirl_fast.checkpoint import lora_state, rng_state, set_rng_state
 from qirl_fast.conditioning import Conditioning
@@ -77,7 +75,6 @@ class Trainer:
         if cfg.rollout.cuda_graphs:
             self.model.graphs = ForwardGraphs(self.model.transformer, self.model.forward)
         self.scheduler = dict(self.model.pipeline.scheduler.config)
-        self.algorithm: ModuleType = ALGORITHMS[cfg.algorithm.name]
         names = [*cfg.rewards, *cfg.watch]
         self.judges = Judges(names, cfg.judges, device, cfg.failures.reask)
         files = {"train": packaged(cfg.data.train), "heldout": packaged(cfg.data.heldout)}
@@ -92,7 +89,8 @@ class Trainer:
         self.heldout = usable[: cfg.evaluation.prompts]
         self.rollout_sampling = self._sampling(cfg.rollout.steps, cfg.rollout.guidance)
         self.evaluation_sampling = self._sampling(cfg.evaluation.steps, cfg.evaluation.guidance)
-        self.learner = Learner(cfg, self.model, self.algorithm, self.workers, self.rollout_sampling)
+        self.learner = Learner(cfg, self.model, self.workers, self.rollout_sampling)
+        self.algorithm = self.learner.algorithm
         self.rollouts = Rollouts(
             cfg,
             self.model,
@@ -144,6 +142,7 @@ class Trainer:
             storage_dtype=r.storage_dtype,
             max_rows=derived(self.cfg).chunk_rows,
             replay_steps=self.cfg.train.replay_steps,
+            keeps=self.cfg.algorithm.keeps,
         )
 
     def next_prompts(self) -> list[Prompt]:
@@ -162,23 +161,28 @@ class Trainer:
         beside = covered(self.judges.busy) - covered(self.judges.busy, waits)
         return covered(waits), beside
 
-    def advantages(self, batch: Batch) -> ops.GroupAdvantage:
-        """Of each sample, see `rollouts.advantages`."""
-        return advantages(self.cfg, batch)
+    def advantages(self, batch: Batch) -> ops.GroupAdvantage | None:
+        """Of each sample, see `rollouts.advantages`; None where no reward is optimised."""
+        return advantages(self.cfg, batch) if self.cfg.rewards else None
 
-    def reward_metrics(self, batch: Batch, advantage: ops.GroupAdvantage) -> dict[str, float]:
+    def reward_metrics(
+        self, batch: Batch, advantage: ops.GroupAdvantage | None
+    ) -> dict[str, float]:
         """Mean score and in-group spread of each judge, where it failed, and the share of rows
         that train.
         """
         metrics = mean_scores(self.cfg, batch) | batch.metrics | spread_metrics(self.cfg, batch)
-        metrics["kept_groups"] = advantage.keep.double().mean().item()
+        if advantage is not None:
+            metrics["kept_groups"] = advantage.keep.double().mean().item()
         return metrics
 
-    def update(self, batch: Batch, advantage: ops.GroupAdvantage) -> dict[str, float]:
+    def update(self, batch: Batch, advantage: ops.GroupAdvantage | None) -> dict[str, float]:
         """One optimizer step per minibatch of chunks; returns the metrics of the update."""
         fp8 = self.cfg.model.fp8
         with self.in_fp8() if fp8 is not None and fp8.mode == "unified" else nullcontext():
-            return self.learner.update(batch.trajectories, advantage.advantage)
+            value = None if advantage is None else advantage.advantage
+            tasks = [p.task for p in batch.prompts for _ in range(batch.group)]
+            return self.learner.update(batch.trajectories, value, tasks)
 
     def evaluate(self, count: int | None = None) -> Evaluation:
         """Score the first `count` held-out prompts, with averaged weights where there are some."""

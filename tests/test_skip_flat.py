@@ -76,7 +76,7 @@ def test_no_number_changes(updated, flat, settings, replayed) -> None:
 
 
 def test_a_kl_needs_every_chunk(updated) -> None:
-    metrics, _, count = updated(advantages(1), "train.kl_weight=0.1")
+    metrics, _, count = updated(advantages(1), "algorithm.kl_weight=0.1")
     assert count == GROUPS and metrics["skipped_share"] == 0 and "kl" in metrics
 
 

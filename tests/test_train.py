@@ -44,8 +44,8 @@ METRICS = {
 VARIED = (
     "train.ema={decay: 0.5, every: 1}",
     "train.updates_per_rollout=2",
-    "train.kl_weight=0.1",
-    "train.velocity_kl_weight=0.1",
+    "algorithm.kl_weight=0.1",
+    "algorithm.velocity_kl_weight=0.1",
     "train.lr=0.01",
     "rollout.window=null",
     "rollout.sde_steps={count: 2, high: 3}",
@@ -306,8 +306,8 @@ def test_bfloat16(
         "model.dtype=bfloat16",
         "rollout.storage_dtype=bfloat16",
         "rollout.max_rows=3",
-        "train.clip_low=1e-6",
-        "train.clip_high=1e-6",
+        "algorithm.clip_low=1e-6",
+        "algorithm.clip_high=1e-6",
         "rollout.dynamics=dance_sde",
     )
     for row in read_jsonl(folder / "metrics.jsonl"):

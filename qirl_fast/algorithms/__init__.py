@@ -1,7 +1,19 @@
-"""One paper a file, the same functions in each: record, sampling, loss, after_step."""
+"""One paper a file, the same methods in each: record, sampling, prepare, loss, after_step."""
 
-from types import ModuleType
+from typing import Annotated, Any
 
-from qirl_fast.algorithms import grpo
+from pydantic import Field
 
-ALGORITHMS: dict[str, ModuleType] = {"grpo": grpo}
+from qirl_fast.algorithms import grpo, opd
+from qirl_fast.algorithms.algorithm import Algorithm, Policy, StepLoss
+
+ALGORITHMS: dict[str, type[Algorithm]] = {"grpo": grpo.Grpo, "opd": opd.Opd}
+AlgorithmSettings = Annotated[grpo.Settings | opd.Settings, Field(discriminator="name")]
+
+
+def make_algorithm(settings: Any, policy: Policy) -> Algorithm:
+    """The algorithm that the settings name."""
+    return ALGORITHMS[settings.name](settings, policy)
+
+
+__all__ = ["ALGORITHMS", "Algorithm", "AlgorithmSettings", "Policy", "StepLoss", "make_algorithm"]

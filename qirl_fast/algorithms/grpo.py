@@ -9,154 +9,97 @@ over all rows and recorded steps, the first term weighted by step (see `step_wei
 mu - mu_ref = c (v - v_ref), so the Gaussian KL is the true one (flow_grpo divides by g^2 and
 leaves dt out). The reference is the policy with its adapter off.
 
+By its rollout it is Flow-GRPO (flow_sde at all steps but the last), Flow-GRPO-Fast (flow_sde at one
+or two drawn steps), DanceGRPO (dance_sde, arXiv 2505.07818), MixGRPO (a window that moves, arXiv
+2507.21802), Flow-CPS (cps, arXiv 2509.05952).
+
 Differs from flow_grpo: the guided branch stays out of the objective (see rollout/guidance.py), the
 stochastic steps are drawn anew at each update (theirs are seeded alike at every call), dropped
 groups keep their rows with advantage 0 so that replay runs at the shape of rollout.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-import numpy as np
-import torch
+from pydantic import Field
 from torch import Tensor
 
 from qirl_fast import ops
+from qirl_fast.algorithms.algorithm import StepLoss
+from qirl_fast.algorithms.transitions import TransitionAlgorithm, TransitionSettings
 from qirl_fast.rollout.dynamics import StepCoefficients
-from qirl_fast.rollout.replay import replay
-from qirl_fast.rollout.sample import Sampling, Trajectory
+from qirl_fast.rollout.replay import Replayed, replay
+from qirl_fast.rollout.sample import Trajectory
+from qirl_fast.section import Positive
 
 
-@dataclass(frozen=True)
-class Objective:
-    """The weights of the loss; ranges are those of config.TrainConfig."""
+class Settings(TransitionSettings):
+    """GRPO: a clipped ratio of transitions."""
 
-    clip_low: float
-    clip_high: float
-    kl_weight: float = 0.0
-    velocity_kl_weight: float = 0.0
-    step_weights: Literal["equal", "noise"] = "equal"
-
-    @property
-    def needs_reference(self) -> bool:
-        """True when a KL to the untrained policy is part of the loss."""
-        return self.kl_weight > 0 or self.velocity_kl_weight > 0
-
-
-@dataclass(frozen=True)
-class StepLoss:
-    """Loss of one recorded step of one chunk: a mean over rows, with graph; the rest detached."""
-
-    loss: Tensor
-    ratio: Tensor  # [B]
-    metrics: dict[str, Tensor]  # scalars, means over rows
+    name: Literal["grpo"] = Field(default="grpo", description="GRPO: a clipped ratio")
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=1e-4, description="lower ratio clip"
+    )
+    clip_high: Positive = Field(default=1e-4, description="upper ratio clip")
+    step_weights: Literal["equal", "noise"] = Field(
+        default="equal",
+        description="recorded steps in the loss: equal; noise: weighted so that the log-prob of "
+        "each pulls on the velocity alike",
+    )
 
 
-def record(
-    steps: int,
-    window: tuple[int, int] | None,
-    draw: tuple[int, int] | None,
-    seed: int,
-    update: int,
-) -> tuple[int, ...]:
-    """Indices of the stochastic, trained steps of one update, ascending; never the last step.
+class Grpo(TransitionAlgorithm):
+    """The clipped surrogate, with KLs to the reference."""
 
-    Args:
-        window: (start, size), the same at every update.
-        draw: (count, high): `count` distinct steps out of the first `high`, step i drawn with
-            weight high - i: high noise is favoured.
-    """
-    if (window is None) == (draw is None):
-        raise ValueError(f"give a window or a draw: window {window}, draw {draw}")
-    if window is not None:
-        start, size = window
-        chosen = list(range(start, start + size))
-    else:
-        assert draw is not None
-        count, high = draw
-        weight = np.arange(high, 0, -1, dtype=np.float64)
-        rng = np.random.default_rng([seed, update, 2])
-        chosen = sorted(rng.choice(high, count, replace=False, p=weight / weight.sum()).tolist())
-    if not chosen or chosen[0] < 0 or chosen[-1] > steps - 2:
-        raise ValueError(f"recorded steps {chosen} do not lie in 0..{steps - 2}")
-    return tuple(chosen)
+    settings: Settings
 
+    def surrogate(self, step: Replayed, advantage: Tensor) -> StepLoss:
+        """The policy's loss of one step, without weight and KL."""
+        policy = ops.policy_loss(
+            step.logp,
+            step.logp_old,
+            advantage,
+            clip_low=self.settings.clip_low,
+            clip_high=self.settings.clip_high,
+        )
+        metrics = {"clip_fraction": policy.clip_fraction, "approx_kl": policy.approx_kl}
+        return StepLoss(policy.loss, metrics, policy.ratio.detach())
 
-def sampling(model: Any) -> AbstractContextManager[None]:
-    """Context of the rollout: GRPO samples from the policy itself."""
-    return nullcontext()
+    def loss(
+        self, chunk: Trajectory, advantage: Tensor | None, prepared: list[Tensor] | None
+    ) -> Iterator[StepLoss]:
+        """One StepLoss per recorded step.
 
-
-def idle(advantage: Tensor, objective: Objective) -> bool:
-    """True where rows of these advantages add nothing to the loss or its gradient: all are 0 and no
-    KL holds them. A NaN is not 0.
-    """
-    return not objective.needs_reference and not bool(advantage.any())
-
-
-def references(
-    model: Any, trajectories: list[Trajectory], how: Sampling, objective: Objective
-) -> list[list[Tensor] | None]:
-    """For each chunk the reference policy's velocity at every recorded step, where a KL needs it.
-
-    Apart from `loss`, because turning the adapter off changes the model for everyone.
-    """
-    if not objective.needs_reference:
-        return [None] * len(trajectories)
-    with torch.no_grad(), model.reference():
-        return [[step.velocity for step in replay(model, t, how)] for t in trajectories]
+        prepared: the reference's velocities. ValueError without advantages, and where the
+        objective has a KL and no reference came.
+        """
+        if advantage is None or self.settings.needs_reference != (prepared is not None):
+            raise ValueError(
+                f"{self.settings} with advantages {advantage} and a reference of {prepared}: take "
+                "them from the rollout and from `prepare`"
+            )
+        weights = step_weights(chunk.coefficients, self.settings.step_weights)
+        for i, step in enumerate(replay(self.model, chunk, self.how)):
+            found = self.surrogate(step, advantage)
+            total, metrics = found.loss * weights[i], found.metrics
+            if prepared is not None:
+                velocity_kl = (step.velocity.float() - prepared[i].float()).square().mean()
+                k = step.coefficients
+                kl = velocity_kl * (k.c**2 / (2 * k.s**2))
+                total = total + self.settings.kl_weight * kl
+                total = total + self.settings.velocity_kl_weight * velocity_kl
+                metrics = metrics | {"kl": kl.detach(), "velocity_kl": velocity_kl.detach()}
+            yield StepLoss(total, metrics, found.ratio)
 
 
-def step_weights(steps: Sequence[StepCoefficients], objective: Objective) -> list[float]:
-    """Weight of each recorded step's surrogate; their mean is 1.
+def step_weights(steps: Sequence[StepCoefficients], kind: str) -> list[float]:
+    """Weight of each recorded step's surrogate; their mean is 1. kind: of Settings.step_weights.
 
     "noise": d logp / d v = 2 w c s eps, so late steps, of little noise, outweigh the early ones,
     which settle what is drawn where. A weight of 1 / (2 w s |c|) makes all alike; TempFlow-GRPO
     (arXiv 2508.04324) and GRPO-Guard (arXiv 2510.22319) weigh by noise level to the same end.
     """
-    if objective.step_weights == "equal":
+    if kind == "equal":
         return [1.0] * len(steps)
     lacking = [1 / (2 * step.w * step.s * abs(step.c)) for step in steps]
     return [value * len(steps) / sum(lacking) for value in lacking]
-
-
-def loss(
-    model: Any,
-    trajectory: Trajectory,
-    advantage: Tensor,
-    how: Sampling,
-    objective: Objective,
-    reference: list[Tensor] | None,
-) -> Iterator[StepLoss]:
-    """One StepLoss per recorded step.
-
-    Args:
-        advantage: float32 [B], of the chunk's rows; reference: the chunk's, from `references`.
-    ValueError when the objective has a KL and no reference came.
-    """
-    if objective.needs_reference != (reference is not None):
-        raise ValueError(f"{objective} and a reference of {reference}: take it from `references`")
-    weights = step_weights(trajectory.coefficients, objective)
-    for i, step in enumerate(replay(model, trajectory, how)):
-        policy = ops.policy_loss(
-            step.logp,
-            step.logp_old,
-            advantage,
-            clip_low=objective.clip_low,
-            clip_high=objective.clip_high,
-        )
-        total = policy.loss * weights[i]
-        metrics = {"clip_fraction": policy.clip_fraction, "approx_kl": policy.approx_kl}
-        if reference is not None:
-            velocity_kl = (step.velocity.float() - reference[i].float()).square().mean()
-            k = step.coefficients
-            kl = velocity_kl * (k.c**2 / (2 * k.s**2))
-            total = total + objective.kl_weight * kl + objective.velocity_kl_weight * velocity_kl
-            metrics |= {"kl": kl.detach(), "velocity_kl": velocity_kl.detach()}
-        yield StepLoss(total, policy.ratio.detach(), metrics)
-
-
-def after_step(model: Any) -> None:
-    """Nothing: the sampling policy is the trained one."""

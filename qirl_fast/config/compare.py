@@ -30,7 +30,7 @@ class Derived:
     explored: int  # images per update drawn to choose those from; 0: none
     minibatch_samples: int  # samples per optimizer step
     chunk_rows: int  # samples of one transformer call; they divide the minibatch
-    recorded_steps: int  # stochastic steps stored and replayed per sample
+    recorded_steps: int  # steps per sample that the loss looks at
     replays: int  # (sample, step) pairs replayed
     sampled_rows: int  # transformer rows of a rollout, where every step is guided or none
     replay_rows: int  # (sample, step) pairs of one forward in training
@@ -45,8 +45,7 @@ def derived(cfg: Config) -> Derived:
     samples = cfg.data.prompts_per_step * group
     drawn = cfg.data.prompts_per_step * rollout.group_size
     explored = drawn if group < rollout.group_size else 0
-    recorded = rollout.window.size if rollout.window else 0
-    recorded += rollout.sde_steps.count if rollout.sde_steps else 0
+    recorded = cfg.algorithm.recorded_steps(rollout)
     minibatch = samples // cfg.train.updates_per_rollout
     most = min(rollout.max_rows, minibatch)
     chunk = max(n for n in range(1, most + 1) if minibatch % n == 0)

@@ -76,10 +76,14 @@ class ModelConfig(Section):
 
 
 class WindowConfig(Section):
-    """A fixed run of neighbouring stochastic steps."""
+    """A run of neighbouring stochastic steps, which may move through the run."""
 
     start: Natural = Field(description="index of the first stochastic step; 0 is pure noise")
     size: Count = Field(description="number of stochastic steps")
+    every: Natural = Field(
+        default=0, description="updates after which the window moves; 0: it stays"
+    )
+    stride: Count = Field(default=1, description="steps by which it moves, then from start again")
 
 
 class SdeStepsConfig(Section):
@@ -95,7 +99,7 @@ class SdeStepsConfig(Section):
 class RolloutConfig(Section):
     """How trajectories are made."""
 
-    group_size: int = Field(ge=2, description="samples per prompt")
+    group_size: Count = Field(description="samples per prompt; at least 2 where rewards count")
     height: Pixels = Field(description="image height in pixels")
     width: Pixels = Field(description="image width in pixels")
     steps: int = Field(ge=2, description="denoising steps")

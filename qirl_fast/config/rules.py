@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 
 from qirl_fast.rewards.edits import check_rule
 from qirl_fast.rewards.tiers import check_tiers
+from qirl_fast.section import Problem
 
 if TYPE_CHECKING:
     from qirl_fast.config.drawing import RolloutConfig
     from qirl_fast.config.schema import Config
-
-Problem = tuple[tuple[str, ...], str]  # (dotted keys involved, one line of text)
 
 
 class CrossError(ValueError):
@@ -30,6 +29,8 @@ class CrossError(ValueError):
 def cross_problems(cfg: Config) -> Iterator[Problem]:
     """Yield each broken rule that involves several keys of `cfg`."""
     yield from _rollout_problems(cfg.rollout)
+    yield from cfg.algorithm.problems(cfg)
+    yield from _reward_problems(cfg)
     yield from _fp8_problems(cfg)
     yield from _batch_problems(cfg)
     yield from _weight_problems(cfg)
@@ -40,18 +41,6 @@ def cross_problems(cfg: Config) -> Iterator[Problem]:
 
 def _rollout_problems(rollout: RolloutConfig) -> Iterator[Problem]:
     window, drawn, steps = rollout.window, rollout.sde_steps, rollout.steps
-    if rollout.dynamics == "ode":
-        yield (
-            ("rollout.dynamics",),
-            "rollout.dynamics: got 'ode', which has no density, so grpo has no ratio to train on; "
-            "allowed for grpo: 'flow_sde', 'dance_sde', 'cps', 'langevin'",
-        )
-    elif (window is None) == (drawn is None):
-        came = "neither" if window is None else "both"
-        yield (
-            ("rollout.window", "rollout.sde_steps"),
-            f"rollout.window, rollout.sde_steps: got {came}; set exactly one and the other to null",
-        )
     if window is not None and window.start + window.size > steps - 1:
         yield (
             ("rollout.window.start", "rollout.window.size", "rollout.steps"),
@@ -86,11 +75,27 @@ def _rollout_problems(rollout: RolloutConfig) -> Iterator[Problem]:
             f"rollout.guidance_interval: got {list(interval)}, which ends before it begins; wanted "
             "[lowest, highest] noise level, such as [0.3, 0.9]",
         )
-    if rollout.guidance != 1 and rollout.ratio_mode is None:
+
+
+def _reward_problems(cfg: Config) -> Iterator[Problem]:
+    """Whether the algorithm's needs of rewards and of groups are met, and nothing is idle."""
+    name = cfg.algorithm.name
+    if cfg.algorithm.rewarded and not cfg.rewards:
         yield (
-            ("rollout.ratio_mode", "rollout.guidance"),
-            f"rollout.ratio_mode: not declared, but rollout.guidance={rollout.guidance:g} guides "
-            "the rollout; set it to 'frozen_offset' (default choice), 'conditional' or 'full'",
+            ("rewards", "algorithm.name"),
+            f"rewards: got none, and {name} trains on advantages; name at least one judge",
+        )
+    if not cfg.algorithm.rewarded and cfg.rewards:
+        yield (
+            ("rewards", "algorithm.name"),
+            f"rewards: got {', '.join(cfg.rewards)}, and {name} optimises no reward; set rewards "
+            "to {} and name under watch what is to be scored and shown",
+        )
+    if cfg.algorithm.rewarded and cfg.rollout.group_size < 2:
+        yield (
+            ("rollout.group_size", "algorithm.name"),
+            f"rollout.group_size: got {cfg.rollout.group_size}; {name} compares samples of a "
+            "prompt: allowed: 2 or more",
         )
 
 
@@ -149,6 +154,12 @@ def _fp8_problems(cfg: Config) -> Iterator[Problem]:
             f"train.replay_steps={cfg.train.replay_steps} replays in another than rollout's; set "
             "recipe=row, or train.replay_steps=1",
         )
+    if fp8.mode != "unified" and cfg.algorithm.keeps != "transitions":
+        yield (
+            ("model.fp8.mode", "algorithm.name"),
+            f"model.fp8.mode: got {fp8.mode!r}, which is about the ratio of transitions, and "
+            f"{cfg.algorithm.name} has none; set mode=unified",
+        )
     if (fp8.keep is None) == (fp8.mode == "explore"):
         wanted = f"an even number below rollout.group_size {group}"
         yield (
@@ -191,7 +202,7 @@ def _divisors(number: int) -> str:
 
 
 def _weight_problems(cfg: Config) -> Iterator[Problem]:
-    tables = {"rewards": cfg.rewards}
+    tables = {"rewards": cfg.rewards} if cfg.rewards else {}
     tables |= {f"category_weights.{name}": table for name, table in cfg.category_weights.items()}
     for key, table in tables.items():
         if table and not any(table.values()):

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Strict, model_validator
 
+from qirl_fast.algorithms import AlgorithmSettings, grpo
 from qirl_fast.config.drawing import ModelConfig, RolloutConfig
 from qirl_fast.config.rules import CrossError, cross_problems
 from qirl_fast.rewards.edits import EditRule
@@ -127,23 +128,8 @@ class TrainConfig(Section):
     )
     weight_decay: NonNegative = Field(default=1e-4, description="AdamW weight decay")
     max_grad_norm: Positive = Field(default=1.0, description="gradient norm clip")
-    clip_low: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=1e-4, description="lower ratio clip"
-    )
-    clip_high: Positive = Field(default=1e-4, description="upper ratio clip")
     updates_per_rollout: Count = Field(
         default=1, description="minibatches, one optimizer step each"
-    )
-    kl_weight: NonNegative = Field(
-        default=0.0, description="weight of the Gaussian KL to the reference"
-    )
-    velocity_kl_weight: NonNegative = Field(
-        default=0.0, description="weight of the mean squared velocity difference to the reference"
-    )
-    step_weights: Literal["equal", "noise"] = Field(
-        default="equal",
-        description="recorded steps in the loss: equal; noise: weighted so that the log-prob of "
-        "each pulls on the velocity alike",
     )
     ema: EmaConfig | None = Field(default=None, description="null: off")
     recompute_blocks: Natural = Field(
@@ -216,12 +202,6 @@ class TrackingConfig(Section):
     samples_every: Natural = Field(default=0, description="updates between sample images; 0: none")
 
 
-class AlgorithmConfig(Section):
-    """The training algorithm."""
-
-    name: Literal["grpo"] = Field(default="grpo", description="algorithm")
-
-
 class Config(Section):
     """A whole recipe."""
 
@@ -236,12 +216,15 @@ class Config(Section):
     )
     device: Literal["cpu", "cuda", "auto"] = Field(default="auto", description="where to compute")
     threads: Count | None = Field(default=None, description="CPU threads; null: one a core")
-    algorithm: AlgorithmConfig = AlgorithmConfig()
+    algorithm: AlgorithmSettings = Field(
+        default=grpo.Settings(), description="the training algorithm, by its name, and its settings"
+    )
     model: ModelConfig
     data: DataConfig
     rollout: RolloutConfig
     rewards: dict[str, NonNegative] = Field(
-        min_length=1, description="optimised judges and their weights; scaled to sum to 1"
+        description="optimised judges and their weights, scaled to sum to 1; {} where the "
+        "algorithm needs none"
     )
     category_weights: dict[str, dict[str, NonNegative]] = Field(
         default={}, description="weights for prompts of one category in place of `rewards`"

@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from qirl_fast.config.rules import CrossError, Problem
+from qirl_fast.config.rules import CrossError
 from qirl_fast.rewards.judges import JUDGES, resolve
 from qirl_fast.rewards.kinds import JudgeSettings
 from qirl_fast.rewards.wire import Limits
-from qirl_fast.section import Count, Natural, Positive, Section, Text
+from qirl_fast.section import Count, Natural, Positive, Problem, Section, Text
 
 
 class ServerConfig(Section):

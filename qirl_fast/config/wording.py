@@ -84,11 +84,13 @@ class Schema:
 
     def _line(self, loc: list[str], detail: ErrorDetails) -> str:
         key = ".".join(loc)
-        kinds = self.node(loc).get("discriminator", {}).get("mapping")
+        choice = self.node(loc).get("discriminator", {})
+        kinds = choice.get("mapping")
         if kinds and detail["type"].startswith("union_tag"):
             came = detail.get("ctx", {}).get("tag")
             came = "nothing came" if came is None else f"got {came!r}"
-            return f"{key}.kind: {came}; wanted one of {', '.join(map(repr, kinds))}"
+            named = f"{key}.{choice['propertyName']}"
+            return f"{named}: {came}; wanted one of {', '.join(map(repr, kinds))}"
         kind = next((p for p in map(str, detail["loc"]) if p not in loc), None)
         if detail["type"] == "extra_forbidden":
             return f"{key}: unknown key; {self._nearest_key(loc, kind)}"

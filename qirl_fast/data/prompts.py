@@ -43,6 +43,11 @@ class Prompt:
     metadata: dict[str, Any] = field(compare=False)
     images: tuple[Source, ...] = ()
 
+    @property
+    def task(self) -> str:
+        """The row's `task`; without one "edit" for a prompt with condition images, else "t2i"."""
+        return str(self.metadata.get("task") or ("edit" if self.images else "t2i"))
+
 
 def load_prompts(
     path: str | os.PathLike[str], images: str | os.PathLike[str] | None = None

@@ -1,8 +1,5 @@
-"""A picture of the change: for each prompt its text, the image before and the image after.
-
-Edits also show the source picture, before the two.
-
-Eight prompts make a column; the next ones stand beside it.
+"""Pictures of what models draw: for each prompt its text, then an image of each of several columns,
+such as the source of an edit, the model before and the model after.
 
 Small images are enlarged by a whole factor without smoothing, so that a pixel stays a pixel; large
 ones are shrunk. Scores stand under the images.
@@ -44,40 +41,55 @@ def before_after_grid(
     path: str | os.PathLike[str],
     sources: Sequence[Image_] | None = None,
 ) -> Path:
-    """Draw the grid as PNG and return its path.
+    """`image_grid` of what was edited, if anything was, before and after.
 
-    before, after: N images, uint8 [H, W, 3] of any size, N >= 1. prompts: N texts. scores: N pairs
-    (before, after); NaN, shown as a dash: there was nothing to judge. sources: what was edited, N
-    images, in a column before the others. The file appears whole or not at all. Raises ValueError
-    naming what does not fit.
+    scores: N pairs (before, after).
     """
-    columns_of = {} if sources is None else {"source": sources}
-    columns_of |= {"before": before, "after": after}
-    _check(columns_of, prompts, scores)
-    names = tuple(columns_of)
+    columns: dict[str, Sequence[Image_]] = {} if sources is None else {"source": sources}
+    columns |= {"before": before, "after": after}
+    pairs = np.asarray(scores, np.float64).reshape(-1, 2)
+    return image_grid(columns, prompts, {"before": pairs[:, 0], "after": pairs[:, 1]}, path)
+
+
+def image_grid(
+    columns: Mapping[str, Sequence[Image_ | None]],
+    prompts: Sequence[str],
+    scores: Mapping[str, Sequence[float] | NDArray[np.float64]],
+    path: str | os.PathLike[str],
+    per_column: int = ROWS,
+) -> Path:
+    """Draw a row for each prompt as PNG, and return its path.
+
+    columns: by heading N images, uint8 [H, W, 3] of any size or None, N >= 1. prompts: N texts.
+    scores: of some columns N numbers, shown under the images, green or red where one is above or
+    below that of the first of these columns; NaN, shown as a dash: there was nothing to judge.
+    per_column: prompts under each other; the next ones stand beside them. The file appears whole or
+    not at all. Raises ValueError naming what does not fit.
+    """
+    _check(columns, prompts, scores)
     row_height = TILE + SCORE_HEIGHT + GAP
-    width = TEXT_WIDTH + len(names) * (TILE + GAP) + 2 * GAP
-    columns, rows = -(-len(prompts) // ROWS), min(len(prompts), ROWS)
-    size = (columns * width, HEADER_HEIGHT + rows * row_height + GAP)
-    canvas = Image.new("RGB", size, WHITE)
+    width = TEXT_WIDTH + len(columns) * (TILE + GAP) + 2 * GAP
+    across, down = -(-len(prompts) // per_column), min(len(prompts), per_column)
+    canvas = Image.new("RGB", (across * width, HEADER_HEIGHT + down * row_height + GAP), WHITE)
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.truetype(str(FONT), FONT_SIZE)
     for row, prompt in enumerate(prompts):
-        edge, top = width * (row // ROWS), HEADER_HEIGHT + row % ROWS * row_height
-        lefts = [edge + TEXT_WIDTH + 2 * GAP + i * (TILE + GAP) for i in range(len(names))]
-        if row % ROWS == 0:
-            for left, text in zip(lefts, names, strict=True):
-                draw.text((left + TILE / 2, HEADER_HEIGHT / 2), text, INK, font, anchor="mm")
+        edge, top = width * (row // per_column), HEADER_HEIGHT + row % per_column * row_height
         draw.multiline_text((edge + GAP, top + 4), wrap(prompt, font), INK, font, spacing=5)
-        old, new = scores[row]
-        colors = (INK, UP if new > old else DOWN if new < old else INK)
-        shown = [images[row] for images in columns_of.values()]
-        for left, pixels in zip(lefts, shown, strict=True):
-            canvas.paste(enlarge(pixels), (left, top))
-            draw.rectangle((left - 1, top - 1, left + TILE, top + TILE), outline=PALE)
-        for left, score, color in zip(lefts[-2:], (old, new), colors, strict=True):
-            spot = (left + TILE / 2, top + TILE + SCORE_HEIGHT / 2)
-            draw.text(spot, "-" if score != score else f"{score:.2f}", color, font, anchor="mm")
+        for i, (name, images) in enumerate(columns.items()):
+            left = edge + TEXT_WIDTH + 2 * GAP + i * (TILE + GAP)
+            if row % per_column == 0:
+                draw.text((left + TILE / 2, HEADER_HEIGHT / 2), name, INK, font, anchor="mm")
+            pixels = images[row]
+            if pixels is not None:
+                canvas.paste(enlarge(pixels), (left, top))
+                draw.rectangle((left - 1, top - 1, left + TILE, top + TILE), outline=PALE)
+            if name in scores:
+                first, score = (float(s[row]) for s in (next(iter(scores.values())), scores[name]))
+                text = "-" if score != score else f"{score:.2f}"
+                color = UP if score > first else DOWN if score < first else INK
+                spot = (left + TILE / 2, top + TILE + SCORE_HEIGHT / 2)
+                draw.text(spot, text, color, font, anchor="mm")
     path = Path(path)
     beside = path.with_name(f".{path.name}.tmp")
     canvas.save(beside, format="PNG", optimize=True)
@@ -86,24 +98,28 @@ def before_after_grid(
 
 
 def _check(
-    columns: Mapping[str, Sequence[Image_]],
+    columns: Mapping[str, Sequence[Image_ | None]],
     prompts: Sequence[str],
-    scores: Sequence[tuple[float, float]],
+    scores: Mapping[str, Sequence[float] | NDArray[np.float64]],
 ) -> None:
     counts = {name: len(images) for name, images in columns.items()}
-    counts |= {"prompts": len(prompts), "scores": len(scores)}
+    counts |= {"prompts": len(prompts)}
+    counts |= {f"scores of {name}": len(values) for name, values in scores.items()}
     if len(set(counts.values())) > 1 or not len(prompts):
         came = ", ".join(f"{count} {name}" for name, count in counts.items())
         raise ValueError(f"got {came}; wanted one of each per row, and a row at least")
     for name, images in columns.items():
         for i, image in enumerate(images):
+            if image is None:
+                continue
             shape = image.shape
             if image.dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
                 raise ValueError(
                     f"{name}[{i}]: got {image.dtype} {list(shape)}; wanted uint8 [H, W, 3]"
                 )
-    if np.isinf(np.asarray(scores, np.float64)).any():
-        raise ValueError(f"scores hold infinity: {list(scores)}")
+    for name, values in scores.items():
+        if np.isinf(np.asarray(values, np.float64)).any():
+            raise ValueError(f"scores of {name} hold infinity: {list(values)}")
 
 
 def enlarge(pixels: NDArray[np.uint8], side: int = TILE) -> Image.Image:

@@ -50,6 +50,23 @@ class Scored:
 Judge = Callable[[np.ndarray, list[Row]], "np.ndarray | Scored"]
 
 
+@dataclass(frozen=True)
+class RowsWith:
+    """A judge of the rows that have `key`; in others there is nothing for it to judge."""
+
+    key: str
+    score: Judge
+    check_row: Callable[[Row], None]
+    masks = True
+
+    def __call__(self, images_BHW3: np.ndarray, metadata: list[Row]) -> np.ma.MaskedArray:
+        """Scores float32 [B] of uint8 images [B, H, W, 3], masked where there are none."""
+        values_B = np.ma.masked_all(len(metadata), np.float32)
+        own = [i for i, row in enumerate(metadata) if self.key in row]
+        values_B[own] = self.score(images_BHW3[own], [metadata[i] for i in own])
+        return values_B
+
+
 @runtime_checkable
 class Stateful(Protocol):
     """A judge whose scores depend on what it has seen, such as one that keeps a running mean.

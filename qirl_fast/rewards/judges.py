@@ -30,21 +30,18 @@ from typing import Any
 import numpy as np
 
 from qirl_fast.rewards import aesthetics, alignment, editing, monitors
-from qirl_fast.rewards.judge import FAILED, MISSING, SCORED, Judge, Row, Scored, Stateful
+from qirl_fast.rewards.judge import FAILED, MISSING, SCORED, Judge, Row, RowsWith, Scored, Stateful
 from qirl_fast.rewards.kinds import JudgeSettings, build
 
 JUDGES: dict[str, Judge] = {
-    "alignment": alignment.score,
+    "alignment": RowsWith("include", alignment.score, alignment.check_row),
     "aesthetics": aesthetics.score,
-    "edit_accuracy": editing.score,
+    "edit_accuracy": RowsWith("target", editing.score, editing.check_row),
     "sharpness": monitors.sharpness,
     "grid_artefacts": monitors.grid_artefacts,
 }
 
 MONITORS = ("sharpness", "grid_artefacts")  # to be watched: noise and blur would satisfy them
-
-# Those of JUDGES that cannot score every row: each raises ValueError for one it cannot.
-ROW_CHECKS = {"alignment": alignment.check_row, "edit_accuracy": editing.check_row}
 
 Span = tuple[float, float]  # begin, end: seconds of time.perf_counter
 STATE_ARRAYS = ("scores", "status")
@@ -247,7 +244,7 @@ class Judges:
         the judges for the row, those left out weighing 0.
         """
         for name, judge in self.judges.items():
-            check = ROW_CHECKS.get(name) or getattr(judge, "check_row", None)
+            check = getattr(judge, "check_row", None)
             if check is None or (getattr(judge, "masks", False) and not weights.get(name, 0)):
                 continue
             try:

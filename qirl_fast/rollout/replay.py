@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qirl_fast import ops
 from qirl_fast.rollout.dynamics import StepCoefficients
+from qirl_fast.rollout.guidance import Guidance
 from qirl_fast.rollout.sample import Model, Sampling, Trajectory, coefficient_tensors
 
 
@@ -29,12 +30,28 @@ class Replayed:
 
 
 def replay(model: Model, trajectory: Trajectory, how: Sampling) -> Iterator[Replayed]:
-    """Yield the recorded steps in order; the prompts' prefix is computed once for all of them."""
-    guidance, rows = how.guidance, len(trajectory.rows)
+    """Yield the recorded steps in order."""
+    guidance = how.guidance if how.guidance.in_objective else Guidance()
+    found = velocities(model, trajectory, guidance, how.replay_steps)
+    for i, velocity in enumerate(found):
+        step, x, x_next = trajectory.coefficients[i], trajectory.x[i], trajectory.x_next[i]
+        a, c, _, w, b = coefficient_tensors(step, len(trajectory.rows), x.device)
+        logp = ops.flow_logp(x, x_next, velocity, a, c, w, b, delta=trajectory.delta[i])
+        yield Replayed(logp, trajectory.logp[i], velocity, step)
+
+
+def velocities(
+    model: Model, trajectory: Trajectory, guidance: Guidance, most: int
+) -> Iterator[Tensor]:
+    """Yield the velocity [B, N, Z] at every recorded state in order, guided as `guidance` says.
+
+    The prompts' prefix is computed once for all of them. most: recorded steps in one forward.
+    """
+    rows = len(trajectory.rows)
     prefix = trajectory.prompts.prefix(model)
-    guided = [guidance.in_objective and guidance.at(sigma) for sigma in trajectory.sigmas]
+    guided = [guidance.at(sigma) for sigma in trajectory.sigmas]
     null_prefix = trajectory.prompts.null_prefix(model) if any(guided) else None
-    for steps in _together(guided, how.replay_steps):
+    for steps in _together(guided, most):
         x = torch.cat([trajectory.x[i] for i in steps])
         sigma = [trajectory.sigmas[i] for i in steps]
         prefixes = [prefix] * len(steps)
@@ -44,11 +61,7 @@ def replay(model: Model, trajectory: Trajectory, how: Sampling) -> Iterator[Repl
             prefixes += [null_prefix] * len(steps)
             both = model.velocity(torch.cat([x, x]), sigma * 2, reduce(model.join, prefixes))
             v = guidance.combine(*both.chunk(2))
-        for i, velocity in zip(steps, v.split(rows), strict=True):
-            step, x, x_next = trajectory.coefficients[i], trajectory.x[i], trajectory.x_next[i]
-            a, c, _, w, b = coefficient_tensors(step, rows, x.device)
-            logp = ops.flow_logp(x, x_next, velocity, a, c, w, b, delta=trajectory.delta[i])
-            yield Replayed(logp, trajectory.logp[i], velocity, step)
+        yield from v.split(rows)
 
 
 def _together(guided: list[bool], most: int) -> Iterator[list[int]]:

@@ -9,8 +9,8 @@ Shapes: B rows of a chunk, S recorded steps, T denoising steps, N latent tokens,
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,14 @@ from qirl_fast.rollout.schedule import make_sigmas
 from qirl_fast.rollout.workers import Workers
 
 R = TypeVar("R")
+
+# Of a recorded step: the transition, to be scored again; the state it starts from; the noise level.
+Keeps = Literal["transitions", "states", "levels"]
+KEPT: dict[Keeps, tuple[str, ...]] = {
+    "transitions": ("x", "x_next", "delta", "logp"),
+    "states": ("x",),
+    "levels": (),
+}
 
 INITIAL_NOISE = 1 << 40  # Philox offset of the initial noise; steps use their own index
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -55,6 +63,7 @@ class Sampling:
     storage_dtype: str = "float32"
     max_rows: int = 64  # samples of a chunk; where both branches run as one, twice as many rows
     replay_steps: int = 1  # recorded steps of a chunk scored in one forward
+    keeps: Keeps = "transitions"
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,10 @@ class Prompts:
         owner = self.owner if len(self.nulls) > 1 else [0] * len(self.owner)
         return model.prefix(self.nulls, owner, self.height, self.width)
 
+    def of(self, rows: Sequence[int]) -> "Prompts":
+        """Of these rows alone."""
+        return replace(self, owner=tuple(self.owner[r] for r in rows))
+
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -85,6 +98,7 @@ class Trajectory:
     prompts: Prompts
     latents: Tensor  # [B, N, Z], the final state
     rows: range  # positions of the chunk's rows in the whole batch
+    seeds: Tensor  # int64 [B], what all that is drawn for a row is a function of
     recorded: tuple[int, ...]  # S step indices
     sigmas: tuple[float, ...]  # noise level of each recorded step
     coefficients: tuple[StepCoefficients, ...]
@@ -92,6 +106,21 @@ class Trajectory:
     x_next: tuple[Tensor, ...] = ()
     delta: tuple[Tensor | None, ...] = ()  # guidance offset added to the mean
     logp: tuple[Tensor, ...] = ()  # S of [B]
+
+    def states_of(self, rows: Sequence[int]) -> Self:
+        """Prompts and recorded states of these rows of the chunk, and no more of them."""
+        at = torch.tensor(rows, device=self.latents.device)
+        return replace(
+            self,
+            prompts=self.prompts.of(rows),
+            latents=self.latents[at],
+            rows=range(len(rows)),
+            seeds=self.seeds[at],
+            x=tuple(x[at] for x in self.x),
+            x_next=(),
+            delta=(),
+            logp=(),
+        )
 
 
 def coefficient_tensors(step: StepCoefficients, rows: int, device: torch.device) -> list[Tensor]:
@@ -220,7 +249,7 @@ def _sample_chunk(
     null_prefix = prompts.null_prefix(model) if guidance.on else None
     joined = None if null_prefix is None else model.join(prefix, null_prefix)
     x = x.to(_DTYPES[how.storage_dtype])
-    kept: dict[str, list[Any]] = {k: [] for k in ("x", "x_next", "delta", "logp")}
+    kept: dict[str, list[Any]] = {name: [] for name in KEPT[how.keeps]}
     steps = [
         step_coefficients(
             how.dynamics if i in recorded else "ode",
@@ -233,12 +262,13 @@ def _sample_chunk(
     ]
     for i, step in enumerate(steps):
         sigma, delta = (float(sigmas[i]),), None
+        scored = i in recorded and how.keeps == "transitions"
         a, c, s, w, b = coefficient_tensors(step, len(rows), x.device)
         if null_prefix is None or not guidance.at(sigma[0]):
             v_cond = model.velocity(x, sigma, prefix)
             x_next, logp = ops.flow_step(x, v_cond, a, c, s, w, b, seed=seeds, offset=i)
         else:
-            if i in recorded and not guidance.in_objective:  # at the shape of replay
+            if scored and not guidance.in_objective:  # at the shape of replay
                 v_cond, v_null = (model.velocity(x, sigma, p) for p in (prefix, null_prefix))
             else:
                 v_cond, v_null = model.velocity(torch.cat([x, x]), sigma, joined).chunk(2)
@@ -247,18 +277,20 @@ def _sample_chunk(
                 seed=seeds,
                 offset=i,
                 rescale=guidance.rescale,
-                frozen=i in recorded and guidance.ratio_mode == "frozen_offset",
+                frozen=scored and guidance.ratio_mode == "frozen_offset",
             )
+        if scored and guidance.at(sigma[0]) and guidance.ratio_mode == "conditional":
+            logp = ops.flow_logp(x, x_next, v_cond, a, c, w, b)
         if i in recorded:
-            if guidance.at(sigma[0]) and guidance.ratio_mode == "conditional":
-                logp = ops.flow_logp(x, x_next, v_cond, a, c, w, b)
-            for name, value in zip(kept, (x, x_next, delta, logp), strict=True):
-                kept[name].append(value)
+            found = {"x": x, "x_next": x_next, "delta": delta, "logp": logp}
+            for name, values in kept.items():
+                values.append(found[name])
         x = x_next
     return Trajectory(
         prompts=prompts,
         latents=x,
         rows=rows,
+        seeds=seeds,
         recorded=recorded,
         sigmas=tuple(float(sigmas[i]) for i in recorded),
         coefficients=tuple(steps[i] for i in recorded),

@@ -598,7 +598,7 @@ UNIFIED = "model.fp8={mode: unified}"
     ],
 )
 def test_unified_has_a_ratio_of_one(finished, read_jsonl, name: str, settings: Any) -> None:
-    folder = finished(f"unified-{name}", UNIFIED, "train.kl_weight=0.1", *settings)
+    folder = finished(f"unified-{name}", UNIFIED, "algorithm.kl_weight=0.1", *settings)
     rows = read_jsonl(folder / "metrics.jsonl")
     assert [row["pre_update_ratio_error"] for row in rows] == [0, 0]
     assert all(row["grad_norm"] > 0 for row in rows)

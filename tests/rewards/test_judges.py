@@ -172,7 +172,7 @@ def test_unknown_judges_are_named(some, name, words, tmp_path, monkeypatch):
 
 
 def test_a_dotted_path_finds_a_real_function():
-    assert resolve("qirl_fast.rewards.alignment:score") is judges.JUDGES["alignment"]
+    assert resolve("qirl_fast.rewards.alignment:score") is judges.JUDGES["alignment"].score
 
 
 def test_a_judge_of_the_recipe_is_built_from_its_settings(some):
