@@ -91,26 +91,35 @@ def write_report(
     picture = run_dir / "samples" / "before_after.png"
     _grid(trainer, before, after, picture, order)
     curves = run_dir / "samples" / "rewards.png"
-    reward_curves(_lines(run_dir, "metrics"), trainer.cfg.rewards, trainer.cfg.watch, curves)
     console = Console()
-    console.print(summary_table(judges, f"{run_dir.name}: {len(trainer.heldout)} held-out prompts"))
-    said = f"picture {picture}\ncurves  {curves}\nsummary {path}"
+    if judges:
+        title = f"{run_dir.name}: {len(trainer.heldout)} held-out prompts"
+        console.print(summary_table(judges, title))
+    said = f"picture {picture}\nsummary {path}"
+    if trainer.judges.names:
+        reward_curves(_lines(run_dir, "metrics"), trainer.cfg.rewards, trainer.cfg.watch, curves)
+        said += f"\ncurves  {curves}"
     console.print(said, highlight=False, soft_wrap=True)
 
 
 def _grid(
     trainer: Trainer, before: Evaluation, after: Evaluation, path: Path, order: list[int]
 ) -> None:
-    judge = trainer.judges.names[0]
     order = [i for i in order if i < len(after.images)]
     before_after_grid(
         [before.images[i] for i in order],
         [after.images[i] for i in order],
         [trainer.heldout[i].prompt for i in order],
-        [(float(before.scores[judge][i]), float(after.scores[judge][i])) for i in order],
+        [(_shown(before, i), _shown(after, i)) for i in order],
         path,
         trainer.conditioning.sources([trainer.heldout[i] for i in order]),
     )
+
+
+def _shown(evaluation: Evaluation, i: int) -> float:
+    """A prompt's score by the first judge that has one; NaN without."""
+    found = [float(scores[i]) for scores in evaluation.scores.values()]
+    return next((score for score in found if np.isfinite(score)), float("nan"))
 
 
 def _lines(run_dir: Path, name: str) -> list[dict[str, Any]]:

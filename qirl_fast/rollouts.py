@@ -18,7 +18,7 @@ from qirl_fast.conditioning import Given
 from qirl_fast.config import Config
 from qirl_fast.data.prompts import Prompt
 from qirl_fast.models import Model
-from qirl_fast.models.adapter import NotFinite
+from qirl_fast.models.adapter import NotFinite, require_finite
 from qirl_fast.rewards.composite import shaped, weights_for, without_missing
 from qirl_fast.rewards.judge import FAILED, MISSING, SCORED
 from qirl_fast.rewards.judges import BadReward, Judges, Pending, Span, Verdict
@@ -211,7 +211,10 @@ class Rollouts:
             if not record:
                 chunk = replace(chunk, recorded=(), x=(), x_next=(), delta=(), logp=())
             try:
-                return chunk, self.model.decode(chunk.latents, how.height, how.width)
+                if self.judges.names:
+                    return chunk, self.model.decode(chunk.latents, how.height, how.width)
+                require_finite(chunk.latents)  # and nobody looks
+                return chunk, np.empty((len(chunk.rows), 0, 0, 3), np.uint8)
             except NotFinite as error:
                 return chunk, error
 

@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from qirl_fast.config.rules import CrossError
 from qirl_fast.section import Count, NonNegative, Problem, Section, Seed, Text
 
+OWN = ("run=", "output=", "seed=", "resume=", "data.train=", "data.heldout=", "data.images=")
+
 
 class StageConfig(Section):
     """One training run of the pipeline."""
@@ -46,19 +48,12 @@ class PipelineConfig(Section):
     @model_validator(mode="after")
     def _cross(self) -> PipelineConfig:
         found: list[Problem] = []
-        for key, stage in {**self.tasks, "student": self.student, "baseline": self.baseline}.items():
-            own = ("run=", "output=", "seed=", "resume=", "data.train=", "data.heldout=")
-            for word in stage.set:
-                if word.startswith(own) or "=" not in word:
-                    where = key if key in ("student", "baseline") else f"tasks.{key}"
-                    found.append(
-                        (
-                            (f"{where}.set",),
-                            f"{where}.set: got {word!r}; wanted key=value of the recipe, but for "
-                            + ", ".join(own)
-                            + " which the pipeline sets",
-                        )
-                    )
+        stages: dict[str, StageConfig] = {f"tasks.{name}": t for name, t in self.tasks.items()}
+        stages |= {"student": self.student, "baseline": self.baseline}
+        for key, stage in stages.items():
+            wrong = [word for word in stage.set if "=" not in word or word.startswith(OWN)]
+            wanted = f"wanted key=value of the recipe, but for {', '.join(OWN)}: those are set here"
+            found += [((f"{key}.set",), f"{key}.set: got {word!r}; {wanted}") for word in wrong]
         if found:
             raise CrossError(found)
         return self

@@ -43,15 +43,15 @@ def gain(base: np.ndarray, model: np.ndarray) -> Estimate:
     return Estimate(float((model - base).mean()), low, high)
 
 
-def share(base: np.ndarray, teacher: np.ndarray, student: np.ndarray) -> Estimate:
-    """The student's gain over the base as a share of the teacher's.
-
-    ValueError where the teacher gains nothing: there is nothing to have a share of.
+def share(base: np.ndarray, teacher: np.ndarray, student: np.ndarray) -> Estimate | None:
+    """The student's gain over the base as a share of the teacher's; None where it is not certain
+    that there is any: not every resample has one.
     """
     theirs, own = teacher - base, student - base
-    if theirs.mean() <= 0:
-        raise ValueError(f"the teacher gains {theirs.mean():+.3f} over the base")
-    low, high = percentiles(_means(own, 0) / _means(theirs, 0), 0.95)
+    resampled = _means(theirs, 0)
+    if not resampled.min() > 0:
+        return None
+    low, high = percentiles(_means(own, 0) / resampled, 0.95)
     return Estimate(float(own.mean() / theirs.mean()), low, high)
 
 

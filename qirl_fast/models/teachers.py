@@ -6,6 +6,7 @@ text encoder and autoencoder; on a GPU its weights wait in pinned host memory an
 a stream of their own, ahead of their use where `fetch` is called early.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,7 +59,9 @@ class LoraTeacher:
         weights = load_part(load_file, folder / "adapter_model.safetensors")
         weights = {key.removeprefix(PREFIX): value for key, value in weights.items()}
         _check_fit(model.transformer, f"teacher {name!r} ({folder})", weights)
-        model.transformer.add_adapter(config, adapter_name=self.name)
+        with warnings.catch_warnings():  # that there are several adapters is the point
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")
+            model.transformer.add_adapter(config, adapter_name=self.name)
         found = set_peft_model_state_dict(model.transformer, weights, adapter_name=self.name)
         lacking = [key for key in found.missing_keys if f".{self.name}." in key]
         if lacking:

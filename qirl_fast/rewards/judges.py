@@ -142,10 +142,11 @@ def resolve(name: str, specs: Mapping[str, JudgeSettings] | None = None) -> Judg
 
 @dataclass
 class Pending:
-    """Scores on their way: one future a judge."""
+    """Scores of some rows on their way: one future a judge."""
 
     names: Sequence[str]
     futures: Sequence[Future[Scored]]
+    rows: int
 
     def result(self) -> Verdict:
         """Wait for all of them. Raises BadReward, of the first such judge."""
@@ -155,13 +156,16 @@ class Pending:
             for name, one in zip(self.names, found, strict=True)
             for row, reason in one.reasons.items()
         }
-        scores, status = ([getattr(one, n) for one in found] for n in ("values", "status"))
-        return Verdict(np.stack(scores, 1), np.stack(status, 1), reasons)
+        scores = np.zeros((self.rows, len(found)), np.float32)
+        status = np.zeros(scores.shape, np.int8)
+        for i, one in enumerate(found):
+            scores[:, i], status[:, i] = one.values, one.status
+        return Verdict(scores, status, reasons)
 
 
 @dataclass
 class Judges:
-    """names: one or more, in the order of the columns. specs: the recipe's judges by name.
+    """names: in the order of the columns. specs: the recipe's judges by name.
 
     reask: times a failed row is asked again. `busy`: when each of them worked. Raises ValueError
     for an unknown name, and what a judge raises while it is built.
@@ -199,7 +203,7 @@ class Judges:
         while self._asked and self._asked[0].done():
             self._asked.popleft()
         self._asked.extend(futures)
-        return Pending(self.names, futures)
+        return Pending(self.names, futures, len(metadata))
 
     def score(self, images_BHW3: np.ndarray, metadata: list[Row]) -> Verdict:
         """Scores of uint8 images [B, H, W, 3]. Raises BadReward."""

@@ -1,0 +1,318 @@
+"""`python -m qirl_fast.pipeline [pipeline.yaml] [key=value ...]`: the whole story, stage by stage.
+
+    for each task: curate its prompts, train a teacher on those kept (GRPO)
+    distil the teachers into one student that draws without guidance (OPD)
+    train a baseline on all tasks and rewards at once
+    draw the held-out prompts with base, teachers, baseline and student; compare
+
+Every stage is a command of its own, printed before it runs, in a process of its own. The same
+command goes on where it was killed, between stages and inside one. <output> then holds a folder a
+stage, mixed-train.jsonl and mixed-heldout.jsonl (all tasks' rows), evaluation/<model>.npz,
+comparison.json, comparison.md and comparison.png.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from diffusers.utils import logging as diffusers_logging
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from qirl_fast import configs_dir
+from qirl_fast.config import Config, ConfigError, load_config, load_settings
+from qirl_fast.config.pipeline import PipelineConfig, StageConfig
+from qirl_fast.data.prompts import Prompt
+from qirl_fast.evaluation.comparison import Estimate, gain, lead, share
+from qirl_fast.evaluation.grid import image_grid
+from qirl_fast.evaluation.heldout import Evaluation
+from qirl_fast.models.teachers import LoraTeacher
+from qirl_fast.tiny import packaged
+from qirl_fast.trainer import Trainer
+
+DEFAULT = "tiny_pipeline.yaml"
+LORA = Path("checkpoints", "latest", "lora")
+SHOWN = 5  # prompts of each task in the picture
+
+
+class StageFailed(RuntimeError):
+    """A stage's command ended with an error."""
+
+
+def pipeline(cfg: PipelineConfig) -> Path:
+    """Run what is left of the pipeline and return its folder."""
+    folder = Path(cfg.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    recipes = {task: checked(task, stage) for task, stage in cfg.tasks.items()}
+    for task, teacher in cfg.tasks.items():
+        own = common(cfg, teacher, task)
+        run(folder, f"curate {task}", "curate", own, folder / f"{task}-curation" / "summary.json")
+        kept = [f"data.train={folder / f'{task}-curation' / 'kept.jsonl'}", *root(recipes[task])]
+        run(folder, f"teacher {task}", "train", [*own, *kept], folder / task / "summary.json")
+    mixed = mix(folder, recipes)
+    for name, stage in (("student", cfg.student), ("baseline", cfg.baseline)):
+        words = [*common(cfg, stage, name), *mixed]
+        if name == "student":
+            words += [f"algorithm.teachers.{t}.path={folder / t / LORA}" for t in cfg.tasks]
+        run(folder, name, "train", words, folder / name / "summary.json")
+    compare(cfg, folder, recipes)
+    return folder
+
+
+def checked(task: str, stage: StageConfig) -> Config:
+    """A task's recipe, whose prompts must be files that can be mixed with the other tasks'."""
+    cfg = load_config([stage.recipe, *stage.set])
+    for split in ("train", "heldout"):
+        path = packaged(getattr(cfg.data, split))
+        if path.suffix != ".jsonl":
+            raise ConfigError([f"tasks.{task}: data.{split} is {path}; wanted a .jsonl file"])
+    if cfg.model.adapter != "lora":
+        raise ConfigError([f"tasks.{task}: model.adapter is 'full'; wanted lora teachers"])
+    return cfg
+
+
+def common(cfg: PipelineConfig, stage: StageConfig, name: str) -> list[str]:
+    """The words of a stage's command that all stages have."""
+    own = [f"output={cfg.output}", f"run={name}", f"seed={cfg.seed}", "resume=auto"]
+    return [stage.recipe, *stage.set, *own]
+
+
+def root(cfg: Config) -> list[str]:
+    """data.images of prompts that were copied to another folder."""
+    return [f"data.images={cfg.data.images or packaged(cfg.data.train).parent}"]
+
+
+def run(folder: Path, title: str, module: str, words: Sequence[str], done: Path) -> None:
+    """Run a stage's command unless it has come to its end; StageFailed where it fails.
+
+    done: the file with which such a command ends. A stage that ended under other words is refused.
+    """
+    command = ["-m", f"qirl_fast.{module}", *words]
+    if module == "curate":  # goes on by itself, and has no checkpoints
+        command.remove("resume=auto")
+    note = folder / "stages" / f"{title.replace(' ', '-')}.json"
+    Console().rule(title, align="left")
+    if done.exists() and note.exists():
+        was = json.loads(note.read_text(encoding="utf-8"))
+        if was != command:
+            raise ConfigError(
+                [
+                    f"{title}: ended in {done.parent} as another command; go back to its settings, "
+                    f"or start anew under output=NAME. It was: {shlex.join(['python', *was])}"
+                ]
+            )
+        print(f"done before: {done}")
+        return
+    print("python " + shlex.join(command), flush=True)
+    if subprocess.run([sys.executable, *command], check=False).returncode:
+        raise StageFailed(f"{title} did not come to its end; what it said stands above")
+    write(note, json.dumps(command) + "\n")
+
+
+def mix(folder: Path, recipes: Mapping[str, Config]) -> list[str]:
+    """Write the rows of all tasks, in turn, into one file of training and one of held-out prompts;
+    the words that name them. Each row says its `task`.
+    """
+    words = []
+    for split, key in (("train", "images"), ("heldout", "heldout_images")):
+        files = {task: packaged(getattr(cfg.data, split)) for task, cfg in recipes.items()}
+        roots = {getattr(recipes[t].data, key) or str(f.parent) for t, f in files.items()}
+        if len(roots) > 1:
+            raise ConfigError(
+                [f"data.{key}: tasks have images under {sorted(roots)}; wanted one folder"]
+            )
+        rows = [
+            [json.dumps({"task": task, **json.loads(line)}) for line in lines if line.strip()]
+            for task, file in files.items()
+            if (lines := file.read_text(encoding="utf-8").splitlines())
+        ]
+        in_turn = [row for some in zip_longest(*rows) for row in some if row is not None]
+        path = folder / f"mixed-{split}.jsonl"
+        write(path, "\n".join(in_turn) + "\n")
+        words += [f"data.{split}={path}", f"data.{key}={roots.pop()}"]
+    return words
+
+
+def write(path: Path, text: str) -> None:
+    """The file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def compare(cfg: PipelineConfig, folder: Path, recipes: Mapping[str, Config]) -> None:
+    """Draw and judge the held-out prompts with every model; write and print the comparison."""
+    Console().rule("comparison", align="left")
+    found: dict[str, dict[str, Evaluation]] = {}
+    prompts: dict[str, list[Prompt]] = {}
+    sources: dict[str, list[np.ndarray] | None] = {}
+    for task, stage in cfg.tasks.items():
+        for guidance, models in ((cfg.guidance, [*others(cfg)]), (1.0, ["student"])):
+            words = [*stage.set, f"evaluation.guidance={guidance}", f"output={cfg.output}"]
+            words += [f"evaluation.prompts={cfg.prompts}", f"seed={cfg.seed}"]
+            words += [f"evaluation.samples_per_prompt={cfg.samples_per_prompt}"]
+            trainer = Trainer(load_config([stage.recipe, *words]))
+            try:
+                prompts[task] = trainer.heldout
+                sources[task] = trainer.conditioning.sources(trainer.heldout)
+                for model in models:
+                    found.setdefault(model, {})[task] = drawn(trainer, folder, task, model)
+            finally:
+                trainer.close()
+    judge = {task: stage.judge for task, stage in cfg.tasks.items()}
+    scores = {
+        model: {task: of_task[task].scores[judge[task]] for task in cfg.tasks}
+        for model, of_task in found.items()
+    }
+    report(cfg, folder, scores)
+    picture(folder, found, judge, prompts, sources)
+
+
+def others(cfg: PipelineConfig) -> list[str]:
+    """The models beside the student."""
+    return ["base", *(f"{task} teacher" for task in cfg.tasks), "baseline"]
+
+
+def drawn(trainer: Trainer, folder: Path, task: str, model: str) -> Evaluation:
+    """A model's held-out images and scores of one task, drawn once and kept in the folder."""
+    path = folder / "evaluation" / f"{task}-{model.replace(' ', '-')}.npz"
+    ids = np.array([p.id for p in trainer.heldout])
+    how = np.array([repr(trainer.evaluation_sampling), str(trainer.cfg.evaluation)])
+    if path.exists():
+        with np.load(path, allow_pickle=False) as kept:
+            if np.array_equal(kept["prompts"], ids) and np.array_equal(kept["how"], how):
+                scores = {n.removeprefix("score_"): kept[n] for n in kept if n.startswith("score_")}
+                return Evaluation(scores, [kept[f"image_{i}"] for i in range(len(ids))])
+    print(f"{task}: {model}", flush=True)
+    with weights(trainer, folder, model):
+        result = trainer.evaluate_weights()
+    arrays: dict[str, Any] = {f"score_{name}": v for name, v in result.scores.items()}
+    arrays |= {f"image_{i}": image for i, image in enumerate(result.images)}
+    path.parent.mkdir(exist_ok=True)
+    beside = path.with_name(f".{path.name}")
+    np.savez(beside, prompts=ids, how=how, **arrays)
+    beside.replace(path)
+    return result
+
+
+def weights(trainer: Trainer, folder: Path, model: str) -> AbstractContextManager[object]:
+    """Inside, the trainer's model is the one that a stage made."""
+    if model == "base":
+        return trainer.model.reference()
+    name = model.removesuffix(" teacher")
+    return LoraTeacher(trainer.model, name, folder / name / LORA).active()
+
+
+def report(
+    cfg: PipelineConfig, folder: Path, scores: Mapping[str, Mapping[str, np.ndarray]]
+) -> None:
+    """Print the table and what follows from it; write comparison.json and comparison.md."""
+    base, student, baseline = (scores[name] for name in ("base", "student", "baseline"))
+    rows = {
+        model: {
+            task: {"mean": float(own[task].mean()), "gain": gain(base[task], own[task])}
+            for task in cfg.tasks
+        }
+        for model, own in scores.items()
+    }
+    said: dict[str, Estimate | None] = {
+        f"student's share of the {task} teacher's gain": share(
+            base[task], scores[f"{task} teacher"][task], student[task]
+        )
+        for task in cfg.tasks
+    }
+    said["student above the baseline, sum of tasks"] = lead(student, baseline)
+    said["student above the base, sum of tasks"] = lead(student, base)
+    headings = [f"{task}: {stage.judge}" for task, stage in cfg.tasks.items()]
+    lines = ["| model | guidance | " + " | ".join(f"{h} | gain (95 %)" for h in headings) + " |"]
+    lines.append("|" + "---|" * (2 + 2 * len(headings)))
+    for model, tasks in rows.items():
+        cells = [model, guided(cfg, model)]
+        for found in tasks.values():
+            cells += [f"{found['mean']:.3f}", "" if model == "base" else str(found["gain"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    words = [f"{what}: {value or 'there is none'}" for what, value in said.items()]
+    lines += ["", *(f"- {text}" for text in words)]
+    console = Console()
+    for task, heading in zip(cfg.tasks, headings, strict=True):
+        title = f"{heading}, {cfg.prompts} held-out prompts x {cfg.samples_per_prompt}"
+        table = Table("model", "guidance", "score", "gain over the base (95 %)", title=title)
+        for model, tasks in rows.items():
+            found = tasks[task]
+            more = "" if model == "base" else str(found["gain"])
+            table.add_row(model, guided(cfg, model), f"{found['mean']:.3f}", more)
+        console.print(table)
+    for text in words:
+        console.print(text, highlight=False)
+    plain = json.dumps({"models": rows, "statements": said}, default=vars, indent=2)
+    write(folder / "comparison.json", plain + "\n")
+    write(folder / "comparison.md", "\n".join(lines) + "\n")
+
+
+def guided(cfg: PipelineConfig, model: str) -> str:
+    """With what guidance a model draws."""
+    return "none" if model == "student" else f"{cfg.guidance:g}"
+
+
+def picture(
+    folder: Path,
+    found: Mapping[str, Mapping[str, Evaluation]],
+    judge: Mapping[str, str],
+    prompts: Mapping[str, Sequence[Prompt]],
+    sources: Mapping[str, Sequence[np.ndarray] | None],
+) -> None:
+    """comparison.png: some prompts of each task, a column a model; what is edited stands first."""
+    chosen = [(task, i) for task, rows in prompts.items() for i in spread(rows)]
+    shown = [own[i] if (own := sources[task]) else None for task, i in chosen]
+    columns = {"source": shown} if any(image is not None for image in shown) else {}
+    columns |= {m: [own[task].images[i] for task, i in chosen] for m, own in found.items()}
+    scores = {
+        m: [float(own[task].scores[judge[task]][i]) for task, i in chosen]
+        for m, own in found.items()
+    }
+    texts = [prompts[task][i].prompt for task, i in chosen]
+    path = image_grid(columns, texts, scores, folder / "comparison.png", per_column=len(chosen))
+    print(f"picture {path}\ntable   {folder / 'comparison.md'}")
+
+
+def spread(rows: Sequence[Prompt]) -> Iterator[int]:
+    """SHOWN rows: the first of each category in turn."""
+    tags = [row.category for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: (tags[:i].count(tags[i]), i))
+    yield from order[:SHOWN]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point: 0 done, 1 a stage failed, 2 the settings are wrong."""
+    args = sys.argv[1:] if argv is None else argv
+    if "-h" in args or "--help" in args:
+        print(__doc__)
+        return 0
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    if not any(word.endswith((".yaml", ".yml")) and "=" not in word for word in args):
+        args = [str(configs_dir() / DEFAULT), *args]
+    try:
+        pipeline(load_settings(args, PipelineConfig))
+    except StageFailed as error:
+        mend = "after mending the cause run the same command again"
+        console.print(f"stopped: {error}; {mend}", style="red", markup=False)
+        return 1
+    except ConfigError as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
