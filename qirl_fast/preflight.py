@@ -14,6 +14,7 @@ import numpy as np
 
 from qirl_fast.conditioning import Conditioning, condition_versions
 from qirl_fast.config import Config, ConfigError
+from qirl_fast.data.embeddings import TEXT_PARTS, fingerprint
 from qirl_fast.data.images import ImageError
 from qirl_fast.data.prompts import Prompt
 from qirl_fast.models import Model
@@ -21,8 +22,10 @@ from qirl_fast.rewards.judge import SOURCES, Sources
 from qirl_fast.rewards.judges import Judges
 from qirl_fast.rollout.dynamics import step_coefficients
 from qirl_fast.rollout.schedule import make_sigmas
+from qirl_fast.tiny import packaged
 
 SHOWN = 10  # bad images named in an error
+SHARED = {"text encoder": TEXT_PARTS, "autoencoder": ("vae",), "scheduler": ("scheduler",)}
 BLANK = np.zeros((64, 64, 3), np.uint8)  # in place of condition images, which no row check reads
 
 log = logging.getLogger(__name__)
@@ -48,6 +51,8 @@ def preflight(
     skip = cfg.data.bad_images == "skip"
     have = {name: len(rows) - len(bad[name]) * skip for name, rows in prompts.items()}
     problems = [*_size_problems(cfg, model, scheduler_config), *_count_problems(cfg, have)]
+    problems += _task_problems(cfg, prompts["train"], files["train"])
+    problems += _model_problems(cfg, packaged(cfg.model.path))
     for name, rows in prompts.items():
         problems += _row_problems(cfg, judges, rows, bad[name], files[name])
         problems += _image_problems(cfg, model, rows, bad[name], files[name])
@@ -168,6 +173,31 @@ def _count_problems(cfg: Config, usable: Mapping[str, int]) -> Iterator[str]:
             f"data.prompts_per_step: got {want}; {cfg.data.train} has {have}, and no prompt comes "
             f"twice in a batch: allowed: 1 to {have}"
         )
+
+
+def _task_problems(cfg: Config, rows: list[Prompt], file: Path) -> Iterator[str]:
+    """The first row whose task the algorithm knows nothing of."""
+    known = cfg.algorithm.tasks
+    for number, row in enumerate(rows, start=1):
+        if known is not None and row.task not in known:
+            yield (
+                f"{file}:{number}: the row's task is {row.task!r}, and {cfg.algorithm.name} has "
+                f"someone to answer for {', '.join(sorted(known))} alone; name the task under one "
+                "of algorithm.teachers, or take such rows out"
+            )
+            return
+
+
+def _model_problems(cfg: Config, folder: Path) -> Iterator[str]:
+    """Where a model that answers beside the trained one would see or draw something else."""
+    for who, other in cfg.algorithm.models.items():
+        for what, parts in SHARED.items():
+            if fingerprint(folder, parts) != fingerprint(other, parts):
+                yield (
+                    f"algorithm: {who} ({other}) has another {what} than {folder}; both must see "
+                    "the same prompts and draw the same latents at the same noise levels: wanted a "
+                    "model made from the same base"
+                )
 
 
 def _row_problems(

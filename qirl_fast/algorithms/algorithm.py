@@ -10,6 +10,7 @@ Shapes: B rows of a chunk, S recorded steps, N latent tokens, Z channels.
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -51,6 +52,16 @@ class Settings(Section):
     def guides(self) -> bool:
         """True where the loss runs guided forwards of its own, which need unconditional prompts."""
         return False
+
+    @property
+    def tasks(self) -> set[str] | None:
+        """The tasks of rows that can be trained on; None: all."""
+        return None
+
+    @property
+    def models(self) -> dict[str, Path]:
+        """Whole model folders that answer beside the trained one, by what an error calls them."""
+        return {}
 
     def recorded_steps(self, rollout: Any) -> int:
         """How many steps of a trajectory the loss looks at. rollout: the recipe's section."""

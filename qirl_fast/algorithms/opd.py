@@ -94,6 +94,17 @@ class Settings(Base):
         """True where a teacher is guided."""
         return any(t.guidance != 1 for t in self.teachers.values())
 
+    @property
+    def tasks(self) -> set[str]:
+        """Those that a teacher answers for."""
+        return {task for teacher in self.teachers.values() for task in teacher.tasks}
+
+    @property
+    def models(self) -> dict[str, Path]:
+        """Teachers of whole weights."""
+        found = {name: Path(teacher.path) for name, teacher in self.teachers.items()}
+        return {f"teacher {n!r}": path for n, path in found.items() if not is_lora(path)}
+
     def states(self, rollout: Any) -> int:
         """Steps that may be recorded: all, but the last where states are stochastic."""
         return int(rollout.steps - (rollout.dynamics != "ode"))
@@ -200,10 +211,10 @@ class Opd(Algorithm):
 
         ValueError for a row whose task no teacher answers for.
         """
-        known = {task for t in self.settings.teachers.values() for task in t.tasks}
-        if not known.issuperset(tasks):
-            strange = sorted(set(tasks) - known)
-            raise ValueError(f"rows of tasks {strange}: teachers answer for {sorted(known)} alone")
+        strange = sorted(set(tasks) - self.settings.tasks)
+        if strange:
+            known = sorted(self.settings.tasks)
+            raise ValueError(f"rows of tasks {strange}: teachers answer for {known} alone")
         own = {
             name: [[i for i, r in enumerate(c.rows) if tasks[r] in t.tasks] for c in chunks]
             for name, t in self.settings.teachers.items()

@@ -35,12 +35,32 @@ def missing_files(plain: Mapping[str, Any]) -> list[str]:
     model = _text(plain, "model", "path")
     if model is not None and model != "tiny":
         lines += [f"model.path: {line}" for line in model_folder_problems(Path(model))]
+    algorithm = plain.get("algorithm")
+    teachers = algorithm.get("teachers") if isinstance(algorithm, Mapping) else None
+    for name, teacher in teachers.items() if isinstance(teachers, Mapping) else ():
+        path = teacher.get("path") if isinstance(teacher, Mapping) else None
+        if isinstance(path, str):
+            key = f"algorithm.teachers.{name}.path"
+            lines += [f"{key}: {line}" for line in _teacher_problems(Path(path))]
     resume = plain.get("resume")
     if isinstance(resume, str) and resume not in ("never", "auto") and not Path(resume).is_dir():
         lines.append(
             f"resume: no such checkpoint folder: {resume!r}; wanted 'never', 'auto' or a folder"
         )
     return lines
+
+
+def _teacher_problems(folder: Path) -> list[str]:
+    """What is missing from a teacher: a PEFT adapter, or a model folder."""
+    if (folder / "adapter_config.json").is_file():
+        lacks = not (folder / "adapter_model.safetensors").is_file()
+        return [f"half an adapter: {folder} lacks adapter_model.safetensors"] if lacks else []
+    if (folder / "model_index.json").is_file():
+        return model_folder_problems(folder)
+    return [
+        f"{str(folder)!r} is no teacher; wanted a PEFT adapter (adapter_config.json), such as "
+        "<run>/checkpoints/latest/lora, or a model in diffusers' format"
+    ]
 
 
 def _text(plain: Mapping[str, Any], section: str, name: str) -> str | None:
