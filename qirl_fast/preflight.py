@@ -18,7 +18,7 @@ from qirl_fast.data.embeddings import TEXT_PARTS, fingerprint
 from qirl_fast.data.images import ImageError
 from qirl_fast.data.prompts import Prompt
 from qirl_fast.models import Model
-from qirl_fast.rewards.judge import SOURCES, Sources
+from qirl_fast.rewards.judge import SOURCES, Row, Sources
 from qirl_fast.rewards.judges import Judges
 from qirl_fast.rollout.dynamics import step_coefficients
 from qirl_fast.rollout.schedule import make_sigmas
@@ -209,12 +209,19 @@ def _row_problems(
 ) -> Iterator[str]:
     """The first row of the file that a judge refuses, for each judge."""
     refused: set[str] = set()
-    for number, row in enumerate(rows, start=1):
-        if number - 1 in bad:
-            continue
-        weights = cfg.category_weights.get(row.category or "", cfg.rewards)
-        sources = {SOURCES: Sources([BLANK] * len(row.images))} if row.images else {}
-        for judge, fault in judges.check_row(row.metadata | sources, weights):
+    usable = [i for i in range(len(rows)) if i not in bad]
+    seen = [_judged(rows[i]) for i in usable]
+    for i, row in zip(usable, seen, strict=True):
+        weights = cfg.category_weights.get(rows[i].category or "", cfg.rewards)
+        for judge, fault in judges.check_row(row, weights):
             if judge not in refused:
                 refused.add(judge)
-                yield f"{file}:{number}: judge {judge!r} cannot score this row: {fault}"
+                yield f"{file}:{i + 1}: judge {judge!r} cannot score this row: {fault}"
+    for judge, fault in judges.useless(seen):
+        if judge not in refused:
+            yield f"{file}: judge {judge!r} can score none of these rows; the first: {fault}"
+
+
+def _judged(row: Prompt) -> Row:
+    """What a row check reads of a row."""
+    return row.metadata | ({SOURCES: Sources([BLANK] * len(row.images))} if row.images else {})

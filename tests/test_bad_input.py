@@ -49,7 +49,10 @@ SETTINGS = {
         ["data.prompts_per_step=5000"],
         r"data\.prompts_per_step: got 5000; tiny:train has \d+.*allowed: 1 to \d+",
     ),
-    "group of one": (["rollout.group_size=1"], r"rollout\.group_size: got 1.*>= 2"),
+    "group of one": (
+        ["rollout.group_size=1"],
+        r"rollout\.group_size: got 1; grpo compares samples.*2 or more",
+    ),
     "window outside": (
         ["rollout.window={start: 2, size: 2}"],
         r"rollout\.window: steps 2 to 3 do not fit; with rollout\.steps=4.*steps 0 to 2",

@@ -107,16 +107,16 @@ def test_unknown_key_names_the_nearest(override: str, key: str, nearest: str | N
     ("override", "line"),
     [
         (
-            "rollout.group_size=1",
-            "rollout.group_size: got 1 (whole number); wanted a whole number >=",
+            "rollout.group_size=0",
+            "rollout.group_size: got 0 (whole number); wanted a whole number >=",
         ),
         (
             "rollout.group_size=ten",
-            "rollout.group_size: got 'ten' (text); wanted a whole number >= 2",
+            "rollout.group_size: got 'ten' (text); wanted a whole number >= 1",
         ),
         (
             "rollout.group_size=4.0",
-            "rollout.group_size: got 4.0 (number); wanted a whole number >= 2",
+            "rollout.group_size: got 4.0 (number); wanted a whole number >= 1",
         ),
         ("seed=true", "seed: got True (true/false value); wanted a whole number >= 0"),
         ("train.lr=true", "train.lr: got True (true/false value); wanted a number > 0"),
@@ -136,7 +136,7 @@ def test_unknown_key_names_the_nearest(override: str, key: str, nearest: str | N
         ("rewards.alignment=-1", "rewards.alignment: got -1 (whole number); wanted a number >= 0"),
         ("run=../elsewhere", "run: got '../elsewhere' (text); wanted text"),
         ("watch=aesthetics", "watch: got 'aesthetics' (text); wanted a list of text"),
-        ("algorithm.name=ppo", "algorithm.name: got 'ppo' (text); wanted 'grpo'"),
+        ("algorithm.name=ppo", "algorithm.name: got 'ppo'; wanted one of 'grpo', 'opd'"),
     ],
 )
 def test_wrong_value_names_key_what_came_and_what_is_allowed(override: str, line: str) -> None:

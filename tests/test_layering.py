@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "rewards": {"ops", "section", "tiny.scenes", "processor"},
     "data": {"ops"},
     "rollout": {"ops", "models", "data"},
-    "algorithms": {"ops", "models", "rollout"},
+    "algorithms": {"ops", "models", "rollout", "section"},
     "evaluation": {"ops", "models", "rewards", "data", "rollout"},
     "section": set(),
     "processor": set(),

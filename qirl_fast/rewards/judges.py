@@ -22,9 +22,10 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -251,10 +252,19 @@ class Judges:
             check = getattr(judge, "check_row", None)
             if check is None or (getattr(judge, "masks", False) and not weights.get(name, 0)):
                 continue
-            try:
-                check(row)
-            except ValueError as error:
-                yield name, str(error)
+            fault = _fault(check, row)
+            if fault is not None:
+                yield name, str(fault)
+
+    def useless(self, rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
+        """(judge, why) for each that can score none of these metadata rows; why: of the first."""
+        for name, judge in self.judges.items():
+            check = getattr(judge, "check_row", None)
+            faults = (
+                [] if check is None else list(takewhile(bool, (_fault(check, r) for r in rows)))
+            )
+            if rows and len(faults) == len(rows):
+                yield name, str(faults[0])
 
     def warnings(self) -> list[str]:
         """What a person should know before these judges are optimised."""
@@ -302,6 +312,14 @@ class Judges:
                 judge.close()  # of one that waits: ends what is in flight
         for threads in self._threads.values():
             threads.shutdown(wait=True)
+
+
+def _fault(check: Callable[[Row], None], row: Row) -> ValueError | None:
+    try:
+        check(row)
+    except ValueError as error:
+        return error
+    return None
 
 
 def _checked(name: str, result: Any, b: int) -> Scored:

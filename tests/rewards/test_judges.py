@@ -76,7 +76,7 @@ def test_a_judge_that_raises_has_failed_and_the_others_stand(some, caplog):
 def test_another_failure_of_the_same_judge_is_logged_too(some, caplog):
     with caplog.at_level(logging.ERROR, logger=judges.__name__):
         score(["some_judges:broken"])
-        score(["alignment"], IMAGES, [{}] * 3)
+        score(["alignment"], IMAGES, [{"include": []}] * 3)
     assert len(caplog.records) == 2 and "include" in caplog.text
 
 
@@ -300,7 +300,10 @@ def test_warnings_and_rows_a_judge_can_never_score_are_gathered(some):
     some.picky = Picky()
     found = Judges(["some_judges:picky", "alignment"])
     assert found.warnings() == ["judge 'some_judges:picky': agreement is 0.2"]
-    assert [name for name, _ in found.check_row({"text": "x"}, {})] == ["alignment"]
+    assert [name for name, _ in found.check_row({"text": "x"}, {"alignment": 1})] == ["alignment"]
+    assert not list(found.check_row({"text": "x"}, {})), "it has nothing to judge there"
+    assert [name for name, _ in found.useless([{"text": "x"}] * 2)] == ["alignment"]
+    assert not list(found.useless([ROWS[0] | {"text": "x"}, {}]))
     assert dict(found.check_row(ROWS[0], {})) == {"some_judges:picky": "no text"}
     Picky.masks = True  # then a row it cannot score matters where it weighs something
     assert dict(found.check_row(ROWS[0], {"alignment": 1.0})) == {}
