@@ -1,4 +1,6 @@
-"""ops: against eager PyTorch, torch.compile, others, a copy; block; step; fp8; decode: images."""
+"""ops: against eager PyTorch, torch.compile, others, a copy; block; step; opd: a step of
+distillation; fp8; decode: images.
+"""
 
 import argparse
 import json
@@ -11,7 +13,7 @@ from bench import base
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("what", choices=["ops", "block", "step", "fp8", "decode"])
+    parser.add_argument("what", choices=["ops", "block", "step", "opd", "fp8", "decode"])
     parser.add_argument("--op", nargs="+", metavar="OP", help="only these ops")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], metavar="DTYPE")
@@ -39,6 +41,8 @@ def main() -> None:
     base.use_site()
     if options.what == "step":
         _step(options)
+    elif options.what == "opd":
+        _opd(options)
     elif options.what == "fp8":
         _fp8(options)
     elif options.what == "block":
@@ -90,6 +94,21 @@ def _step(options: argparse.Namespace) -> None:
     if options.out:
         options.out.with_suffix(".md").write_text(step.markdown(result))
         step.plot(result, options.out.with_suffix(".png"))
+
+
+def _opd(options: argparse.Namespace) -> None:
+    from bench import opd, step
+
+    chosen = step.Options(
+        model=options.model,
+        scale=options.scale,
+        px=options.px or 128,
+        condition_px=options.condition_px,
+        device=options.device,
+        repeats=min(options.rounds, 5),
+        out=options.out,
+    )
+    opd.run(chosen, say=lambda text: print(text, flush=True))
 
 
 def _fp8(options: argparse.Namespace) -> None:
