@@ -34,7 +34,8 @@ ROWS = [  # prompts, as the judge reads them
     {"prompt": f"a photo of a {color} {kind}", "include": [{"class": kind, "color": color}]}
     for color, kind in (("red", "square"), ("blue", "triangle"), ("green", "circle"))
 ]
-PIXELS, TOKENS, STEPS, TRAINED, ETA, CLIP = 64, 16, 6, 3, 0.9, 1e-3
+PIXELS, TOKENS, STEPS, TRAINED, ETA = 64, 16, 6, 3, 0.9
+CLIP = {"clip_low": 1e-3, "clip_high": 1e-3}
 
 
 def velocity(transformer: Any, x: Tensor, sigma: float, text: Tensor) -> Tensor:
@@ -67,7 +68,87 @@ def decode(pipeline: QwenImage21Pipeline, latents: Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def sample(
-    transformer: Any, text: Tensor, seeds: Tensor, sigmas: list[float]
+    transformer: Any, text: Tensor, x: Tensor, seeds: Tensor, sigmas: list[float]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The states of every step [B, N, Z] and their log-probabilities [B]."""
-    zero = torch.zeros(len(seeds), TOKENS, text.shape[-1] // 4, device=text.device)
+    """The states [B, N, Z] from x on and the log-probabilities [B] of each step."""
+    states, logps = [x], []
+    for i in range(STEPS):
+        v = velocity(transformer, states[-1], sigmas[i], text)
+        step = coefficients(sigmas, i, x)
+        x_next, logp = ops.flow_step(states[-1], v, *step, seed=seeds, offset=i)
+        states.append(x_next)
+        logps.append(logp)
+    return states, logps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--updates", type=int, default=20, help="updates, a rollout each")
+    parser.add_argument("--group", type=int, default=16, help="samples of a prompt, all processes")
+    args = parser.parse_args()
+    accelerator = Accelerator(gradient_accumulation_steps=len(ROWS) * TRAINED)
+    processes, device = accelerator.num_processes, accelerator.device
+    if args.updates < 1 or args.group < 2 or args.group % processes:
+        parser.error(
+            f"got {vars(args)}, {processes} processes; want updates >= 1 and a group of 2 or more "
+            "that divides by the processes"
+        )
+    share = args.group // processes
+
+    torch.manual_seed(0)
+    processor = QwenVLProcessor.from_pretrained(packaged("tiny") / "processor")
+    pipeline = QwenImage21Pipeline.from_pretrained(packaged("tiny"), processor=processor).to(device)
+    pipeline.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / STEPS, STEPS), mu=0.5)
+    sigmas = pipeline.scheduler.sigmas.tolist()
+    with torch.no_grad():
+        texts = [pipeline.encode_prompt(row["prompt"])[0] for row in ROWS]
+    transformer = pipeline.transformer.requires_grad_(False)
+    transformer.add_adapter(LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS))
+    qirl_fast.patch(transformer)  # before accelerate wraps it
+    weights = [p for p in transformer.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=2e-3, betas=(0.9, 0.95))
+    transformer, optimizer = accelerator.prepare(transformer, optimizer)
+
+    for update in range(args.updates):
+        start = time.perf_counter()
+        noise = torch.Generator().manual_seed(update)
+        x = torch.randn(1, TOKENS, 16, generator=noise).to(device).expand(share, -1, -1)
+        rollout, scores = [], []
+        for p, (row, text) in enumerate(zip(ROWS, texts, strict=True)):
+            first = (update * len(ROWS) + p) * args.group + accelerator.process_index * share
+            seeds = torch.arange(first, first + share, device=device)  # the numbers of the samples
+            rollout.append(sample(transformer, text, x, seeds, sigmas))
+            with torch.no_grad():
+                images = decode(pipeline, rollout[-1][0][-1])
+            scores.append(torch.from_numpy(alignment.score(images, [row] * share)))
+
+        rewards = accelerator.gather(torch.cat(scores).to(device))  # of one process after another
+        group = torch.arange(len(ROWS), device=device).repeat_interleave(share).repeat(processes)
+        one = torch.ones(1, device=device)
+        everyone = ops.group_advantage(rewards[:, None], group, one).advantage
+        own = everyone.chunk(processes)[accelerator.process_index].split(share)
+
+        drift = 0.0
+        for text, (states, logps), advantage in zip(texts, rollout, own, strict=True):
+            for i in range(TRAINED):
+                with accelerator.accumulate(transformer):
+                    v = velocity(transformer, states[i], sigmas[i], text)
+                    a, c, _, w, b = coefficients(sigmas, i, x)
+                    logp = ops.flow_logp(states[i], states[i + 1], v, a, c, w, b)
+                    result = ops.policy_loss(logp, logps[i], advantage, **CLIP)
+                    accelerator.backward(result.loss)
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(weights, 1.0)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    drift = max(drift, float((result.ratio - 1).abs().max()))
+        accelerator.print(
+            f"update {update:3}  reward {rewards.mean():.6f}  ratio off 1 by {drift:.1e}  "
+            f"seconds {time.perf_counter() - start:.2f}",
+            flush=True,
+        )
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
