@@ -125,13 +125,16 @@ def sde_step_with_logprob(
     a, c, s, w, b = _columns(per_row, sample.device)
 
     x, v = sample.float(), model_output.float()
+    log_prob = None
     if prev_sample is None:
         with torch.no_grad():
             seeds = _seeds(generator, rows, sample.device)
-            x_next, _ = ops.flow_step(x, v, a, c, s, w, b, seed=seeds, offset=0)
+            x_next, log_prob = ops.flow_step(x, v, a, c, s, w, b, seed=seeds, offset=0)
     else:
         x_next = prev_sample.detach().float()
-    log_prob = ops.flow_logp(x, x_next, v, a, c, w, b)
+    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or v.requires_grad)
+    if log_prob is None or wants_gradient:  # the same bits, with a graph
+        log_prob = ops.flow_logp(x, x_next, v, a, c, w, b)
 
     each = (-1, *[1] * (sample.dim() - 1))
     mean = a.view(each) * x + c.view(each) * v
