@@ -33,7 +33,6 @@ from qirl_fast.models.packed import (
     split_pooled,
     with_pooled,
 )
-from qirl_fast.models.prefix import spread_rows
 
 EMBEDDED_GUIDANCE = 3.5
 T5_TOKENS = 512  # every prompt is padded or cut to; the transformer sees the padding
@@ -84,10 +83,11 @@ class Flux(Packed):
 
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
         """Of each prompt the T5 tokens [512, C], and behind them the pooled CLIP vector."""
-        return [
-            with_pooled(*(part[0] for part in self.pipeline.encode_prompt(p, device=self.device)[:2]))
-            for p in prompts
-        ]
+        embeddings = []
+        for prompt in prompts:
+            text, pooled, _ = self.pipeline.encode_prompt(prompt, device=self.device)
+            embeddings.append(with_pooled(text[0], pooled[0]))
+        return embeddings
 
     @classmethod
     def prompt_tokens(
@@ -147,7 +147,7 @@ class Flux(Packed):
     def forward(self, x: Tensor, rows: Sequence[Tensor], prefix: Text) -> Tensor:
         """`velocity` of rows [R, D] as `modulation` gives them."""
         t, text = self.transformer, prefix.tokens
-        temb = spread_rows(rows[0], len(x), None) + prefix.pooled
+        temb = prefix.modulated_by(rows[0])
         x = t.x_embedder(x.to(self.dtype))
         for i, block in enumerate(t.transformer_blocks):
             text, x = self.recomputed(i, block)(x, text, temb, prefix.place)

@@ -9,7 +9,7 @@ tokens, Z = 4 x latent channels.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from qirl_fast.models.adapter import Adapter, load_scheduler, require_finite
 from qirl_fast.models.graphs import hold
-from qirl_fast.models.prefix import to_rows
+from qirl_fast.models.prefix import spread_rows, to_rows
 
 PIXELS_PER_LATENT = 8
 PIXELS_PER_TOKEN = 16
@@ -76,6 +76,11 @@ class Text:
         """The rows of prompts with projections tokens [P, L, D] and pooled [P, D]."""
         parts = to_rows([tokens] if pooled is None else [tokens, pooled], owner)
         return cls(parts[0], parts[1] if len(parts) > 1 else None, place, len(owner))
+
+    def modulated_by(self, rows: Tensor) -> Tensor:
+        """[B, D] of what is embedded of noise levels [R, D] and of the prompts' pooled vectors."""
+        spread = spread_rows(rows, self.batch, None)
+        return spread if self.pooled is None else spread + self.pooled
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -145,17 +150,11 @@ class Packed(Adapter):
             )
         return torch.stack(list(parts)).to(self.device, self.dtype)
 
-    def join(self, first: Text, second: Text) -> Text:
+    def join(self, first: Any, second: Any) -> Any:
         """What `velocity` needs of the rows of `first`, then those of `second`."""
-        pooled = first.pooled
-        if pooled is not None and second.pooled is not None:
-            pooled = torch.cat([pooled, second.pooled])
-        return replace(
-            first,
-            tokens=torch.cat([first.tokens, second.tokens]),
-            pooled=pooled,
-            batch=first.batch + second.batch,
-        )
+        pooled = None if first.pooled is None else torch.cat([first.pooled, second.pooled])
+        tokens = torch.cat([first.tokens, second.tokens])
+        return Text(tokens, pooled, first.place, first.batch + second.batch)
 
     def unpacked(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
         """What the autoencoder decodes, [b, C, 2 h, 2 w], of latents [b, h w, Z].

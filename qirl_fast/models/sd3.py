@@ -37,7 +37,6 @@ from qirl_fast.models.packed import (
     split_pooled,
     with_pooled,
 )
-from qirl_fast.models.prefix import spread_rows
 
 T5_TOKENS = 256  # every prompt is padded or cut to; the transformer sees the padding
 
@@ -134,7 +133,7 @@ class StableDiffusion3(Packed):
     def forward(self, x: Tensor, rows: Sequence[Tensor], prefix: Text) -> Tensor:
         """`velocity` of rows [R, D] as `modulation` gives them."""
         t, text = self.transformer, prefix.tokens
-        temb = spread_rows(rows[0], len(x), None) + prefix.pooled
+        temb = prefix.modulated_by(rows[0])
         first = t.pos_embed.proj
         x = F.linear(x.to(self.dtype), first.weight.flatten(1), first.bias)
         x = (x + prefix.place).to(self.dtype)

@@ -25,14 +25,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen2Tokenizer, Qwen3Model
 
-from qirl_fast import ops
+from qirl_fast.models.fused.zimage import PATCH, refined, run_blocks
 from qirl_fast.models.graphs import hold
 from qirl_fast.models.loading import load_part
-from qirl_fast.models.lora import linear
 from qirl_fast.models.packed import PIXELS_PER_TOKEN, Packed, scheduler_with
 from qirl_fast.models.prefix import by_layout, joined_order, row_order, spread_rows, to_rows
 
-PATCH = "2-1"  # of the transformer's embedders: 2 x 2 latents of one frame
 MAX_TOKENS = 512
 LORA_TARGETS = (
     "attention.to_q",
@@ -127,10 +125,7 @@ class ZImage(Packed):
     def prompt_tokens(
         cls, folder: Path, prompt: str, sizes: Sequence[Sequence[tuple[int, int]]] = ()
     ) -> int:
-        """Tokens of the prompt's embedding, from the files of a model folder.
-
-        sizes: of condition images, of which this family takes none.
-        """
+        """Tokens of the prompt's embedding. sizes: of condition images, which are not served."""
         cls.no_images(sizes)
         tokenizer = load_part(Qwen2Tokenizer.from_pretrained, folder / "tokenizer")
         messages = [{"role": "user", "content": prompt}]
@@ -154,23 +149,13 @@ class ZImage(Packed):
         runs, texts, ropes = [], [], []
         for length, used, rows in by_layout(owner, lengths):
             rope = self._rope(length, grid)
-            text = self._refined([prompts[p] for p in used], length, rope[-length:])
+            own = [prompts[p].to(self.device, self.dtype) for p in used]
+            text = refined(self.transformer, own, length, rope[-length:])
             texts += to_rows([text], [used.index(owner[r]) for r in rows])
             ropes.append(rope)
             runs.append(rows)
         order, inverse = row_order(runs, self.device)
         return Captions(tuple(texts), tuple(ropes), order, inverse, len(owner))
-
-    def _refined(self, prompts: Sequence[Tensor], length: int, rope: Tensor) -> Tensor:
-        """[P, L, D] of embeddings [L_p, C] that are padded to L tokens."""
-        t = self.transformer
-        text = torch.stack([F.pad(p, (0, 0, 0, length - len(p))) for p in prompts])
-        x = t.cap_embedder(text.to(self.device, self.dtype))
-        own = torch.tensor([[i < len(p) for i in range(length)] for p in prompts])
-        x = torch.where(own[..., None].to(self.device), x, t.cap_pad_token)
-        for block in t.context_refiner:
-            x = block(x, None, rope)
-        return x
 
     def _rope(self, length: int, grid: tuple[int, int]) -> Tensor:
         """Rotations complex64 [N' + L, Dh / 2]: text by its place, the image behind it by row and
@@ -186,7 +171,7 @@ class ZImage(Packed):
             rope = self.transformer.rope_embedder(torch.cat([image, text]).to(self.device))
         return self.keep_rope((length, grid), rope)
 
-    def join(self, first: Captions, second: Captions) -> Captions:  # type: ignore[override]
+    def join(self, first: Captions, second: Captions) -> Captions:
         """What `velocity` needs of the rows of `first`, then those of `second`."""
         order, inverse = joined_order(first, second)
         runs, ropes = first.runs + second.runs, first.ropes + second.ropes
@@ -204,26 +189,9 @@ class ZImage(Packed):
         if prefix.order is not None:
             x = x[prefix.order]
         runs = [len(text) for text in prefix.runs]
-        parts = zip(x.split(runs), temb.split(runs), prefix.runs, prefix.ropes, strict=True)
-        out = torch.cat([self._run(*part) for part in parts])
+        parts = zip(x.split(runs), prefix.runs, temb.split(runs), prefix.ropes, strict=True)
+        out = -torch.cat([run_blocks(self.transformer, *part, self.recomputed) for part in parts])
         return out if prefix.inverse is None else out[prefix.inverse]
-
-    def _run(self, x: Tensor, temb: Tensor, text: Tensor, rope: Tensor) -> Tensor:
-        """Velocity [b, N, Z] of rows whose texts [b, L, D] are equally long."""
-        t, tokens = self.transformer, x.shape[1]
-        x = t.all_x_embedder[PATCH](x)
-        pad = t.x_pad_token.expand(len(x), len(rope) - text.shape[1] - tokens, -1)
-        x = torch.cat([x, pad], dim=1)
-        for i, block in enumerate(t.noise_refiner):
-            x = self.recomputed(i, block)(x, None, rope[: x.shape[1]], temb)
-        x = torch.cat([x, text], dim=1)
-        for i, block in enumerate(t.layers, start=len(t.noise_refiner)):
-            x = self.recomputed(i, block)(x, None, rope, temb)
-        final = t.all_final_layer[PATCH]
-        scale = linear(final.adaLN_modulation[1], F.silu(temb))
-        x = ops.norm_modulate(x[:, :tokens], scale, eps=final.norm_final.eps)
-        out: Tensor = -final.linear(x)
-        return out
 
     def unpacked(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
         """What the autoencoder decodes, [b, C, 2 h, 2 w], of latents [b, h w, Z]."""

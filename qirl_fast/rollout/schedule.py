@@ -12,8 +12,8 @@ float32,
              | shift t / (1 + (shift - 1) t)         use_dynamic_shifting false
     terminal = 1 - (1 - shifted) (1 - shift_terminal) / (1 - shifted[-1])
 
-and appends 0. FLUX.1 does the same. Adapters of pipelines that hand it something else put their rule
-into the scheduler's config, under two keys that diffusers does not have:
+and appends 0. FLUX.1 does the same. Adapters of pipelines that hand it something else put their
+rule into the scheduler's config, under two keys that diffusers does not have:
 
     ramp "float32"    linspace in float32                                          Z-Image
     ramp "training"   no sigmas: linspace(1, s, T) in float64, s the smallest shifted level of
@@ -109,7 +109,8 @@ def _ramp(steps: int, scheduler_config: Mapping[str, Any]) -> np.ndarray:
         ends = np.array([scale, 1], np.float32) / np.float32(scale)
         if not scheduler_config.get("use_dynamic_shifting", False):
             ends = _static(ends, scheduler_config)
-        return np.linspace(*(float(end) * scale for end in ends), steps) / scale
+        first, last = (float(end) * scale for end in ends)
+        return np.linspace(first, last, steps) / scale
     raise ValueError(f"scheduler config: ramp is {kind!r}; want 'float32' or 'training'.")
 
 

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from qirl_fast import ops
 from qirl_fast.models.fused.attention import attend
 from qirl_fast.models.fused.joint import (
+    Rows,
     block_problems,
     gate_rows,
     gated,
@@ -69,7 +70,8 @@ def block_forward(
     theirs = linear(self.norm1_context.linear, act)
     if self.context_pre_only:
         scale, shift = theirs.chunk(2, dim=1)
-        txt1, txt2 = {"scale": scale, "shift": shift}, {}
+        txt1: Rows = {"scale": scale, "shift": shift}
+        txt2: Rows = {}
     else:
         txt1, txt2 = half_rows(theirs)
     y_image = normed(image, img1, self.norm2, attn.to_q, attn.to_k, attn.to_v)

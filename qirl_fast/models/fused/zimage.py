@@ -6,22 +6,67 @@
 The norms have weights w, which the ops take as rows: w (1 + scale) = 1 + row. Blocks of the context
 refiner have no modulation: rows w - 1, and plain sums.
 Source: diffusers `transformer_z_image.py`; its omni mode, modulation by token, is not served.
-Shapes: B samples, S tokens, D channels, H heads of Dh.
+Shapes: B samples, S tokens, D channels, H heads of Dh; N image tokens, N' with padding, L of text.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from diffusers.models.transformers.transformer_z_image import (
     ZImageTransformerBlock,
     ZSingleStreamAttnProcessor,
 )
 from torch import Tensor
+from torch.nn import functional as F
 
 from qirl_fast import ops
 from qirl_fast.models.fused.attention import attend
 from qirl_fast.models.fused.joint import block_problems
 from qirl_fast.models.lora import feed, linear
+
+PATCH = "2-1"  # of the transformer's embedders: 2 x 2 latents of one frame
+
+
+def refined(transformer: Any, prompts: Sequence[Tensor], length: int, rope: Tensor) -> Tensor:
+    """[P, L, D] of embeddings [L_p, C], padded to L tokens. rope: complex64 [L, Dh / 2]."""
+    text = torch.stack([F.pad(p, (0, 0, 0, length - len(p))) for p in prompts])
+    own = torch.tensor([[i < len(p) for i in range(length)] for p in prompts], device=text.device)
+    x = torch.where(own[..., None], transformer.cap_embedder(text), transformer.cap_pad_token)
+    for block in transformer.context_refiner:
+        x = block(x, None, rope)
+    return x
+
+
+def run_blocks(
+    transformer: Any,
+    x: Tensor,
+    text: Tensor,
+    temb: Tensor,
+    rope: Tensor,
+    recomputed: Callable[[int, Any], Any],
+) -> Tensor:
+    """What the transformer gives for image tokens x [B, N, Z]: x0 - eps, [B, N, Z].
+
+    Args:
+        text: refined, [B, L, D]; temb: [B, min(D, 256)]; rope: complex64 [N' + L, Dh / 2], of the
+            image's tokens first.
+        recomputed: see `Adapter.recomputed`.
+    """
+    tokens, padding = x.shape[1], len(rope) - text.shape[1] - x.shape[1]
+    x = transformer.all_x_embedder[PATCH](x)
+    x = torch.cat([x, transformer.x_pad_token.expand(len(x), padding, -1)], dim=1)
+    refiners = transformer.noise_refiner
+    for i, block in enumerate(refiners):
+        x = recomputed(i, block)(x, None, rope[: x.shape[1]], temb)
+    x = torch.cat([x, text], dim=1)
+    for i, block in enumerate(transformer.layers, start=len(refiners)):
+        x = recomputed(i, block)(x, None, rope, temb)
+    final = transformer.all_final_layer[PATCH]
+    scale = linear(final.adaLN_modulation[1], F.silu(temb))
+    out: Tensor = final.linear(ops.norm_modulate(x[:, :tokens], scale, eps=final.norm_final.eps))
+    return out
 
 
 def problems(transformer: Any) -> list[str]:
@@ -53,6 +98,7 @@ def block_forward(
         raise ValueError("the fused block of Z-Image serves no omni mode; got a noise_mask")
     scale1 = gate1 = scale2 = gate2 = None
     if self.modulation:
+        assert adaln_input is not None
         rows = linear(self.adaLN_modulation[0], adaln_input)
         scale1, gate1, scale2, gate2 = rows.chunk(4, dim=1)
     attn, mlp = self.attention, self.feed_forward
