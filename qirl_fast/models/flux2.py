@@ -3,7 +3,7 @@
 The text is three layers of Mistral 3 (dev) or Qwen3 (Klein) side by side, padded to 512 tokens. All
 blocks of a kind are modulated by the same rows, which depend on the noise level alone and are kept.
 FLUX.2-dev is distilled from guidance and takes its scale as an input: here always
-`EMBEDDED_GUIDANCE`, the pipeline's default; `rollout.guidance` is classifier-free guidance beside
+4, the pipeline's default; `rollout.guidance` is classifier-free guidance beside
 it, against the empty prompt, as Klein's pipeline has it. Reference images are not served.
 
 Latents are normalised channel by channel with the autoencoder's batch statistics.
@@ -37,7 +37,6 @@ from qirl_fast.models.fused.joint import rotations
 from qirl_fast.models.packed import PIXELS_PER_TOKEN, Packed, Text, scheduler_with
 from qirl_fast.models.prefix import spread_rows
 
-EMBEDDED_GUIDANCE = 4.0
 TOKENS = 512  # every prompt is padded or cut to; the transformer sees the padding
 LORA_TARGETS = (
     "attn.to_q",
@@ -62,6 +61,7 @@ class Flux2(Packed):
     family = "flux2"
     lora_targets = fp8_layers = LORA_TARGETS
     pipeline_class = Flux2Pipeline
+    embedded_guidance: ClassVar[float | None] = 4.0
     parts: ClassVar[dict[str, Any]] = {
         "transformer": Flux2Transformer2DModel,
         "vae": AutoencoderKLFlux2,
@@ -129,8 +129,9 @@ class Flux2(Packed):
         [R, 3 D], of the last norm [R, 2 D].
         """
         t, sigma = self.transformer, sigma.to(self.dtype)
-        scale = torch.full_like(sigma, EMBEDDED_GUIDANCE)
-        temb = t.time_guidance_embed(sigma * 1000, scale * 1000)
+        scale = self.embedded_guidance
+        guidance = None if scale is None else torch.full_like(sigma, scale) * 1000
+        temb = t.time_guidance_embed(sigma * 1000, guidance)
         double = t.double_stream_modulation_img(temb), t.double_stream_modulation_txt(temb)
         out = t.norm_out.linear(t.norm_out.silu(temb).to(self.dtype))
         return *double, t.single_stream_modulation(temb), out
@@ -170,6 +171,7 @@ class Flux2Klein(Flux2):
 
     family = "flux2_klein"
     pipeline_class = Flux2KleinPipeline
+    embedded_guidance = None
     parts: ClassVar[dict[str, Any]] = {**Flux2.parts, "text_encoder": Qwen3ForCausalLM}
     reads: ClassVar[dict[str, Any]] = {
         **Flux2.reads,

@@ -15,6 +15,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
@@ -34,6 +35,7 @@ from transformers import (
     Mistral3ForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -102,17 +104,18 @@ def zimage(**changes: Any) -> Any:
     return randomised(ZImageTransformer2DModel(**(config | changes)))
 
 
-def _vae(kind: type[Any] = AutoencoderKL, **changes: Any) -> Any:
+def small_vae(kind: type[Any] = AutoencoderKL, levels: int = 4, **changes: Any) -> Any:
     config = {
-        "block_out_channels": (8, 8, 8, 8),
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (8,) * levels,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
         "layers_per_block": 1,
         "latent_channels": 4,
         "norm_num_groups": 4,
         "sample_size": 64,
     }
-    return randomised(kind(**(config | changes)))
+    torch.manual_seed(0)
+    return kind(**(config | changes)).eval()
 
 
 def _clip(kind: type[Any], width: int, **changes: Any) -> tuple[Any, CLIPTokenizer]:
@@ -157,6 +160,16 @@ def _qwen(weights: Path) -> Qwen2Tokenizer:
     return tokenizer
 
 
+def _qwen3(tokenizer: Any, **sizes: int) -> Qwen3Config:
+    return Qwen3Config(
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=len(tokenizer),
+        **sizes,
+    )
+
+
 def _scheduler(**config: Any) -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(**config)
 
@@ -168,7 +181,7 @@ def sd3_pipeline(weights: Path) -> StableDiffusion3Pipeline:
     return StableDiffusion3Pipeline(
         transformer=sd3(),
         scheduler=_scheduler(shift=3.0),
-        vae=_vae(scaling_factor=1.5305, shift_factor=0.0609),
+        vae=small_vae(scaling_factor=1.5305, shift_factor=0.0609),
         text_encoder=first,
         tokenizer=tokenizer,
         text_encoder_2=second,
@@ -183,7 +196,7 @@ def flux_pipeline(weights: Path) -> FluxPipeline:
     second, tokenizer_2 = _t5()
     return FluxPipeline(
         scheduler=_scheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=_vae(scaling_factor=0.3611, shift_factor=0.1159),
+        vae=small_vae(scaling_factor=0.3611, shift_factor=0.1159),
         text_encoder=first,
         tokenizer=tokenizer,
         text_encoder_2=second,
@@ -216,33 +229,42 @@ def flux2_pipeline(weights: Path) -> Flux2Pipeline:
             "patch_size": 16,
         },
     )
-    vae = _vae(AutoencoderKLFlux2)
-    g = torch.Generator().manual_seed(1)
-    vae.bn.running_mean.copy_(0.3 * torch.randn(16, generator=g))
-    vae.bn.running_var.copy_(0.5 + torch.rand(16, generator=g))
     return Flux2Pipeline(
         scheduler=_scheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=vae,
+        vae=_vae_with_statistics(),
         text_encoder=randomised(Mistral3ForConditionalGeneration(config)),
         tokenizer=tokenizer,
         transformer=flux2(),
     )
 
 
+def flux2_klein_pipeline(weights: Path) -> Flux2KleinPipeline:
+    """The encoder has the 27 layers that the pipeline reads."""
+    tokenizer = _qwen(weights)
+    config = _qwen3(tokenizer, hidden_size=16, num_hidden_layers=28, head_dim=8)
+    return Flux2KleinPipeline(
+        scheduler=_scheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=_vae_with_statistics(),
+        text_encoder=randomised(Qwen3ForCausalLM(config)),
+        tokenizer=tokenizer,
+        transformer=flux2(guidance_embeds=False),
+    )
+
+
+def _vae_with_statistics() -> AutoencoderKLFlux2:
+    vae = small_vae(AutoencoderKLFlux2)
+    g = torch.Generator().manual_seed(1)
+    vae.bn.running_mean.copy_(0.3 * torch.randn(16, generator=g))
+    vae.bn.running_var.copy_(0.5 + torch.rand(16, generator=g))
+    return vae
+
+
 def zimage_pipeline(weights: Path) -> ZImagePipeline:
     tokenizer = _qwen(weights)
-    config = Qwen3Config(
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        vocab_size=len(tokenizer),
-    )
+    config = _qwen3(tokenizer, hidden_size=TEXT_WIDTH, num_hidden_layers=2, head_dim=16)
     return ZImagePipeline(
         scheduler=_scheduler(shift=3.0),
-        vae=_vae(scaling_factor=0.3611, shift_factor=0.1159),
+        vae=small_vae(scaling_factor=0.3611, shift_factor=0.1159),
         text_encoder=randomised(Qwen3Model(config)),
         tokenizer=tokenizer,
         transformer=zimage(),
@@ -253,11 +275,6 @@ PIPELINES: dict[str, Callable[[Path], Any]] = {
     "sd3": sd3_pipeline,
     "flux": flux_pipeline,
     "flux2": flux2_pipeline,
+    "flux2_klein": flux2_klein_pipeline,
     "zimage": zimage_pipeline,
-}
-TRANSFORMERS: dict[str, Callable[..., Any]] = {
-    "sd3": sd3,
-    "flux": flux,
-    "flux2": flux2,
-    "zimage": zimage,
 }
