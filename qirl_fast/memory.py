@@ -65,11 +65,17 @@ def plan(cfg: Config) -> dict[str, int]:
     plan["gradients"] = 4 * trained * (1 + at_once if several else 1)
     plan["AdamW's two moments"] = 8 * trained
     plan["average of the weights"] = 4 * trained if cfg.train.ema else 0
-    state = tokens * models["transformer"].config.in_channels
+    state = tokens * adapter.latent_channels(models["transformer"].config)
     stored = {"transitions": 2, "states": 1, "levels": 0}[cfg.algorithm.keeps]
     if stored == 2 and rollout.guidance != 1 and rollout.ratio_mode == "frozen_offset":
         stored += 1  # the offset
     plan["recorded states"] = size.replays * state * stored * BYTES[rollout.storage_dtype]
+    if not cfg.algorithm.rewarded:
+        plan["answers of teachers"] = size.replays * state * item
+    kind = adapter.parts["transformer"]
+    for who, other in cfg.algorithm.models.items():
+        teacher = described_model(kind, other / "transformer")
+        plan[f"weights of {who}"] = item * sum(p.numel() for p in teacher.parameters())
     plan["images"] = size.samples * target[0] * target[1] * 3
     plan["keys and values of the prompts"] = prefix * at_once
     plan["activations of replay"] = saved * at_once
@@ -154,17 +160,19 @@ def _replay(
     shown = 0 if adapter.text_stream else latents // 4
     slots = torch.arange(length) < shown
     with mode:
-        channels = transformer.config.in_channels
-        head = transformer.config.attention_head_dim
         config = transformer.config
-        channels_of_text = config.get("context_in_dim") or config.get("joint_attention_dim")
+        channels = adapter.latent_channels(config)
+        heads = config.get("num_attention_heads") or config.n_heads
+        width = config.get("dim") or heads * config.attention_head_dim
+        names = ("context_in_dim", "joint_attention_dim", "cap_feat_dim")
+        channels_of_text = next(config[name] for name in names if config.get(name))
         group = trained_group(cfg)
         groups = -(-rows // group)
         text = torch.empty(length, channels_of_text)
         shown_with = Conditioned(text, slots, torch.empty(latents, channels), grids)
         prompt: Tensor | Conditioned = shown_with if grids else text
         rotated = length - shown + latents + tokens
-        rope = torch.empty(rotated, head // 2, dtype=torch.complex64)
+        rope = torch.empty(rotated, width // heads // 2, dtype=torch.complex64)
         model.use_rope(shown_with if grids else length, _grid(*size), rope)
         embeddings = [prompt] * groups
         owner = [r // group for r in range(rows)]
@@ -191,9 +199,8 @@ def _replay(
         tensors = [*prefix.tensors, *(null.tensors if guided and null else ())]
         held = {id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}
     # What a recomputed block starts from is held by the call, not saved by autograd.
-    width = transformer.config.num_attention_heads * head
     beside = length + latents if adapter.text_stream else 0
-    starts = min(again, len(transformer.transformer_blocks)) * rows * (tokens + beside) * width
+    starts = min(again, len(model.blocks)) * rows * (tokens + beside) * width
     saved = count.bytes + starts * derived(cfg).recorded_steps * dtype.itemsize
     return trained, saved, sum(held.values())
 

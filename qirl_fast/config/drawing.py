@@ -59,9 +59,18 @@ class ModelConfig(Section):
     """The model to train."""
 
     path: Text = Field(description="'tiny': the packaged model; else a folder in diffusers' format")
-    family: Literal["auto", "qwenimage", "qwenimage_edit", "qwenimage_edit_plus", "qwenimage21"] = (
-        Field(default="auto", description="model family; auto: read from model_index.json")
-    )
+    family: Literal[
+        "auto",
+        "qwenimage",
+        "qwenimage_edit",
+        "qwenimage_edit_plus",
+        "qwenimage21",
+        "sd3",
+        "flux",
+        "flux2",
+        "flux2_klein",
+        "zimage",
+    ] = Field(default="auto", description="model family; auto: read from model_index.json")
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="dtype of the forward"
     )

@@ -167,7 +167,15 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return whole.hexdigest()
 
 
-TEXT_PARTS = ("text_encoder", "processor", "tokenizer")
+TEXT_PARTS = (
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+    "processor",
+    "tokenizer",
+    "tokenizer_2",
+    "tokenizer_3",
+)
 
 
 def fingerprint(folder: Path, parts: Sequence[str] = TEXT_PARTS) -> str:

@@ -5,14 +5,28 @@ from pathlib import Path
 
 import torch
 
+from qirl_fast.models.flux import Flux
+from qirl_fast.models.flux2 import Flux2, Flux2Klein
 from qirl_fast.models.qwenimage import QwenImage
 from qirl_fast.models.qwenimage21 import QwenImage21
 from qirl_fast.models.qwenimage_edit import QwenImageEdit, QwenImageEditPlus
+from qirl_fast.models.sd3 import StableDiffusion3
+from qirl_fast.models.zimage import ZImage
 
-Model = QwenImage | QwenImage21
+Model = QwenImage | QwenImage21 | StableDiffusion3 | Flux | Flux2 | ZImage
 FAMILIES: dict[str, type[Model]] = {
     adapter.family: adapter
-    for adapter in (QwenImage, QwenImageEdit, QwenImageEditPlus, QwenImage21)
+    for adapter in (
+        QwenImage,
+        QwenImageEdit,
+        QwenImageEditPlus,
+        QwenImage21,
+        StableDiffusion3,
+        Flux,
+        Flux2,
+        Flux2Klein,
+        ZImage,
+    )
 }
 
 

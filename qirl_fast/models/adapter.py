@@ -85,8 +85,9 @@ class Adapter:
         )
         self.graphs: ForwardGraphs | None = None  # set: forwards without gradient are replayed
         patch(self.transformer)
-        for module in (pipeline.text_encoder, pipeline.vae, pipeline.transformer):
-            module.requires_grad_(False).eval()
+        for name in self.parts:
+            if hasattr(pipeline, name):
+                getattr(pipeline, name).requires_grad_(False).eval()
 
     @classmethod
     def load(cls, folder: str | Path, dtype: torch.dtype, device: str = "cpu") -> Self:
@@ -141,6 +142,22 @@ class Adapter:
         ValueError for a family that takes no images, and for images that do not fit.
         """
         raise ValueError(_NO_IMAGES.format(type(self).pipeline_class.__name__))
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The blocks that `recomputed` counts, in order."""
+        blocks: Sequence[nn.Module] = self.transformer.transformer_blocks
+        return blocks
+
+    @classmethod
+    def latent_channels(cls, config: Any) -> int:
+        """Z, the channels of a latent token, of the transformer's config."""
+        return int(config.in_channels)
+
+    def use_rope(self, prompt: int | Conditioned, grid: tuple[int, int], rope: Tensor) -> None:
+        """Take these rotations; of use where tensors have no values, for families that look
+        values up to make their own. The others make them.
+        """
 
     def modulating(self) -> list[nn.Module]:
         """The modules that hold all weights `modulation` reads.

@@ -12,12 +12,22 @@ float32,
              | shift t / (1 + (shift - 1) t)         use_dynamic_shifting false
     terminal = 1 - (1 - shifted) (1 - shift_terminal) / (1 - shifted[-1])
 
-and appends 0. The same operations are done here in the same order and precision, so that rollout,
+and appends 0. FLUX.1 does the same. Adapters of pipelines that hand it something else put their
+rule into the scheduler's config, under two keys that diffusers does not have:
+
+    ramp "float32"    linspace in float32                                          Z-Image
+    ramp "training"   no sigmas: linspace(1, s, T) in float64, s the smallest shifted level of
+                      training, which is then shifted once more                    SD 3.5
+    mu "flux2"        m10 = 8.73809524e-5 tokens + 1.89833333, m200 = 0.00016927 tokens + 0.45666666
+                      mu = m200 above 4300 tokens, else on the line through (10, m10), (200, m200)
+                      at T steps                                                   FLUX.2
+
+The same operations are done here in the same order and precision, so that rollout,
 replay and the stock pipeline agree on every bit; the result is returned as float64 because the
 step coefficients are computed in float64. mu depends on the number of target tokens: replay must
 be given the same number.
 
-Source: huggingface/diffusers FlowMatchEulerDiscreteScheduler and QwenImage21Pipeline 0.42.1.
+Source: huggingface/diffusers FlowMatchEulerDiscreteScheduler and the pipelines, 0.42.1.
 """
 
 import math
@@ -25,6 +35,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
 _UNSUPPORTED = (
     "use_karras_sigmas",
@@ -68,15 +79,54 @@ def shift_mu(image_tokens: int, scheduler_config: Mapping[str, Any]) -> float:
     return tokens * slope + (base_shift - slope * base_len)
 
 
+def flux2_mu(image_tokens: int, num_steps: int) -> float:
+    """The dynamic shift of FLUX.2, which depends on the steps too (float64)."""
+    tokens, steps = _positive_integer("image_tokens", image_tokens), num_steps
+    m_200 = 0.00016927 * tokens + 0.45666666
+    if tokens > 4300:
+        return m_200
+    m_10 = 8.73809524e-05 * tokens + 1.89833333
+    a = (m_200 - m_10) / 190.0
+    return a * steps + (m_200 - 200.0 * a)
+
+
+def _static(sigmas: np.ndarray, scheduler_config: Mapping[str, Any]) -> np.ndarray:
+    shift = _number(scheduler_config, "shift", 1.0)
+    if shift <= 0:
+        raise ValueError(f"scheduler config: shift is {shift}; want shift > 0.")
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def _ramp(steps: int, scheduler_config: Mapping[str, Any]) -> np.ndarray:
+    """The levels [steps] before any shift; see the module docstring."""
+    kind = scheduler_config.get("ramp")
+    if kind is None:
+        return np.linspace(1.0, 1.0 / steps, steps).astype(np.float32)
+    if kind == "float32":
+        return torch.linspace(1.0, 1 / steps, steps).numpy()
+    if kind == "training":
+        scale = scheduler_config.get("num_train_timesteps", 1000)
+        ends = np.array([scale, 1], np.float32) / np.float32(scale)
+        if not scheduler_config.get("use_dynamic_shifting", False):
+            ends = _static(ends, scheduler_config)
+        first, last = (float(end) * scale for end in ends)
+        return np.linspace(first, last, steps) / scale
+    raise ValueError(f"scheduler config: ramp is {kind!r}; want 'float32' or 'training'.")
+
+
 def _shifted(
     ramp_T: np.ndarray, image_tokens: int, scheduler_config: Mapping[str, Any]
 ) -> np.ndarray:
     if not scheduler_config.get("use_dynamic_shifting", False):
-        shift = _number(scheduler_config, "shift", 1.0)
-        if shift <= 0:
-            raise ValueError(f"scheduler config: shift is {shift}; want shift > 0.")
-        return shift * ramp_T / (1 + (shift - 1) * ramp_T)
-    mu = shift_mu(image_tokens, scheduler_config)
+        return _static(ramp_T, scheduler_config)
+    rule = scheduler_config.get("mu")
+    if rule not in (None, "flux2"):
+        raise ValueError(f"scheduler config: mu is {rule!r}; want 'flux2', or no such key.")
+    mu = (
+        flux2_mu(image_tokens, len(ramp_T))
+        if rule == "flux2"
+        else shift_mu(image_tokens, scheduler_config)
+    )
     kind = scheduler_config.get("time_shift_type", "exponential")
     if kind == "exponential":
         return math.exp(mu) / (math.exp(mu) + (1 / ramp_T - 1))
@@ -112,8 +162,7 @@ def make_sigmas(
                 f"scheduler config: {key} is {scheduler_config[key]!r}; only the plain flow "
                 f"schedule is implemented: set it to false."
             )
-    sigmas_T = np.linspace(1.0, 1.0 / steps, steps).astype(np.float32)
-    sigmas_T = _shifted(sigmas_T, image_tokens, scheduler_config)
+    sigmas_T = _shifted(_ramp(steps, scheduler_config), image_tokens, scheduler_config)
     if scheduler_config.get("shift_terminal"):
         terminal = _number(scheduler_config, "shift_terminal", 0.0)
         if not 0 < terminal < 1:
@@ -132,7 +181,7 @@ def make_sigmas(
                 f"float32; check shift, base_shift and max_shift."
             )
         sigmas_T = 1 - distance_T / (distance_T[-1] / (1 - terminal))
-    result = np.append(sigmas_T.astype(np.float64), 0.0)
+    result = np.append(sigmas_T.astype(np.float32).astype(np.float64), 0.0)
     if not (np.diff(result) < 0).all():
         raise ValueError(
             f"the schedule of {steps} steps at {image_tokens} tokens does not decrease strictly in "

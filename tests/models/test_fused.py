@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import PixArtTransformer2DModel
 from diffusers.models.transformers.transformer_qwenimage21 import (
     QwenImage21FlexAttnProcessor,
     QwenImage21KVCache,
@@ -246,10 +246,10 @@ def test_what_cannot_be_fused_is_refused_whole(what: str) -> None:
     assert not any("forward" in vars(block) for block in model.transformer_blocks)
 
 
-@pytest.mark.parametrize("model", [nn.Linear(2, 2), FluxTransformer2DModel])
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), PixArtTransformer2DModel])
 def test_other_classes_are_refused_by_name(model: Any) -> None:
     if isinstance(model, type):
-        model = model(num_layers=1, num_single_layers=1, num_attention_heads=1)
+        model = model(num_layers=1, num_attention_heads=1, attention_head_dim=8, sample_size=8)
     words = rf"got {type(model).__name__}; fused blocks exist for QwenImage21Transformer2DModel, "
     with pytest.raises(TypeError, match=words):
         qirl_fast.patch(model)

@@ -533,8 +533,10 @@ def test_a_folder_that_is_no_model_is_refused(model_copy: Path, tmp_path: Path) 
     with pytest.raises(FileNotFoundError, match=r"holds no model_index\.json"):
         load_model(tmp_path, "auto", torch.float32, "cpu")
     index = model_copy / "model_index.json"
-    index.write_text(index.read_text().replace("QwenImage21Pipeline", "FluxPipeline"))
-    with pytest.raises(ValueError, match="no adapter for pipeline 'FluxPipeline'; there are: Qwen"):
+    index.write_text(index.read_text().replace("QwenImage21Pipeline", "PixArtSigmaPipeline"))
+    with pytest.raises(
+        ValueError, match="no adapter for pipeline 'PixArtSigmaPipeline'; there are: Qwen"
+    ):
         load_model(model_copy, "auto", torch.float32, "cpu")
 
 

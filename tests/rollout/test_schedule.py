@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from diffusers.pipelines.qwenimage21.pipeline_qwenimage21 import (
     calculate_shift,
     retrieve_timesteps,
 )
+from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 
 from qirl_fast.rollout.schedule import make_sigmas, make_timesteps, shift_mu
 
@@ -68,6 +70,32 @@ def test_bits_under_other_configs(change: dict) -> None:
     np.testing.assert_array_equal(make_timesteps(ours, config), timesteps)
 
 
+TOKENS = (16, 1024, 4096, 4301, 8192)
+STEPS = (1, 4, 10, 28, 50)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("steps", STEPS)
+def test_bits_of_the_other_pipelines_schedules(steps: int, tokens: int) -> None:
+    """FLUX.1, FLUX.2, SD 3.5 and Z-Image, by the calls of their pipelines."""
+    ramp = np.linspace(1.0, 1 / steps, steps)
+    dynamic = {"shift": 3.0, "use_dynamic_shifting": True}
+    static = {"shift": 3.0}
+    flux1 = calculate_shift(tokens, 256, 4096, 0.5, 1.15)
+    cases = [
+        (dynamic, {}, {"sigmas": ramp, "mu": flux1}),
+        (dynamic, {"mu": "flux2"}, {"sigmas": ramp, "mu": compute_empirical_mu(tokens, steps)}),
+        (static, {"ramp": "training"}, {"num_inference_steps": steps}),
+        (dynamic, {"ramp": "training"}, {"num_inference_steps": steps, "mu": flux1}),
+        (static, {"ramp": "float32"}, {"sigmas": get_default_z_image_sigmas(steps)}),
+    ]
+    for config, rules, given in cases:
+        scheduler = FlowMatchEulerDiscreteScheduler(**config)
+        scheduler.set_timesteps(**given)
+        ours = make_sigmas(steps, tokens, dict(scheduler.config) | rules)
+        np.testing.assert_array_equal(ours, scheduler.sigmas.double().numpy())
+
+
 def test_missing_keys_take_the_stock_defaults() -> None:
     np.testing.assert_array_equal(make_sigmas(7, 300, {}), stock(7, 300, {})[0])
     dynamic = {"use_dynamic_shifting": True}
@@ -108,6 +136,8 @@ def test_one_step_without_terminal() -> None:
         (4, 64, {"shift_terminal": -0.1}, "0 < shift_terminal < 1"),
         (4, 64, {"base_shift": float("nan")}, "base_shift is nan"),
         (4, 64, {"max_shift": "0.9"}, "max_shift is '0.9'"),
+        (4, 64, {"ramp": "even"}, "ramp is 'even'; want 'float32' or 'training'"),
+        (4, 64, {"mu": "flux3"}, "mu is 'flux3'; want 'flux2', or no such key"),
         (4, 64, {"max_image_seq_len": 256}, "max_image_seq_len > base_image_seq_len"),
         (4, 64, {"use_dynamic_shifting": False, "shift": 0.0}, "shift > 0"),
         (4, 64, {"time_shift_type": "linear", "base_shift": -1.0}, "mu > 0"),

@@ -12,14 +12,48 @@ from types import MethodType
 from typing import Any
 
 import torch
-from diffusers import QwenImage21Transformer2DModel, QwenImageTransformer2DModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    QwenImage21Transformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    ZImageTransformer2DModel,
+)
 from torch import nn
 
-from qirl_fast.models.fused import qwenimage, qwenimage21
+from qirl_fast.models.fused import flux, flux2, qwenimage, qwenimage21, sd3, zimage
 
-_FUSED: dict[type[nn.Module], tuple[Callable[..., Any], Callable[[Any], list[str]]]] = {
-    QwenImage21Transformer2DModel: (qwenimage21.block_forward, qwenimage21.problems),
-    QwenImageTransformer2DModel: (qwenimage.block_forward, qwenimage.problems),
+Forwards = dict[str, Callable[..., Any]]  # by the list of blocks that have it
+
+_FUSED: dict[type[nn.Module], tuple[Forwards, Callable[[Any], list[str]]]] = {
+    QwenImage21Transformer2DModel: (
+        {"transformer_blocks": qwenimage21.block_forward},
+        qwenimage21.problems,
+    ),
+    QwenImageTransformer2DModel: (
+        {"transformer_blocks": qwenimage.block_forward},
+        qwenimage.problems,
+    ),
+    SD3Transformer2DModel: ({"transformer_blocks": sd3.block_forward}, sd3.problems),
+    FluxTransformer2DModel: (
+        {
+            "transformer_blocks": flux.block_forward,
+            "single_transformer_blocks": flux.single_forward,
+        },
+        flux.problems,
+    ),
+    Flux2Transformer2DModel: (
+        {
+            "transformer_blocks": flux2.block_forward,
+            "single_transformer_blocks": flux2.single_forward,
+        },
+        flux2.problems,
+    ),
+    ZImageTransformer2DModel: (
+        dict.fromkeys(("noise_refiner", "context_refiner", "layers"), zimage.block_forward),
+        zimage.problems,
+    ),
 }
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -27,34 +61,41 @@ DTYPES = (torch.float32, torch.bfloat16)
 def patch(transformer: Any) -> Any:
     """Give every block of a stock transformer its fused forward; returns the transformer.
 
-    transformer: QwenImage21Transformer2DModel or QwenImageTransformer2DModel of diffusers (T2I,
-    Edit, EditPlus with zero_cond_t), float32 or bfloat16, with or without LoRA. A second patch
-    changes nothing.
+    transformer: of diffusers: QwenImage21Transformer2DModel, QwenImageTransformer2DModel (T2I,
+    Edit, EditPlus with zero_cond_t), SD3Transformer2DModel (3.5), FluxTransformer2DModel,
+    Flux2Transformer2DModel or ZImageTransformer2DModel; float32 or bfloat16, with or without LoRA.
+    A second patch changes nothing.
     Raises TypeError for another class and ValueError, with every reason, for a model whose blocks
     compute what the fused ones do not: dropout, an odd head size, mixed or other dtypes, replaced
     attention processors. Nothing is changed then.
     """
     kind = _kind(transformer)
-    forward, problems = _FUSED[kind]
+    forwards, problems = _FUSED[kind]
     found = [*_dtype_problems(transformer), *problems(transformer)]
     if found:
         raise ValueError(f"patch: this {kind.__name__} cannot be fused: " + "; ".join(found))
-    for block in transformer.transformer_blocks:
-        block.forward = MethodType(forward, block)
+    for blocks, forward in forwards.items():
+        for block in getattr(transformer, blocks):
+            block.forward = MethodType(forward, block)
     return transformer
 
 
 def unpatch(transformer: Any) -> Any:
     """Give every block its stock forward back; returns the transformer."""
-    _kind(transformer)
-    for block in transformer.transformer_blocks:
+    for block in blocks_of(transformer):
         vars(block).pop("forward", None)
     return transformer
 
 
 def is_patched(transformer: Any) -> bool:
     """True where the blocks have their fused forward."""
-    return all("forward" in vars(block) for block in transformer.transformer_blocks)
+    return all("forward" in vars(block) for block in blocks_of(transformer))
+
+
+def blocks_of(transformer: Any) -> list[Any]:
+    """The blocks of a stock transformer that get a fused forward."""
+    forwards, _ = _FUSED[_kind(transformer)]
+    return [block for blocks in forwards for block in getattr(transformer, blocks)]
 
 
 def _kind(transformer: Any) -> type[nn.Module]:
@@ -70,8 +111,8 @@ def _kind(transformer: Any) -> type[nn.Module]:
 
 def _dtype_problems(transformer: Any) -> list[str]:
     """LoRA weights may be wider than the model: `lora_linear` reads them in the dtype of x."""
-    blocks = transformer.transformer_blocks
-    dtypes = {p.dtype for n, p in blocks.named_parameters() if "lora_" not in n}
+    named = [pair for block in blocks_of(transformer) for pair in block.named_parameters()]
+    dtypes = {p.dtype for n, p in named if "lora_" not in n}
     if len(dtypes) > 1:
         names = ", ".join(sorted(map(str, dtypes)))
         return [f"its blocks mix {names}; cast them to one dtype with .to(dtype)"]

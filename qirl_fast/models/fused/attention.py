@@ -70,7 +70,7 @@ def attend(attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
 
 def _backend(attn: Any, mask: Tensor | None) -> AttentionBackendName | None:
     """The chosen one; with a mask, which other libraries do not take, PyTorch's."""
-    chosen: AttentionBackendName | None = attn.processor._attention_backend
+    chosen: AttentionBackendName | None = getattr(attn.processor, "_attention_backend", None)
     return chosen if mask is None else AttentionBackendName.NATIVE
 
 
@@ -107,7 +107,7 @@ def _dispatch(
     mask: Tensor | None,
     backend: AttentionBackendName | None,
 ) -> Tensor:
-    parallel = attn.processor._parallel_config
+    parallel = getattr(attn.processor, "_parallel_config", None)
     out: Tensor = dispatch_attention_fn(
         q, k, v, attn_mask=mask, dropout_p=0.0, backend=backend, parallel_config=parallel
     )

@@ -21,12 +21,20 @@ from diffusers.models.transformers.transformer_qwenimage import (
     QwenImageTransformerBlock,
 )
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from qirl_fast import ops
 from qirl_fast.models.fused.attention import attend
+from qirl_fast.models.fused.joint import (
+    gate_rows,
+    gated,
+    gelu_mlp,
+    half_rows,
+    joint_attention,
+    norm_rows,
+    normed,
+)
 from qirl_fast.models.lora import feed, linear, quantized
-from qirl_fast.ops import Quantized, Stream
+from qirl_fast.ops import Stream
 
 
 def problems(transformer: Any) -> list[str]:
@@ -81,101 +89,20 @@ def block_forward(
     samples = image.shape[0]
     modulation = self.img_mod(temb)
     t0 = modulation[samples:] if self.zero_cond_t else None
-    img1, img2 = _halves(modulation[:samples], t0, modulate_index)
-    txt1, txt2 = _halves(self.txt_mod(temb[:samples]), None, None)
+    img1, img2 = half_rows(modulation[:samples], t0, modulate_index)
+    txt1, txt2 = half_rows(self.txt_mod(temb[:samples]), None, None)
 
     attn = self.attn
-    y_image = _normed(image, img1, self.img_norm1, attn.to_q, attn.to_k, attn.to_v)
-    y_text = _normed(text, txt1, self.txt_norm1, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-    u_image, u_text = _attention(
+    y_image = normed(image, img1, self.img_norm1, attn.to_q, attn.to_k, attn.to_v)
+    y_text = normed(text, txt1, self.txt_norm1, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    u_image, u_text = joint_attention(
         attn, y_image, y_text, image_rotary_emb, encoder_hidden_states_mask
     )
-    y_image, image = _gated(image, u_image, img1, img2, self.img_norm2, self.img_mlp)
-    y_text, text = _gated(text, u_text, txt1, txt2, self.txt_norm2, self.txt_mlp)
-    image = ops.gate_residual(image, _mlp(self.img_mlp, y_image), **_gate(img2))
-    text = ops.gate_residual(text, _mlp(self.txt_mlp, y_text), **_gate(txt2))
+    y_image, image = gated(image, u_image, img1, img2, self.img_norm2, self.img_mlp.net[0].proj)
+    y_text, text = gated(text, u_text, txt1, txt2, self.txt_norm2, self.txt_mlp.net[0].proj)
+    image = ops.gate_residual(image, gelu_mlp(self.img_mlp, y_image), **gate_rows(img2))
+    text = ops.gate_residual(text, gelu_mlp(self.txt_mlp, y_text), **gate_rows(txt2))
     return text, image
-
-
-Rows = dict[str, Any]  # by the names of the ops' arguments
-
-
-def _halves(own: Tensor, t0: Tensor | None, index: Tensor | None) -> tuple[Rows, Rows]:
-    """Rows of the two norms and gates: shift, scale, gate [B, D], and those of t = 0.
-
-    own, t0: [B, 6 D] in the order of the checkpoint.
-    """
-    names = ("shift", "scale", "gate")
-    parts = own.chunk(6, dim=-1)
-    first = dict(zip(names, parts[:3], strict=True))
-    second = dict(zip(names, parts[3:], strict=True))
-    if t0 is not None and index is not None:
-        at_t0 = t0.chunk(6, dim=-1)
-        mask = index != 0
-        for rows, values in ((first, at_t0[:3]), (second, at_t0[3:])):
-            rows |= {f"{n}_t0": v for n, v in zip(names, values, strict=True)} | {"t0": mask}
-    return first, second
-
-
-def _norm(rows: Rows) -> Rows:
-    return {n: v for n, v in rows.items() if not n.startswith("gate")}
-
-
-def _gate(rows: Rows) -> Rows:
-    return {n: v for n, v in rows.items() if n.startswith("gate") or n == "t0"}
-
-
-def _normed(x: Tensor, rows: Rows, norm: Any, *into: Any) -> Tensor | Quantized:
-    """The norm whose output goes into these layers."""
-    y: Tensor | Quantized = feed(partial(ops.norm_modulate, x, **_norm(rows), eps=norm.eps), *into)
-    return y
-
-
-def _gated(
-    x: Tensor, u: Tensor, first: Rows, second: Rows, norm: Any, mlp: Any
-) -> tuple[Tensor | Quantized, Tensor]:
-    """(what goes into the MLP, x + gate u)."""
-    rows = _gate(first) | _norm(second)
-    run = partial(ops.gate_residual_norm_modulate, x, u, **rows, eps=norm.eps)
-    y, out = feed(run, mlp.net[0].proj)
-    return y, out
-
-
-def _attention(
-    attn: Any,
-    image: Tensor | Quantized,
-    text: Tensor | Quantized,
-    rope: tuple[Tensor, Tensor] | None,
-    text_valid: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """What the two streams add: [B, S, D] and [B, L, D]."""
-    head = attn.inner_dim // attn.heads
-    image_rope, text_rope = rope if rope is not None else (None, None)
-    q, k, v = (
-        linear(to, image).unflatten(-1, (-1, head)) for to in (attn.to_q, attn.to_k, attn.to_v)
-    )
-    text_q, text_k, text_v = (
-        linear(to, text).unflatten(-1, (-1, head))
-        for to in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-    )
-    text_weights = (attn.norm_added_q.weight, attn.norm_added_k.weight)
-    stream = Stream(text_q, text_k, text_v, *text_weights, text_rope)
-    q, k, v = ops.qk_norm_rope(
-        *(q, k, v, attn.norm_q.weight, attn.norm_k.weight, image_rope),
-        text=stream,
-        eps=attn.norm_q.eps,
-    )
-    mask = None
-    length = text_q.shape[1]
-    if text_valid is not None:  # every image token may be looked at
-        mask = F.pad(text_valid.bool(), (0, q.shape[1] - length), value=True)[:, None, None, :]
-    heads = attend(attn, q, k, v, mask).flatten(2)
-    return linear(attn.to_out[0], heads[:, length:]), linear(attn.to_add_out, heads[:, :length])
-
-
-def _mlp(mlp: Any, y: Tensor | Quantized) -> Tensor:
-    hidden = partial(ops.gelu, linear(mlp.net[0].proj, y))
-    return linear(mlp.net[2], feed(hidden, mlp.net[2]))
 
 
 def packed_forward(
@@ -206,11 +133,11 @@ def packed_forward(
     attn, runs = block.attn, [len(text) for text in texts]
     head = attn.inner_dim // attn.heads
     at_t0, row_t0 = (None, None) if t0 is None else (t0[0], t0[1].expand(len(image), -1))
-    img1, img2 = _halves(img_rows, row_t0, at_t0)
-    halves = [_halves(rows, None, None) for rows in txt_rows.split(runs)]
-    y_image = _normed(image, img1, block.img_norm1, attn.to_q, attn.to_k, attn.to_v)
+    img1, img2 = half_rows(img_rows, row_t0, at_t0)
+    halves = [half_rows(rows, None, None) for rows in txt_rows.split(runs)]
+    y_image = normed(image, img1, block.img_norm1, attn.to_q, attn.to_k, attn.to_v)
     y_texts = [
-        ops.norm_modulate(text, **_norm(first), eps=block.txt_norm1.eps)
+        ops.norm_modulate(text, **norm_rows(first), eps=block.txt_norm1.eps)
         for text, (first, _) in zip(texts, halves, strict=True)
     ]
     own = [
@@ -237,23 +164,23 @@ def packed_forward(
         text_heads.append(heads[:, :length])
     if last is not None:
         image, image_heads = image[:, :last], [heads[:, :last] for heads in image_heads]
-        img1, img2 = _halves(img_rows, None, None)
+        img1, img2 = half_rows(img_rows, None, None)
     u_image = linear(attn.to_out[0], torch.cat(image_heads))
-    y_image, image = _gated(image, u_image, img1, img2, block.img_norm2, block.img_mlp)
-    image = ops.gate_residual(image, _mlp(block.img_mlp, y_image), **_gate(img2))
+    y_image, image = gated(image, u_image, img1, img2, block.img_norm2, block.img_mlp.net[0].proj)
+    image = ops.gate_residual(image, gelu_mlp(block.img_mlp, y_image), **gate_rows(img2))
     if last is not None:
         return image, texts
     y_texts, texts_after = [], []
     u_texts = _unpacked(linear(attn.to_add_out, _packed(text_heads)), text_heads)
     for text, u, (first, second) in zip(texts, u_texts, halves, strict=True):
         y, after = ops.gate_residual_norm_modulate(
-            text, u, **(_gate(first) | _norm(second)), eps=block.txt_norm2.eps
+            text, u, **(gate_rows(first) | norm_rows(second)), eps=block.txt_norm2.eps
         )
         y_texts.append(y)
         texts_after.append(after)
-    hidden = _unpacked(_mlp(block.txt_mlp, _packed(y_texts)), y_texts)
+    hidden = _unpacked(gelu_mlp(block.txt_mlp, _packed(y_texts)), y_texts)
     texts = tuple(
-        ops.gate_residual(text, u, **_gate(second))
+        ops.gate_residual(text, u, **gate_rows(second))
         for text, u, (_, second) in zip(texts_after, hidden, halves, strict=True)
     )
     return image, texts
