@@ -70,7 +70,7 @@ def plan(cfg: Config) -> dict[str, int]:
     if stored == 2 and rollout.guidance != 1 and rollout.ratio_mode == "frozen_offset":
         stored += 1  # the offset
     plan["recorded states"] = size.replays * state * stored * BYTES[rollout.storage_dtype]
-    if not cfg.algorithm.rewarded:
+    if cfg.algorithm.keeps == "states":
         plan["answers of teachers"] = size.replays * state * item
     kind = adapter.parts["transformer"]
     for who, other in cfg.algorithm.models.items():
