@@ -46,7 +46,11 @@ class PipelineConfig(Section):
     @model_validator(mode="after")
     def _cross(self) -> PipelineConfig:
         found: list[Problem] = []
-        for key, stage in {**self.tasks, "student": self.student, "baseline": self.baseline}.items():
+        for key, stage in {
+            **self.tasks,
+            "student": self.student,
+            "baseline": self.baseline,
+        }.items():
             own = ("run=", "output=", "seed=", "resume=", "data.train=", "data.heldout=")
             for word in stage.set:
                 if word.startswith(own) or "=" not in word:
