@@ -161,5 +161,3 @@ def resumes(small: tuple[str, ...], tmp_path) -> Callable[..., tuple[dict, dict]
         return found, unpack(tensors, tree)["learner"]["algorithm"]
 
     return run
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ def settings(clip: float = CLIP, **more) -> Settings:
 
 @pytest.mark.parametrize("dynamics", ["ode", "flow_sde", "dance_sde", "langevin", "cps"])
 def test_the_length_of_a_step_is_in_its_coefficients(dynamics: str) -> None:
-    for now, after in zip(SIGMAS[:-2], SIGMAS[1:-1], strict=True):
+    for now, after in pairwise(SIGMAS[:-1]):
         step = step_coefficients(dynamics, now, after, eta=0.6, sigma_max=SIGMAS[1])
         assert step_length(now, step) == pytest.approx(after - now, rel=1e-12)
 
@@ -79,7 +80,9 @@ def test_loss_and_gradient(make_bench, advantage, agree, dynamics, guidance, upd
         assert all((step.ratio == 1).all() for step in steps)
         return
     assert (every < 1 - CLIP).any() and (every > 1 + CLIP).any()
-    assert min((every - bound).abs().min() for bound in (1 - CLIP, 1 + CLIP)) > 4e-6  # twice what ours may be off
+    assert (
+        min((every - bound).abs().min() for bound in (1 - CLIP, 1 + CLIP)) > 4e-6
+    )  # twice what ours may be off
 
 
 def replayed(logp: Tensor, v: Tensor) -> Replayed:
@@ -100,7 +103,9 @@ def test_flow_grpos_own_values(make_bench) -> None:
     (found.loss / float(GOLDEN["guard_sqrt_dt"]) ** 2).backward()
     loss = found.loss.item() / float(GOLDEN["guard_sqrt_dt"]) ** 2
     assert loss == pytest.approx(float(GOLDEN["guard_loss"]), rel=1e-6)
-    torch.testing.assert_close(logp.grad, torch.from_numpy(GOLDEN["guard_dlogp"]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        logp.grad, torch.from_numpy(GOLDEN["guard_dlogp"]), rtol=1e-5, atol=0
+    )
 
 
 def test_a_row_has_its_own_bias(make_bench) -> None:
@@ -112,9 +117,7 @@ def test_a_row_has_its_own_bias(make_bench) -> None:
     algorithm = make_bench(settings(), RECORDED).algorithm
     other = mean.clone()
     other[0] += 1.0
-    ratios = [
-        algorithm.surrogate(replayed(logp, v), advantage, old).ratio for v in (mean, other)
-    ]
+    ratios = [algorithm.surrogate(replayed(logp, v), advantage, old).ratio for v in (mean, other)]
     assert ratios[0][0] != ratios[1][0] and torch.equal(ratios[0][1:], ratios[1][1:])
 
 

@@ -74,7 +74,7 @@ def test_the_lagging_policy_draws_and_is_what_the_loss_starts_from(make_bench) -
 
 
 def test_good_samples_attract_and_bad_ones_repel(make_bench) -> None:
-    """A step down the gradient brings v nearer to eps - x0 for a good sample, away for a bad one."""
+    """A step down the gradient brings v nearer to eps - x0 of good samples, away from bad ones."""
     for sign in (1.0, -1.0):
         bench = make_bench(Settings(name="nft", ref_weight=0.0), RECORDED, dynamics="ode")
         noised, noise = bench.algorithm.noised(bench.chunk)
