@@ -143,7 +143,7 @@ def markdown(result: dict[str, Any]) -> str:
     machine = ", ".join(f"{k} {v}" for k, v in result["machine"].items())
     lines = [
         f"Commit {result['commit'][:12]}, {result['date']}; {machine}; load {result['load']:.1f} "
-        f"at the start. {result['seconds']:g} s of updates each, evaluations not counted; one seed.",
+        f"at the start. {result['seconds']:g} s of updates each, without evaluations; one seed.",
         "",
         "| recipe | updates | s / update | held out before | last | at s | rollouts, last tenth |",
         "|---|---|---|---|---|---|---|",
