@@ -1,5 +1,5 @@
 """ops: against eager PyTorch, torch.compile, others, a copy; block; step; opd: a step of
-distillation; fp8; decode: images.
+distillation; fp8; decode: images; algorithms: learning curves.
 """
 
 import argparse
@@ -13,7 +13,8 @@ from bench import base
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("what", choices=["ops", "block", "step", "opd", "fp8", "decode"])
+    names = ["ops", "block", "step", "opd", "fp8", "decode", "algorithms"]
+    parser.add_argument("what", choices=names)
     parser.add_argument("--op", nargs="+", metavar="OP", help="only these ops")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], metavar="DTYPE")
@@ -37,6 +38,10 @@ def main() -> None:
     parser.add_argument(
         "--step-s", type=float, default=2.0, help="of decode: seconds of a simulated step"
     )
+    parser.add_argument("--recipe", nargs="+", metavar="NAME", help="of algorithms: only these")
+    parser.add_argument(
+        "--budget-s", type=float, default=300.0, help="of algorithms: seconds of each recipe"
+    )
     options = parser.parse_args()
     base.use_site()
     if options.what == "step":
@@ -49,6 +54,8 @@ def main() -> None:
         _block(options)
     elif options.what == "decode":
         _decode(options)
+    elif options.what == "algorithms":
+        _algorithms(options)
     else:
         _ops(options)
 
@@ -129,6 +136,13 @@ def _block(options: argparse.Namespace) -> None:
         block.Options(px=options.px or 512, device=options.device, heads=heads, out=options.out),
         say=lambda text: print(text, flush=True),
     )
+
+
+def _algorithms(options: argparse.Namespace) -> None:
+    from bench import algorithms
+
+    chosen = algorithms.Options(seconds=options.budget_s, only=options.recipe, out=options.out)
+    algorithms.run(chosen, say=lambda text: print(text, flush=True))
 
 
 def _decode(options: argparse.Namespace) -> None:

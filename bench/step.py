@@ -25,13 +25,14 @@ from bench.machine import about
 from bench.models import HEAD_DIM, MODELS, TEXT_WIDTH, build
 from bench.timing import copy_gbps, peak_bytes
 from qirl_fast import ops
-from qirl_fast.algorithms import grpo
+from qirl_fast.algorithms import Policy, grpo
 from qirl_fast.models.prefix import Conditioned
 from qirl_fast.rewards import aesthetics
 from qirl_fast.rollout.dynamics import step_coefficients
 from qirl_fast.rollout.guidance import Guidance
 from qirl_fast.rollout.sample import Sampling, coefficient_tensors, sample
 from qirl_fast.rollout.schedule import make_sigmas
+from qirl_fast.rollout.workers import Workers
 
 PHASES = (
     *("encode", "rollout", "decode", "reward"),
@@ -138,7 +139,8 @@ class Bench:
         self.two_stream = o.model == "qwen-image"
         if self.two_stream and o.condition_px:
             raise ValueError("--condition-px serves qwen-image-2.1, whose prefix holds the image")
-        self.trainable = list(self.model.trainable("lora", o.rank, o.rank, None, 0).values())
+        self.named = self.model.trainable("lora", o.rank, o.rank, None, 0)
+        self.trainable = list(self.named.values())
         with torch.no_grad():
             for p in self.trainable:
                 p.normal_(std=0.02)
@@ -247,11 +249,13 @@ class Bench:
             group = torch.zeros(o.group, dtype=torch.int64, device=rewards.device)
             one = torch.ones(1, device=rewards.device)
             advantage = ops.group_advantage(rewards[:, None], group, one).advantage
-        objective = grpo.Objective(1e-3, 1e-3)
+        settings = grpo.Settings(clip_low=1e-3, clip_high=1e-3)
+        algorithm = grpo.Grpo(settings, Policy(model, self.named, how, Workers(1)))
+        (prepared,) = algorithm.prepare([chunk], ["t2i"] * o.group)
 
         def train(clock: Clock) -> None:
             with clock.phase("replay_forward"):
-                steps = list(grpo.loss(model, chunk, advantage, how, objective, None))
+                steps = list(algorithm.loss(chunk, advantage, prepared))
             with clock.phase("backward"):
                 torch.stack([step.loss for step in steps]).mean().backward()
             self.optimize(clock)

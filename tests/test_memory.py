@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from bench.timing import peak_bytes
-from qirl_fast.algorithms import grpo
+from qirl_fast.algorithms import Policy, make_algorithm
 from qirl_fast.config import derived, load_config
 from qirl_fast.memory import describe_plan, plan
 from qirl_fast.models.qwenimage21 import QwenImage21
 from qirl_fast.rollout.guidance import Guidance
 from qirl_fast.rollout.sample import Sampling, sample
+from qirl_fast.rollout.workers import Workers
 
 ONE_CHUNK = (
     "threads=1",
@@ -29,7 +30,7 @@ def replayed(weights: Path, *settings: str):
     cfg = load_config([*ONE_CHUNK, *settings])
     model = QwenImage21.load(weights, torch.float32)
     lora = cfg.model.lora
-    model.trainable("lora", lora.rank, lora.alpha, lora.targets, 0)
+    trainable = model.trainable("lora", lora.rank, lora.alpha, lora.targets, 0)
     prompts = ["a photo of a yellow triangle right of a purple square"] * 2
     r = cfg.rollout
     how = Sampling(
@@ -52,9 +53,10 @@ def replayed(weights: Path, *settings: str):
         update=1,
         recorded=(0, 1),
     )
-    objective = grpo.Objective(1e-3, 1e-3)
+    algorithm = make_algorithm(cfg.algorithm, Policy(model, trainable, how, Workers(1)))
+    (prepared,) = algorithm.prepare([chunk], ["t2i"] * 16)
     advantage = torch.randn(16)
-    return lambda: [s.loss for s in grpo.loss(model, chunk, advantage, how, objective, None)]
+    return lambda: [s.loss for s in algorithm.loss(chunk, advantage, prepared)]
 
 
 @pytest.mark.parametrize("mode", ["frozen_offset", "full"])

@@ -4,11 +4,26 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from qirl_fast.algorithms import grpo, opd
+from qirl_fast.algorithms import awm, dppo, grpo, grpo_guard, nft, opd
 from qirl_fast.algorithms.algorithm import Algorithm, Policy, StepLoss
 
-ALGORITHMS: dict[str, type[Algorithm]] = {"grpo": grpo.Grpo, "opd": opd.Opd}
-AlgorithmSettings = Annotated[grpo.Settings | opd.Settings, Field(discriminator="name")]
+ALGORITHMS: dict[str, type[Algorithm]] = {
+    "grpo": grpo.Grpo,
+    "grpo_guard": grpo_guard.GrpoGuard,
+    "dppo": dppo.Dppo,
+    "nft": nft.Nft,
+    "awm": awm.Awm,
+    "opd": opd.Opd,
+}
+AlgorithmSettings = Annotated[
+    grpo.Settings
+    | grpo_guard.Settings
+    | dppo.Settings
+    | nft.Settings
+    | awm.Settings
+    | opd.Settings,
+    Field(discriminator="name"),
+]
 
 
 def make_algorithm(settings: Any, policy: Policy) -> Algorithm:

@@ -1,13 +1,9 @@
 """GRPO for flow matching: some steps stochastic, clipped ratio, optional KL (arXiv 2505.05470).
 
-    ratio = exp(logp - logp_old)
-    loss  = mean max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high))
-          + kl_weight          mean (mu - mu_ref)^2 / (2 s^2)
-          + velocity_kl_weight mean (v - v_ref)^2
+    ratio     = exp(logp - logp_old)
+    surrogate = mean max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high))
 
-over all rows and recorded steps, the first term weighted by step (see `step_weights`).
-mu - mu_ref = c (v - v_ref), so the Gaussian KL is the true one (flow_grpo divides by g^2 and
-leaves dt out). The reference is the policy with its adapter off.
+over all rows and recorded steps, weighted by step (see `step_weights`); KLs: see `transitions`.
 
 By its rollout it is Flow-GRPO (flow_sde at all steps but the last), Flow-GRPO-Fast (flow_sde at one
 or two drawn steps), DanceGRPO (dance_sde, arXiv 2505.07818), MixGRPO (a window that moves, arXiv
@@ -18,7 +14,7 @@ stochastic steps are drawn anew at each update (theirs are seeded alike at every
 groups keep their rows with advantage 0 so that replay runs at the shape of rollout.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -28,7 +24,7 @@ from qirl_fast import ops
 from qirl_fast.algorithms.algorithm import StepLoss
 from qirl_fast.algorithms.transitions import TransitionAlgorithm, TransitionSettings
 from qirl_fast.rollout.dynamics import StepCoefficients
-from qirl_fast.rollout.replay import Replayed, replay
+from qirl_fast.rollout.replay import Replayed
 from qirl_fast.rollout.sample import Trajectory
 from qirl_fast.section import Positive
 
@@ -53,8 +49,8 @@ class Grpo(TransitionAlgorithm):
 
     settings: Settings
 
-    def surrogate(self, step: Replayed, advantage: Tensor) -> StepLoss:
-        """The policy's loss of one step, without weight and KL."""
+    def surrogate(self, step: Replayed, advantage: Tensor, old: Tensor) -> StepLoss:
+        """The clipped ratio; `old` has no part in it."""
         policy = ops.policy_loss(
             step.logp,
             step.logp_old,
@@ -65,31 +61,9 @@ class Grpo(TransitionAlgorithm):
         metrics = {"clip_fraction": policy.clip_fraction, "approx_kl": policy.approx_kl}
         return StepLoss(policy.loss, metrics, policy.ratio.detach())
 
-    def loss(
-        self, chunk: Trajectory, advantage: Tensor | None, prepared: list[Tensor] | None
-    ) -> Iterator[StepLoss]:
-        """One StepLoss per recorded step.
-
-        prepared: the reference's velocities. ValueError without advantages, and where the
-        objective has a KL and no reference came.
-        """
-        if advantage is None or self.settings.needs_reference != (prepared is not None):
-            raise ValueError(
-                f"{self.settings} with advantages {advantage} and a reference of {prepared}: take "
-                "them from the rollout and from `prepare`"
-            )
-        weights = step_weights(chunk.coefficients, self.settings.step_weights)
-        for i, step in enumerate(replay(self.model, chunk, self.how)):
-            found = self.surrogate(step, advantage)
-            total, metrics = found.loss * weights[i], found.metrics
-            if prepared is not None:
-                velocity_kl = (step.velocity.float() - prepared[i].float()).square().mean()
-                k = step.coefficients
-                kl = velocity_kl * (k.c**2 / (2 * k.s**2))
-                total = total + self.settings.kl_weight * kl
-                total = total + self.settings.velocity_kl_weight * velocity_kl
-                metrics = metrics | {"kl": kl.detach(), "velocity_kl": velocity_kl.detach()}
-            yield StepLoss(total, metrics, found.ratio)
+    def weights(self, chunk: Trajectory) -> list[float]:
+        """By `step_weights`."""
+        return step_weights(chunk.coefficients, self.settings.step_weights)
 
 
 def step_weights(steps: Sequence[StepCoefficients], kind: str) -> list[float]:

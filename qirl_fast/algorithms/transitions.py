@@ -3,18 +3,26 @@
 A recorded step is one of `rollout.dynamics` with noise, so its transition has a density. Either a
 window of neighbouring steps, which may move through the run (MixGRPO, arXiv 2507.21802), or steps
 drawn anew for each update.
+
+    loss = mean over rows and recorded steps of  weight surrogate      each algorithm's own
+         + kl_weight          mean (mu - mu_ref)^2 / (2 s^2)
+         + velocity_kl_weight mean (v - v_ref)^2
+
+mu - mu_ref = c (v - v_ref), so the Gaussian KL is the true one (flow_grpo divides by g^2 and
+leaves dt out). The reference is the policy with its adapter off.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from qirl_fast.algorithms.algorithm import Algorithm, Settings
-from qirl_fast.rollout.replay import replay
+from qirl_fast.algorithms.algorithm import Algorithm, Settings, StepLoss
+from qirl_fast.rollout.replay import Replayed, replay
 from qirl_fast.rollout.sample import Trajectory
 from qirl_fast.section import NonNegative, Problem
 
@@ -85,10 +93,35 @@ class TransitionSettings(Settings):
             )
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Velocities [B, N, Z] at a chunk's recorded steps under other weights; None: not asked for."""
+
+    reference: list[Tensor] | None = None
+    old: list[Tensor] | None = None
+
+
 class TransitionAlgorithm(Algorithm):
-    """Base of the algorithms of a ratio: which steps, and the velocities of the reference."""
+    """Base of the algorithms of a ratio: which steps, their loss, and what other weights say.
+
+    One has `surrogate`, and `weights` where steps do not count alike. `compares_means`: it needs
+    the velocity that rollout had, whose weights are gone after the first optimizer step.
+    """
 
     settings: TransitionSettings
+    compares_means: ClassVar[bool] = False
+
+    def surrogate(self, step: Replayed, advantage: Tensor, old: Tensor) -> StepLoss:
+        """The policy's loss of one step, without weight and KL.
+
+        old: the velocity of rollout, detached. Where one optimizer step follows a rollout, or
+        `compares_means` is False, that is the step's own.
+        """
+        raise NotImplementedError
+
+    def weights(self, chunk: Trajectory) -> list[float]:
+        """Weight of each recorded step's surrogate."""
+        return [1.0] * len(chunk.recorded)
 
     def record(self, rollout: Any, seed: int, update: int) -> tuple[int, ...]:
         """The stochastic, trained steps of an update; never the last one."""
@@ -102,16 +135,54 @@ class TransitionAlgorithm(Algorithm):
         """True where all advantages are 0 and no KL holds the rows. A NaN is not 0."""
         return not self.settings.needs_reference and not bool(advantage.any())
 
-    def prepare(
-        self, chunks: Sequence[Trajectory], tasks: Sequence[str]
-    ) -> list[list[Tensor] | None]:
-        """The reference policy's velocity at every recorded step, where a KL needs it."""
-        if not self.settings.needs_reference:
-            return [None] * len(chunks)
+    def prepare(self, chunks: Sequence[Trajectory], tasks: Sequence[str]) -> list[Prepared]:
+        """Velocities of the reference, where a KL needs them, and of the weights as they are, where
+        they will have moved before the loss asks.
+        """
+        reference: Sequence[list[Tensor] | None] = [None] * len(chunks)
+        old = reference
+        if self.compares_means and self.policy.updates > 1:
+            old = self._velocities(chunks)
+        if self.settings.needs_reference:
+            with self.model.reference():
+                reference = self._velocities(chunks)
+        return [Prepared(*both) for both in zip(reference, old, strict=True)]
 
+    def _velocities(self, chunks: Sequence[Trajectory]) -> list[list[Tensor]]:
         @torch.no_grad()
-        def velocities(chunk: Trajectory) -> list[Tensor]:
+        def of(chunk: Trajectory) -> list[Tensor]:
             return [step.velocity for step in replay(self.model, chunk, self.how)]
 
-        with self.model.reference():
-            return list(self.policy.workers.map(velocities, chunks))
+        return list(self.policy.workers.map(of, chunks))
+
+    def loss(
+        self, chunk: Trajectory, advantage: Tensor | None, prepared: Prepared
+    ) -> Iterator[StepLoss]:
+        """One StepLoss per recorded step; prepared: the chunk's, from `prepare`.
+
+        ValueError without advantages, and where the objective has a KL and no reference came.
+        """
+        reference, settings = prepared.reference, self.settings
+        if advantage is None or settings.needs_reference != (reference is not None):
+            raise ValueError(
+                f"{settings} with advantages {advantage} and a reference of {reference}: take "
+                "them from the rollout and from `prepare`"
+            )
+        weights = self.weights(chunk)
+        for i, step in enumerate(replay(self.model, chunk, self.how)):
+            old = step.velocity.detach() if prepared.old is None else prepared.old[i]
+            found = self.surrogate(step, advantage, old)
+            total, metrics = found.loss * weights[i], found.metrics
+            if reference is not None:
+                velocity_kl = (step.velocity.float() - reference[i].float()).square().mean()
+                k = step.coefficients
+                kl = velocity_kl * (k.c**2 / (2 * k.s**2))
+                total = total + settings.kl_weight * kl
+                total = total + settings.velocity_kl_weight * velocity_kl
+                metrics = metrics | {"kl": kl.detach(), "velocity_kl": velocity_kl.detach()}
+            yield StepLoss(total, metrics, found.ratio)
+
+
+def mean_shift(step: Replayed, old: Tensor) -> Tensor:
+    """mean_i (mu - mu_old)^2 float32 [B] of a step's transition mean, with graph."""
+    return step.coefficients.c**2 * (step.velocity.float() - old.float()).square().mean((1, 2))

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qirl_fast.algorithms import grpo
+from qirl_fast.algorithms import Policy, grpo
 from qirl_fast.rollout.guidance import Guidance
 from qirl_fast.rollout.sample import Sampling, sample
+from qirl_fast.rollout.workers import Workers
 
 READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
 
@@ -47,7 +48,7 @@ def test_the_counter_sees_a_read() -> None:
 def test_a_denoising_step_reads_nothing(make_model, prompts, mode: str) -> None:
     """Twice the steps: twice the work, not one read more. Then replay, loss and gradient."""
     model = make_model()
-    trained = list(model.trainable("lora", 4, 8, None, 0).values())
+    trainable = model.trainable("lora", 4, 8, None, 0)
     with torch.no_grad():
         text, null = model.encode(prompts[:2]), model.encode([""])[0]
     found = []
@@ -68,8 +69,9 @@ def test_a_denoising_step_reads_nothing(make_model, prompts, mode: str) -> None:
         found.append((counter.reads, counter.calls))
     (few, few_calls), (many, many_calls) = found
     assert many_calls > few_calls + 100 and many == few
-    objective = grpo.Objective(1e-3, 1e-3)
+    algorithm = grpo.Grpo(grpo.Settings(), Policy(model, trainable, how, Workers(1)))
+    (prepared,) = algorithm.prepare([chunk], ["t2i"] * 4)
     with HostReads() as counter:
-        losses = [s.loss for s in grpo.loss(model, chunk, torch.ones(4), how, objective, None)]
-        torch.autograd.grad(torch.stack(losses).sum(), trained)
+        losses = [s.loss for s in algorithm.loss(chunk, torch.ones(4), prepared)]
+        torch.autograd.grad(torch.stack(losses).sum(), list(trainable.values()))
     assert counter.calls > 100 and not counter.reads
