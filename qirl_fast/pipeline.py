@@ -232,35 +232,29 @@ def report(
     }
     said["student above the baseline, sum of tasks"] = lead(student, baseline)
     said["student above the base, sum of tasks"] = lead(student, base)
-    headings = [f"{task}: {stage.judge}" for task, stage in cfg.tasks.items()]
-    lines = ["| model | guidance | " + " | ".join(f"{h} | gain (95 %)" for h in headings) + " |"]
-    lines.append("|" + "---|" * (2 + 2 * len(headings)))
-    for model, tasks in rows.items():
-        cells = [model, guided(cfg, model)]
-        for found in tasks.values():
-            cells += [f"{found['mean']:.3f}", "" if model == "base" else str(found["gain"])]
-        lines.append("| " + " | ".join(cells) + " |")
     words = [f"{what}: {value or 'there is none'}" for what, value in said.items()]
-    lines += ["", *(f"- {text}" for text in words)]
-    console = Console()
-    for task, heading in zip(cfg.tasks, headings, strict=True):
-        title = f"{heading}, {cfg.prompts} held-out prompts x {cfg.samples_per_prompt}"
-        table = Table("model", "guidance", "score", "gain over the base (95 %)", title=title)
+    console, lines = Console(), []
+    columns = ("model", "guidance", "score", "gain over the base (95 %)")
+    for task, stage in cfg.tasks.items():
+        held_out = f"{cfg.prompts} held-out prompts x {cfg.samples_per_prompt}"
+        title = f"{task}: {stage.judge}, {held_out}"
+        table = Table(*columns, title=title)
+        lines += [title, "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
         for model, tasks in rows.items():
             found = tasks[task]
-            more = "" if model == "base" else str(found["gain"])
-            table.add_row(model, guided(cfg, model), f"{found['mean']:.3f}", more)
+            gained = "" if model == "base" else str(found["gain"])
+            guided = "none" if model == "student" else f"{cfg.guidance:g}"
+            cells = (model, guided, f"{found['mean']:.3f}", gained)
+            table.add_row(*cells)
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
         console.print(table)
     for text in words:
         console.print(text, highlight=False)
+    lines += [f"- {text}" for text in words]
     plain = json.dumps({"models": rows, "statements": said}, default=vars, indent=2)
     write(folder / "comparison.json", plain + "\n")
     write(folder / "comparison.md", "\n".join(lines) + "\n")
-
-
-def guided(cfg: PipelineConfig, model: str) -> str:
-    """With what guidance a model draws."""
-    return "none" if model == "student" else f"{cfg.guidance:g}"
 
 
 def picture(

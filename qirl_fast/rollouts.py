@@ -21,7 +21,8 @@ from qirl_fast.models import Model
 from qirl_fast.models.adapter import NotFinite, require_finite
 from qirl_fast.rewards.composite import shaped, weights_for, without_missing
 from qirl_fast.rewards.judge import FAILED, MISSING, SCORED
-from qirl_fast.rewards.judges import BadReward, Judges, Pending, Span, Verdict
+from qirl_fast.rewards.judges import Judges
+from qirl_fast.rewards.verdict import BadReward, Pending, Span, Verdict
 from qirl_fast.rollout.replay import replay
 from qirl_fast.rollout.sample import Sampling, Trajectory, sample_then
 from qirl_fast.rollout.workers import Workers

@@ -23,7 +23,7 @@ from qirl_fast.data.prompts import Prompt
 from qirl_fast.evaluation.scores import Record, judged
 from qirl_fast.models.adapter import NotFinite
 from qirl_fast.rewards.judge import FAILED
-from qirl_fast.rewards.judges import BadReward, Verdict
+from qirl_fast.rewards.verdict import BadReward, Verdict
 from qirl_fast.rollout.sample import Trajectory, sample_then
 from qirl_fast.rollout.workers import Workers
 from qirl_fast.trainer import Trainer

@@ -27,7 +27,8 @@ from qirl_fast.models.fused.attention import use_attention
 from qirl_fast.models.graphs import ForwardGraphs
 from qirl_fast.preflight import preflight
 from qirl_fast.rewards.judge import FAILED
-from qirl_fast.rewards.judges import BadReward, Judges, Verdict, covered
+from qirl_fast.rewards.judges import Judges
+from qirl_fast.rewards.verdict import BadReward, Verdict, covered
 from qirl_fast.rollout.guidance import Guidance
 from qirl_fast.rollout.sample import Sampling
 from qirl_fast.rollout.workers import Workers, cpu_workers

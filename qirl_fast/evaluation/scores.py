@@ -22,8 +22,8 @@ import numpy as np
 from qirl_fast.rewards.composite import shaped
 from qirl_fast.rewards.edits import EditRule
 from qirl_fast.rewards.judge import FAILED, MISSING, SCORED
-from qirl_fast.rewards.judges import Verdict
 from qirl_fast.rewards.tiers import Tier
+from qirl_fast.rewards.verdict import Verdict
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ import copy
 import difflib
 import importlib
 import logging
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ import numpy as np
 from qirl_fast.rewards import aesthetics, alignment, editing, monitors
 from qirl_fast.rewards.judge import FAILED, MISSING, SCORED, Judge, Row, RowsWith, Scored, Stateful
 from qirl_fast.rewards.kinds import JudgeSettings, build
+from qirl_fast.rewards.verdict import BadReward, Pending, Span, Verdict
 
 JUDGES: dict[str, Judge] = {
     "alignment": RowsWith("include", alignment.score, alignment.check_row),
@@ -44,73 +44,8 @@ JUDGES: dict[str, Judge] = {
 
 MONITORS = ("sharpness", "grid_artefacts")  # to be watched: noise and blur would satisfy them
 
-Span = tuple[float, float]  # begin, end: seconds of time.perf_counter
-STATE_ARRAYS = ("scores", "status")
-
 logger = logging.getLogger(__name__)
 _logged: set[tuple[str, str]] = set()
-
-
-class BadReward(ValueError):
-    """A judge returned NaN, infinity or something else than a number a row.
-
-    `judge` is its name, `row` the first such row, `scores` [B] what it returned where those are
-    numbers (rows that are not scored NaN).
-    """
-
-    def __init__(self, judge: str, row: int, reason: str, scores: np.ndarray | None = None) -> None:
-        self.judge, self.row, self.reason, self.scores = judge, row, reason, scores
-        super().__init__(f"judge {judge!r}, row {row}: {reason}")
-
-    def verdict(self, names: Sequence[str], rows: int) -> "Verdict":
-        """What is known of the batch: this judge's numbers, everything else failed."""
-        scores = np.zeros((rows, len(names)), np.float32)
-        status = np.full(scores.shape, FAILED, np.int8)
-        if self.scores is not None:
-            k = list(names).index(self.judge)
-            scores[:, k] = self.scores
-            status[:, k] = SCORED
-        return Verdict(scores, status, {})
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """scores float32 [B, K], 0.0 where not scored; status int8 [B, K]; reasons of failed entries,
-    by (row, judge's name).
-    """
-
-    scores: np.ndarray
-    status: np.ndarray
-    reasons: dict[tuple[int, str], str]
-
-    @property
-    def valid(self) -> np.ndarray:
-        """Bool [B, K]: scored. Arithmetic must use the mask."""
-        return self.status == SCORED
-
-    @staticmethod
-    def of(parts: Sequence["Verdict"]) -> "Verdict":
-        """The parts of a batch, in order, as one."""
-        starts = np.cumsum([0, *(len(part.scores) for part in parts)]).tolist()
-        reasons = {
-            (start + row, name): reason
-            for start, part in zip(starts, parts, strict=False)
-            for (row, name), reason in part.reasons.items()
-        }
-        scores, status = (np.concatenate([getattr(p, n) for p in parts]) for n in STATE_ARRAYS)
-        return Verdict(scores, status, reasons)
-
-
-def covered(spans: Sequence[Span], within: Sequence[Span] | None = None) -> float:
-    """Seconds that the spans cover, each once; within: and that these cover as well."""
-    if within is not None:
-        both = [(max(a, c), min(b, d)) for a, b in spans for c, d in within]
-        return covered([(a, b) for a, b in both if b > a])
-    total, end = 0.0, -math.inf
-    for a, b in sorted(spans):
-        total += max(0.0, b - max(a, end))
-        end = max(end, b)
-    return total
 
 
 def resolve(name: str, specs: Mapping[str, JudgeSettings] | None = None) -> Judge | None:
@@ -139,29 +74,6 @@ def resolve(name: str, specs: Mapping[str, JudgeSettings] | None = None) -> Judg
     if not callable(judge):
         raise ValueError(f"judge {name!r}: module {module_name!r} has no function {attribute!r}")
     return judge
-
-
-@dataclass
-class Pending:
-    """Scores of some rows on their way: one future a judge."""
-
-    names: Sequence[str]
-    futures: Sequence[Future[Scored]]
-    rows: int
-
-    def result(self) -> Verdict:
-        """Wait for all of them. Raises BadReward, of the first such judge."""
-        found = [future.result() for future in self.futures]
-        reasons = {
-            (row, name): reason
-            for name, one in zip(self.names, found, strict=True)
-            for row, reason in one.reasons.items()
-        }
-        scores = np.zeros((self.rows, len(found)), np.float32)
-        status = np.zeros(scores.shape, np.int8)
-        for i, one in enumerate(found):
-            scores[:, i], status[:, i] = one.values, one.status
-        return Verdict(scores, status, reasons)
 
 
 @dataclass

@@ -16,7 +16,8 @@ import numpy as np
 
 from qirl_fast.rewards import wire_answer
 from qirl_fast.rewards.judge import FAILED, SCORED, Row, Scored
-from qirl_fast.rewards.judges import BadReward, Judges
+from qirl_fast.rewards.judges import Judges
+from qirl_fast.rewards.verdict import BadReward
 from qirl_fast.rewards.wire import Limits, Question, decode
 
 KEPT = 256

@@ -25,8 +25,8 @@ from qirl_fast.evaluation.scores import Record, ScoreFile, judged
 from qirl_fast.evaluation.strips import Strip, examples, histogram, strips
 from qirl_fast.rewards.judge import FAILED as JUDGE_FAILED
 from qirl_fast.rewards.judge import MISSING, SCORED
-from qirl_fast.rewards.judges import Verdict
 from qirl_fast.rewards.tiers import Tier
+from qirl_fast.rewards.verdict import Verdict
 
 ANY = Rules(threshold=0.0, quantile=None)
 

@@ -11,8 +11,9 @@ import torch
 
 from qirl_fast.rewards import alignment, judges
 from qirl_fast.rewards.judge import FAILED, MISSING, SCORED, Scored
-from qirl_fast.rewards.judges import BadReward, Judges, Verdict, covered, resolve
+from qirl_fast.rewards.judges import Judges, resolve
 from qirl_fast.rewards.kinds import PythonSettings
+from qirl_fast.rewards.verdict import BadReward, Verdict, covered
 from qirl_fast.tiny import scenes
 
 IMAGES = np.zeros((3, 64, 64, 3), np.uint8)
