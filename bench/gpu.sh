@@ -44,7 +44,7 @@ part build 200 "$python" -m pip install --no-build-isolation --no-deps --no-inde
 part tests 150 "$python" -m pytest -q --confcutdir=tests/ops -p no:cacheprovider \
   ${workers[@]+"${workers[@]}"} -m gpu --junitxml="$out/tests.xml" tests/ops/test_gpu.py
 part models 60 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/models/test_graphs.py \
-  tests/models/test_fp8.py
+  tests/models/test_fp8.py tests/algorithms/test_opd.py
 [ -z "${TE_WHEELS:-}" ] ||
   part te-install 300 env PYTHON="$python" bench/te.sh install "$TE_WHEELS"
 if timeout 60 "$python" -c 'import transformer_engine.pytorch' 2>/dev/null; then
@@ -57,6 +57,7 @@ export QIRL_BACKEND=triton  # the kernels under test: CUDA tensors go to the ref
 part block 40 "$python" -m bench block --device cuda --out "$out/block.json"
 part step 100 "$python" -m bench step --device cuda --scale half --px 512 --out "$out/step.json"
 part fp8 90 "$python" -m bench fp8 --device cuda --px 512 --out "$out/fp8.json"
+part opd 60 "$python" -m bench opd --device cuda --px 512 --rounds 3 --out "$out/opd.json"
 unset QIRL_BACKEND
 part compile 200 "$python" -m bench ops --device cuda --seconds 0.5 --dtype bfloat16 --no-sweep \
   --out "$out/compile.json"

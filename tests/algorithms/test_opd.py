@@ -271,6 +271,25 @@ def test_a_lora_teacher_is_the_model_with_its_adapter_merged(loras, prompts, tmp
     assert torch.equal(answers(student, chunk), own)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_folder_teacher_waits_on_the_host(prompts) -> None:
+    """Its answers on the GPU are those of the student's own weights, which are the same."""
+    student = QwenImage21.load(TARGET / "weights", torch.float32, "cuda")
+    student.trainable("lora", 8, 16, None, 0)
+    teacher = load_teacher(student, "whole", TARGET / "weights")
+    assert isinstance(teacher, FolderTeacher)
+    weights = list(teacher.model.transformer.parameters())
+    chunk = rolled(student, prompts)
+    for _ in range(2):
+        assert all(p.device.type == "cpu" and p.is_pinned() for p in weights)
+        teacher.fetch()
+        with teacher.active() as model:
+            assert all(p.device.type == "cuda" for p in weights)
+            found = answers(model, chunk)
+        assert torch.equal(found, answers(student, chunk))
+
+
 def test_a_student_begins_as_its_teachers_merged(loras, prompts) -> None:
     """Rank 10 holds the mean of ranks 4 and 6 whole; rank 3 the best three directions."""
     student = QwenImage21.load(TARGET / "weights", torch.float32)
