@@ -52,7 +52,7 @@ def collect(folder: Path) -> dict[str, Any]:
         result["rows"] = list(rows.values())
         for kind in ("wrong", "skipped"):
             result[kind] = list(dict.fromkeys([*result[kind], *found[kind]]))
-    for name in ("block", "step", "fp8"):
+    for name in ("block", "step", "opd", "fp8"):
         path = folder / f"{name}.json"
         if path.exists():
             result[name] = json.loads(path.read_text())
