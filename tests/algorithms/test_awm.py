@@ -122,6 +122,7 @@ def test_defaults_are_the_published_ones() -> None:
     assert made.lag == LagSettings(after=0, rate=0.001, most=0.3)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_for_bit(resumes) -> None:
     """Two optimizer steps a rollout, and a lagging policy whose state is in the checkpoint."""
     metrics, state = resumes(

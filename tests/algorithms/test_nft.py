@@ -100,6 +100,7 @@ def test_nothing_is_idle_and_advantages_are_needed(make_bench) -> None:
         bench.losses(None, bench.prepare())
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_for_bit(resumes) -> None:
     """With a policy that lags far behind, whose state is in the checkpoint."""
     metrics, state = resumes(

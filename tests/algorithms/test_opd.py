@@ -438,7 +438,7 @@ def test_a_run_needs_no_judge(recipe, start, read_jsonl) -> None:
         (["algorithm.teachers.edit.tasks=[t2i]"], "both answer for 't2i' rows"),
         (["algorithm.teachers.t2i.path=nowhere"], "'nowhere' is no teacher; wanted a PEFT adapter"),
         (["algorithm.teachers.t2i.guidence=2"], "unknown key; did you mean .*guidance"),
-        (["algorithm.name=odp"], "algorithm.name: got 'odp'; wanted one of 'grpo', 'opd'"),
+        (["algorithm.name=odp"], "algorithm.name: got 'odp'; wanted one of 'awm', 'dppo'"),
         (["model.adapter=full"], "got 'full', which changes the base that LoRA teachers sit on"),
         (["model.fp8={mode: corrected}"], "model.fp8.mode: got 'corrected'"),
     ],

@@ -13,19 +13,26 @@ from yaml import safe_load
 
 from qirl_fast.algorithms import ALGORITHMS
 from qirl_fast.config import ConfigError, load_config, load_settings
+from qirl_fast.config.pipeline import PipelineConfig
 from qirl_fast.config.reward import RewardConfig
 from qirl_fast.config.server import ServerConfig
 
 CONFIGS = Path("configs")
 ALGORITHM_RECIPES = sorted((CONFIGS / "algorithms").glob("*.yaml"))
-TRAINING = sorted([*CONFIGS.glob("tiny_*.yaml"), *ALGORITHM_RECIPES])
+OTHERS: dict[str, Any] = {
+    "reward_server.yaml": ServerConfig,
+    "tiny_pipeline.yaml": PipelineConfig,
+}
+TRAINING = sorted(
+    [path for path in CONFIGS.glob("tiny_*.yaml") if path.name not in OTHERS] + ALGORITHM_RECIPES
+)
+LACKING = ("no such file", "holds no config.json", "is no teacher")
 
 
 def loader(recipe: Path) -> Callable[[], Any]:
     if recipe in TRAINING:
         return lambda: load_config([str(recipe)])
-    kind = ServerConfig if recipe.name == "reward_server.yaml" else RewardConfig
-    return lambda: load_settings([str(recipe)], kind)
+    return lambda: load_settings([str(recipe)], OTHERS.get(recipe.name, RewardConfig))
 
 
 @pytest.mark.parametrize("recipe", sorted(CONFIGS.rglob("*.yaml")), ids=str)
@@ -34,8 +41,8 @@ def test_a_recipe_loads(recipe: Path) -> None:
         loader(recipe)()
     except ConfigError as error:
         assert recipe not in ALGORITHM_RECIPES, error
-        lacking = ("no such file", "holds no config.json")
-        assert all(any(part in line for part in lacking) for line in str(error).splitlines())
+        lines = str(error).splitlines()
+        assert all(any(part in line for part in LACKING) for line in lines), error
 
 
 def test_each_algorithm_has_a_recipe() -> None:
