@@ -136,7 +136,7 @@ def test_unknown_key_names_the_nearest(override: str, key: str, nearest: str | N
         ("rewards.alignment=-1", "rewards.alignment: got -1 (whole number); wanted a number >= 0"),
         ("run=../elsewhere", "run: got '../elsewhere' (text); wanted text"),
         ("watch=aesthetics", "watch: got 'aesthetics' (text); wanted a list of text"),
-        ("algorithm.name=ppo", "algorithm.name: got 'ppo'; wanted one of 'grpo', 'opd'"),
+        ("algorithm.name=ppo", "algorithm.name: got 'ppo'; wanted one of 'awm', 'dppo'"),
     ],
 )
 def test_wrong_value_names_key_what_came_and_what_is_allowed(override: str, line: str) -> None:
