@@ -249,7 +249,7 @@ class Bench:
             group = torch.zeros(o.group, dtype=torch.int64, device=rewards.device)
             one = torch.ones(1, device=rewards.device)
             advantage = ops.group_advantage(rewards[:, None], group, one).advantage
-        settings = grpo.Settings(clip_low=1e-3, clip_high=1e-3)
+        settings = grpo.Settings(name="grpo", clip_low=1e-3, clip_high=1e-3)
         algorithm = grpo.Grpo(settings, Policy(model, self.named, how, Workers(1)))
         (prepared,) = algorithm.prepare([chunk], ["t2i"] * o.group)
 

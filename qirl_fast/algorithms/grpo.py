@@ -32,7 +32,7 @@ from qirl_fast.section import Positive
 class Settings(TransitionSettings):
     """GRPO: a clipped ratio of transitions."""
 
-    name: Literal["grpo"] = Field(default="grpo", description="GRPO: a clipped ratio")
+    name: Literal["grpo"] = Field(description="GRPO: a clipped ratio")
     clip_low: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=1e-4, description="lower ratio clip"
     )

@@ -217,7 +217,8 @@ class Config(Section):
     device: Literal["cpu", "cuda", "auto"] = Field(default="auto", description="where to compute")
     threads: Count | None = Field(default=None, description="CPU threads; null: one a core")
     algorithm: AlgorithmSettings = Field(
-        default=grpo.Settings(), description="the training algorithm, by its name, and its settings"
+        default=grpo.Settings(name="grpo"),
+        description="the training algorithm, by its name, and its settings",
     )
     model: ModelConfig
     data: DataConfig

@@ -17,6 +17,7 @@ GROUP = 4
 
 def settings(clip_low: float, clip_high: float, kl=0.0, velocity_kl=0.0, step_weights="equal"):
     return Settings(
+        name="grpo",
         clip_low=clip_low,
         clip_high=clip_high,
         kl_weight=kl,

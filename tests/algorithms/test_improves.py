@@ -20,16 +20,16 @@ CLIP = {"clip_low": 0.05, "clip_high": 0.05}
 WINDOW = {"start": 0, "size": 3, "every": 0, "stride": 1}
 MOVING = {"start": 0, "size": 2, "every": 5, "stride": 1}
 CASES = {
-    "flow_grpo": (grpo.Settings(**CLIP), "flow_sde", {"window": WINDOW}, 1),
+    "flow_grpo": (grpo.Settings(name="grpo", **CLIP), "flow_sde", {"window": WINDOW}, 1),
     "flow_grpo_fast": (
-        grpo.Settings(**CLIP),
+        grpo.Settings(name="grpo", **CLIP),
         "flow_sde",
         {"sde_steps": {"count": 1, "high": 3}},
         1,
     ),
-    "dance_grpo": (grpo.Settings(**CLIP), "dance_sde", {"window": WINDOW}, 1),
-    "mix_grpo": (grpo.Settings(**CLIP), "flow_sde", {"window": MOVING}, 1),
-    "flow_cps": (grpo.Settings(**CLIP), "cps", {"window": WINDOW}, 1),
+    "dance_grpo": (grpo.Settings(name="grpo", **CLIP), "dance_sde", {"window": WINDOW}, 1),
+    "mix_grpo": (grpo.Settings(name="grpo", **CLIP), "flow_sde", {"window": MOVING}, 1),
+    "flow_cps": (grpo.Settings(name="grpo", **CLIP), "cps", {"window": WINDOW}, 1),
     "grpo_guard": (
         grpo_guard.Settings(name="grpo_guard", **CLIP),
         "flow_sde",

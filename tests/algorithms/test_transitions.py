@@ -20,7 +20,7 @@ from qirl_fast.rollout.workers import Workers
 
 def recorded(steps: int, seed: int, update: int, **chosen: Any) -> tuple[int, ...]:
     how = Sampling(64, 64, steps, Guidance())
-    algorithm = grpo.Grpo(grpo.Settings(), Policy(None, {}, how, Workers(1)))
+    algorithm = grpo.Grpo(grpo.Settings(name="grpo"), Policy(None, {}, how, Workers(1)))
     rollout = SimpleNamespace(steps=steps, window=None, sde_steps=None)
     for name, values in chosen.items():
         setattr(rollout, name, SimpleNamespace(**values))

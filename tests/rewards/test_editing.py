@@ -138,5 +138,6 @@ def test_it_is_a_judge_by_name() -> None:
     judges = Judges(["edit_accuracy"])
     row = edits.row(replace(ADD), 0, "x.png")
     assert judges.score(picture(ADD.target)[None], [row]).scores[0, 0] > 1 - NEAR
-    assert [name for name, _ in judges.check_row({"prompt": "x"}, {})] == ["edit_accuracy"]
+    weighs = {"edit_accuracy": 1.0}
+    assert [name for name, _ in judges.check_row({"prompt": "x"}, weighs)] == ["edit_accuracy"]
     judges.close()

@@ -69,7 +69,7 @@ def test_a_denoising_step_reads_nothing(make_model, prompts, mode: str) -> None:
         found.append((counter.reads, counter.calls))
     (few, few_calls), (many, many_calls) = found
     assert many_calls > few_calls + 100 and many == few
-    algorithm = grpo.Grpo(grpo.Settings(), Policy(model, trainable, how, Workers(1)))
+    algorithm = grpo.Grpo(grpo.Settings(name="grpo"), Policy(model, trainable, how, Workers(1)))
     (prepared,) = algorithm.prepare([chunk], ["t2i"] * 4)
     with HostReads() as counter:
         losses = [s.loss for s in algorithm.loss(chunk, torch.ones(4), prepared)]
