@@ -33,7 +33,7 @@ from torch import Tensor
 from qirl_fast import ops
 from qirl_fast.algorithms.algorithm import Algorithm, Policy, StepLoss
 from qirl_fast.algorithms.algorithm import Settings as Base
-from qirl_fast.models.teachers import LoraTeacher, Teacher, is_lora, load_teacher, start_from
+from qirl_fast.models.teachers import Teacher, is_lora, load_teacher, start_from
 from qirl_fast.rollout.guidance import Guidance
 from qirl_fast.rollout.replay import velocities
 from qirl_fast.rollout.sample import Keeps, Trajectory
@@ -186,16 +186,7 @@ class Opd(Algorithm):
         }
         if settings.init != "base":
             names = list(self.teachers) if settings.init == "merged" else [settings.init]
-            start_from(policy.model, [self._lora(name) for name in names])
-
-    def _lora(self, name: str) -> LoraTeacher:
-        teacher = self.teachers[name]
-        if not isinstance(teacher, LoraTeacher):
-            raise ValueError(
-                f"algorithm.init: got {self.settings.init!r}, and teacher {name!r} has whole "
-                "weights; a student begins from LoRA teachers, or from 'base'"
-            )
-        return teacher
+            start_from(policy.model, [self.teachers[name] for name in names])
 
     def record(self, rollout: Any, seed: int, update: int) -> tuple[int, ...]:
         """Every step, or those drawn for this update."""
@@ -239,6 +230,12 @@ class Opd(Algorithm):
     ) -> list[list[Tensor]]:
         """A model's velocities at the recorded states of these rows of each chunk."""
         guidance = Guidance(scale, model.norm_rescaled_guidance)
+        if guidance.on and any(null is None for c in chunks for null in c.prompts.nulls):
+            raise ValueError(
+                f"a teacher's guidance is {scale:g}, and the student's prompts came without an "
+                "unconditional embedding; encode the empty prompt as well, or set the teacher's "
+                "guidance to 1"
+            )
 
         @torch.no_grad()
         def of(chunk: Trajectory, own: list[int]) -> list[Tensor]:
@@ -256,11 +253,12 @@ class Opd(Algorithm):
             return [None] * len(chunks)
         rows = [list(range(len(c.rows))) for c in chunks]
         if anchor.teacher == "base":
-            with self.model.reference():
-                return [*self._answers(self.model, 1.0, chunks, rows)]
-        scale = self.settings.teachers[anchor.teacher].guidance
-        with self.teachers[anchor.teacher].active() as model:
-            return [*self._answers(model, scale, chunks, rows)]
+            own, scale = self.model.reference(), 1.0
+        else:
+            own = self.teachers[anchor.teacher].active()
+            scale = self.settings.teachers[anchor.teacher].guidance
+        with own as model:
+            return [*self._answers(model or self.model, scale, chunks, rows)]
 
     def loss(
         self, chunk: Trajectory, advantage: Tensor | None, prepared: Any

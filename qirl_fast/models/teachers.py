@@ -185,16 +185,21 @@ def _some(names: Sequence[str]) -> str:
 
 
 @torch.no_grad()
-def start_from(model: Adapter, teachers: Sequence[LoraTeacher]) -> None:
+def start_from(model: Adapter, teachers: Sequence[Teacher]) -> None:
     """Set the student's LoRA to the mean of the teachers' changes, as near as its rank comes.
 
     The mean of B_i A_i has rank sum r_i at most; of that the largest singular values are kept, all
     of them where the student's rank is as large. Where it is larger, the rest of B stays 0.
-    ValueError where a teacher adapts a module that the student does not.
+    ValueError where a teacher adapts a module that the student does not, or has whole weights.
     """
     own = dict(_lora_layers(model.transformer))
     changes: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for teacher in teachers:
+        if not isinstance(teacher, LoraTeacher):
+            raise ValueError(
+                "algorithm.init: a student begins from LoRA teachers, and one of these has whole "
+                "weights; begin from 'base'"
+            )
         for path, pair in teacher.factors().items():
             changes.setdefault(path, []).append(pair)
     lacking = [path for path in changes if STUDENT not in own[path].lora_A]

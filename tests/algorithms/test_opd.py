@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,9 @@ def test_a_teacher_answers_for_its_own_rows_alone(distil) -> None:
     assert stubs["edit"].fetched >= 1
     with pytest.raises(ValueError, match=r"\['video'\]: teachers answer for \['edit', 't2i'\]"):
         algorithm.prepare([chunk], ["video"] * len(TASKS))
+    bare = replace(chunk, prompts=replace(chunk.prompts, nulls=(None,)))
+    with pytest.raises(ValueError, match=r"guidance is 2.5, .* without an unconditional embedding"):
+        algorithm.prepare([bare], TASKS)
     # All rows of one task: nothing is cut out, and the other is not asked.
     stubs["edit"].model.rows = 0
     algorithm.prepare([chunk], ["t2i"] * len(TASKS))
