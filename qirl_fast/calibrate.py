@@ -38,6 +38,7 @@ from qirl_fast.evaluation.proposal import Proposal, heat_map, recipe_yaml
 from qirl_fast.evaluation.ratings import OVERALL, RatingError, load_ratings
 from qirl_fast.evaluation.scores import ScoreFile
 from qirl_fast.section import Level, Section, Text
+from qirl_fast.whole import write_text
 
 
 class Settings(Section):
@@ -141,14 +142,14 @@ def write(
             "\n# No ratings came: the weights say how much each judge tells apart inside a group,"
             "\n# not how much people care for it."
         )
-    _write(path, recipe_yaml(recipe, proposals, list(cfg.rewards), head))
+    write_text(path, recipe_yaml(recipe, proposals, list(cfg.rewards), head))
     heat_map(tables, names, folder / "correlation.png")
     report: dict[str, Any] = {
         "correlations": {name: _plain(table) for name, table in tables.items()},
         "judges": list(names),
         "categories": [asdict(proposal) for proposal in proposals],
     }
-    _write(folder / "calibration.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
+    write_text(folder / "calibration.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
     table = Table(title=f"proposed weights, {folder.name}")
     for column in ("category", "prompts", "judge", "weight", "why"):
         table.add_column(column, justify="right" if column in ("prompts", "weight") else "left")
@@ -165,12 +166,6 @@ def write(
 
 def _plain(table: np.ndarray) -> list[list[float | None]]:
     return [[None if np.isnan(v) else float(v) for v in row] for row in table]
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 def parse(args: Sequence[str]) -> tuple[Path, Settings]:

@@ -50,6 +50,7 @@ from qirl_fast.rewards.composite import weights_for, without_missing
 from qirl_fast.samples import BaseSamples
 from qirl_fast.tiny import packaged
 from qirl_fast.trainer import Trainer
+from qirl_fast.whole import write_text
 
 # Settings that decide what is drawn and scored; the others, such as the weights, may change.
 DRAWING = ("seed", "device", "algorithm", "model", "rollout", "judges")
@@ -138,7 +139,7 @@ def open_folder(cfg: Config, source: Path, left_out: Sequence[int] = ()) -> Path
                 [f"{folder} holds files and no settings.json; remove it, or choose run=NAME"]
             )
         else:
-            _write(path, json.dumps(own, indent=2) + "\n")
+            write_text(path, json.dumps(own, indent=2) + "\n")
         save_resolved(cfg, folder / "config.resolved.yaml")
     except OSError as error:
         raise ConfigError([f"output: cannot write to {folder} ({error.strerror})"]) from error
@@ -211,13 +212,7 @@ def write(folder: Path, rows: Sequence[str], scores: ScoreFile, decision: Decisi
         name = {KEPT: "kept", FAILED: "failed"}.get(verdict, "dropped")
         texts[name].append(annotated(rows[record.row], found) + "\n")
     for name, lines in texts.items():
-        _write(folder / f"{name}.jsonl", "".join(lines))
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+        write_text(folder / f"{name}.jsonl", "".join(lines))
 
 
 def picture(folder: Path, samples: BaseSamples, decision: Decision) -> None:
@@ -256,7 +251,7 @@ def summarise(
         "categories": counts,
         "drawing_s": seconds + _drawn_before(folder),
     }
-    _write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     table = Table(title=f"{len(prompts)} prompts x {cfg.curation.samples} samples")
     table.add_column("category")
     for name in ("prompts", *VERDICTS):

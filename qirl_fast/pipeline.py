@@ -37,6 +37,7 @@ from qirl_fast.evaluation.heldout import Evaluation
 from qirl_fast.models.teachers import LoraTeacher
 from qirl_fast.tiny import packaged
 from qirl_fast.trainer import Trainer
+from qirl_fast.whole import write_text
 
 DEFAULT = "tiny_pipeline.yaml"
 LORA = Path("checkpoints", "latest", "lora")
@@ -55,8 +56,11 @@ def pipeline(cfg: PipelineConfig) -> Path:
     for task, teacher in cfg.tasks.items():
         own = common(cfg, teacher, task)
         run(folder, f"curate {task}", "curate", own, folder / f"{task}-curation" / "summary.json")
-        kept = [f"data.train={folder / f'{task}-curation' / 'kept.jsonl'}", *root(recipes[task])]
-        run(folder, f"teacher {task}", "train", [*own, *kept], folder / task / "summary.json")
+        data = recipes[task].data
+        images = f"data.images={data.images or packaged(data.train).parent}"  # kept.jsonl is a copy
+        kept = f"data.train={folder / f'{task}-curation' / 'kept.jsonl'}"
+        words = [*own, kept, images]
+        run(folder, f"teacher {task}", "train", words, folder / task / "summary.json")
     mixed = mix(folder, recipes)
     for name, stage in (("student", cfg.student), ("baseline", cfg.baseline)):
         words = [*common(cfg, stage, name), *mixed]
@@ -85,11 +89,6 @@ def common(cfg: PipelineConfig, stage: StageConfig, name: str) -> list[str]:
     return [stage.recipe, *stage.set, *own]
 
 
-def root(cfg: Config) -> list[str]:
-    """data.images of prompts that were copied to another folder."""
-    return [f"data.images={cfg.data.images or packaged(cfg.data.train).parent}"]
-
-
 def run(folder: Path, title: str, module: str, words: Sequence[str], done: Path) -> None:
     """Run a stage's command unless it has come to its end; StageFailed where it fails.
 
@@ -114,7 +113,7 @@ def run(folder: Path, title: str, module: str, words: Sequence[str], done: Path)
     print("python " + shlex.join(command), flush=True)
     if subprocess.run([sys.executable, *command], check=False).returncode:
         raise StageFailed(f"{title} did not come to its end; what it said stands above")
-    write(note, json.dumps(command) + "\n")
+    write_text(note, json.dumps(command) + "\n")
 
 
 def mix(folder: Path, recipes: Mapping[str, Config]) -> list[str]:
@@ -136,17 +135,9 @@ def mix(folder: Path, recipes: Mapping[str, Config]) -> list[str]:
         ]
         in_turn = [row for some in zip_longest(*rows) for row in some if row is not None]
         path = folder / f"mixed-{split}.jsonl"
-        write(path, "\n".join(in_turn) + "\n")
+        write_text(path, "\n".join(in_turn) + "\n")
         words += [f"data.{split}={path}", f"data.{key}={roots.pop()}"]
     return words
-
-
-def write(path: Path, text: str) -> None:
-    """The file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 def compare(cfg: PipelineConfig, folder: Path, recipes: Mapping[str, Config]) -> None:
@@ -155,8 +146,9 @@ def compare(cfg: PipelineConfig, folder: Path, recipes: Mapping[str, Config]) ->
     found: dict[str, dict[str, Evaluation]] = {}
     prompts: dict[str, list[Prompt]] = {}
     sources: dict[str, list[np.ndarray] | None] = {}
+    guided = ["base", *(f"{task} teacher" for task in cfg.tasks), "baseline"]
     for task, stage in cfg.tasks.items():
-        for guidance, models in ((cfg.guidance, [*others(cfg)]), (1.0, ["student"])):
+        for guidance, models in ((cfg.guidance, guided), (1.0, ["student"])):
             words = [*stage.set, f"evaluation.guidance={guidance}", f"output={cfg.output}"]
             words += [f"evaluation.prompts={cfg.prompts}", f"seed={cfg.seed}"]
             words += [f"evaluation.samples_per_prompt={cfg.samples_per_prompt}"]
@@ -175,11 +167,6 @@ def compare(cfg: PipelineConfig, folder: Path, recipes: Mapping[str, Config]) ->
     }
     report(cfg, folder, scores)
     picture(folder, found, judge, prompts, sources)
-
-
-def others(cfg: PipelineConfig) -> list[str]:
-    """The models beside the student."""
-    return ["base", *(f"{task} teacher" for task in cfg.tasks), "baseline"]
 
 
 def drawn(trainer: Trainer, folder: Path, task: str, model: str) -> Evaluation:
@@ -253,8 +240,8 @@ def report(
         console.print(text, highlight=False)
     lines += [f"- {text}" for text in words]
     plain = json.dumps({"models": rows, "statements": said}, default=vars, indent=2)
-    write(folder / "comparison.json", plain + "\n")
-    write(folder / "comparison.md", "\n".join(lines) + "\n")
+    write_text(folder / "comparison.json", plain + "\n")
+    write_text(folder / "comparison.md", "\n".join(lines) + "\n")
 
 
 def picture(

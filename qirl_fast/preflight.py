@@ -5,8 +5,10 @@ judges that will score it: a row that a judge cannot score would otherwise drop 
 update after update. All problems are reported together.
 """
 
+import hashlib
+import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 
 from qirl_fast.conditioning import Conditioning, condition_versions
 from qirl_fast.config import Config, ConfigError
-from qirl_fast.data.embeddings import TEXT_PARTS, fingerprint
+from qirl_fast.data.embeddings import TEXT_PARTS
 from qirl_fast.data.images import ImageError
 from qirl_fast.data.prompts import Prompt
 from qirl_fast.models import Model
@@ -192,12 +194,31 @@ def _model_problems(cfg: Config, folder: Path) -> Iterator[str]:
     """Where a model that answers beside the trained one would see or draw something else."""
     for who, other in cfg.algorithm.models.items():
         for what, parts in SHARED.items():
-            if fingerprint(folder, parts) != fingerprint(other, parts):
+            if contents(folder, parts) != contents(other, parts):
                 yield (
                     f"algorithm: {who} ({other}) has another {what} than {folder}; both must see "
                     "the same prompts and draw the same latents at the same noise levels: wanted a "
                     "model made from the same base"
                 )
+
+
+def contents(folder: Path, parts: Sequence[str]) -> dict[str, Any]:
+    """By file what decides what these parts of a model folder compute: a config without the
+    versions and paths that the libraries note in it, the SHA-256 of any other file.
+    """
+    found: dict[str, Any] = {}
+    for part in parts:
+        for file in sorted((folder / part).glob("*")):
+            name = f"{part}/{file.name}"
+            if file.name.endswith("config.json"):
+                plain = json.loads(file.read_text(encoding="utf-8"))
+                found[name] = {
+                    k: v for k, v in plain.items() if k[0] != "_" and not k.endswith("_version")
+                }
+            else:
+                with file.open("rb") as data:
+                    found[name] = hashlib.file_digest(data, "sha256").hexdigest()
+    return found
 
 
 def _row_problems(

@@ -18,6 +18,7 @@ from qirl_fast.evaluation.heldout import Evaluation
 from qirl_fast.evaluation.paired import paired_bootstrap
 from qirl_fast.tracking import Tracker, summary_table
 from qirl_fast.trainer import Trainer
+from qirl_fast.whole import write_text
 
 GRID = 16  # prompts in a picture
 PACKAGES = ("qirl_fast", "torch", "diffusers", "transformers", "peft", "numpy")
@@ -83,9 +84,7 @@ def write_report(
         "commit": _commit(),
     }
     path = run_dir / "summary.json"
-    beside = path.with_name(".summary.json")
-    beside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    beside.replace(path)
+    write_text(path, json.dumps(summary, indent=2) + "\n")
     tags = [p.category for p in trainer.heldout]
     order = sorted(range(len(tags)), key=lambda i: (tags[:i].count(tags[i]), i))[:GRID]
     picture = run_dir / "samples" / "before_after.png"

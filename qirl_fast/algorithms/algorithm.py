@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from qirl_fast import ops
 from qirl_fast.rollout.sample import Keeps, Sampling, Trajectory
 from qirl_fast.rollout.workers import Workers
 from qirl_fast.section import Problem, Section
@@ -40,6 +41,13 @@ class StepLoss:
     loss: Tensor
     metrics: dict[str, Tensor]  # scalars, means over rows
     ratio: Tensor | None = None  # [B], where the loss has one: 1 before the first update
+
+
+def clipped(logp: Tensor, logp_old: Tensor, advantage: Tensor, low: float, high: float) -> StepLoss:
+    """mean max(-A r, -A clip(r, 1 - low, 1 + high)), r = exp(logp - logp_old); all [B]."""
+    policy = ops.policy_loss(logp, logp_old, advantage, clip_low=low, clip_high=high)
+    metrics = {"clip_fraction": policy.clip_fraction, "approx_kl": policy.approx_kl}
+    return StepLoss(policy.loss, metrics, policy.ratio.detach())
 
 
 class Settings(Section):

@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from qirl_fast import ops
-from qirl_fast.algorithms.algorithm import StepLoss
+from qirl_fast.algorithms.algorithm import StepLoss, clipped
 from qirl_fast.algorithms.levels import LagSettings, LevelAlgorithm, LevelSettings
 from qirl_fast.rollout.sample import Trajectory
 from qirl_fast.section import Count, Natural, NonNegative, Positive
@@ -108,15 +108,10 @@ class Awm(LevelAlgorithm):
         noised, noise = self.noised(chunk)
         for i, v in enumerate(self.velocities(noised)):
             logp = self.logp(v, noise[i], chunk, chunk.sigmas[i])
-            policy = ops.policy_loss(
-                logp,
-                logp.detach() if prepared.logp_old is None else prepared.logp_old[i],
-                advantage * settings.adv_scale,
-                clip_low=settings.clip_low,
-                clip_high=settings.clip_high,
-            )
-            total = policy.loss
-            metrics = {"clip_fraction": policy.clip_fraction, "approx_kl": policy.approx_kl}
+            old = logp.detach() if prepared.logp_old is None else prepared.logp_old[i]
+            scaled = advantage * settings.adv_scale
+            policy = clipped(logp, old, scaled, settings.clip_low, settings.clip_high)
+            total, metrics = policy.loss, dict(policy.metrics)
             for name, held, weight in (
                 ("velocity_kl", prepared.reference, settings.ref_weight),
                 ("lag_kl", prepared.lagging, settings.lag_weight),
@@ -125,4 +120,4 @@ class Awm(LevelAlgorithm):
                     away = ops.velocity_loss(v, held[i])
                     total = total + weight * away.loss
                     metrics[name] = away.mse.mean()
-            yield StepLoss(total, metrics, policy.ratio.detach())
+            yield StepLoss(total, metrics, policy.ratio)

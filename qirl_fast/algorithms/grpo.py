@@ -20,8 +20,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-from qirl_fast import ops
-from qirl_fast.algorithms.algorithm import StepLoss
+from qirl_fast.algorithms.algorithm import StepLoss, clipped
 from qirl_fast.algorithms.transitions import TransitionAlgorithm, TransitionSettings
 from qirl_fast.rollout.dynamics import StepCoefficients
 from qirl_fast.rollout.replay import Replayed
@@ -51,15 +50,8 @@ class Grpo(TransitionAlgorithm):
 
     def surrogate(self, step: Replayed, advantage: Tensor, old: Tensor) -> StepLoss:
         """The clipped ratio; `old` has no part in it."""
-        policy = ops.policy_loss(
-            step.logp,
-            step.logp_old,
-            advantage,
-            clip_low=self.settings.clip_low,
-            clip_high=self.settings.clip_high,
-        )
-        metrics = {"clip_fraction": policy.clip_fraction, "approx_kl": policy.approx_kl}
-        return StepLoss(policy.loss, metrics, policy.ratio.detach())
+        own = self.settings
+        return clipped(step.logp, step.logp_old, advantage, own.clip_low, own.clip_high)
 
     def weights(self, chunk: Trajectory) -> list[float]:
         """By `step_weights`."""

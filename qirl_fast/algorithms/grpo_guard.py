@@ -22,8 +22,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qirl_fast import ops
-from qirl_fast.algorithms.algorithm import StepLoss
+from qirl_fast.algorithms.algorithm import StepLoss, clipped
 from qirl_fast.algorithms.transitions import TransitionAlgorithm, TransitionSettings, mean_shift
 from qirl_fast.rollout.dynamics import StepCoefficients
 from qirl_fast.rollout.replay import Replayed
@@ -51,15 +50,8 @@ class GrpoGuard(TransitionAlgorithm):
         """Of one step, not yet divided by -dt."""
         k = step.coefficients
         exponent = (step.logp - step.logp_old + k.w * mean_shift(step, old)) / (2 * k.w * k.s)
-        policy = ops.policy_loss(
-            exponent,
-            torch.zeros_like(exponent),
-            advantage,
-            clip_low=self.settings.clip_low,
-            clip_high=self.settings.clip_high,
-        )
-        metrics = {"clip_fraction": policy.clip_fraction, "approx_kl": policy.approx_kl}
-        return StepLoss(policy.loss, metrics, policy.ratio.detach())
+        own = self.settings
+        return clipped(exponent, torch.zeros_like(exponent), advantage, own.clip_low, own.clip_high)
 
     def weights(self, chunk: Trajectory) -> list[float]:
         """1 / (-dt)."""

@@ -26,13 +26,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qirl_fast import ops
 from qirl_fast.algorithms.algorithm import Algorithm, Policy, Settings
 from qirl_fast.models.ema import Ema
-from qirl_fast.rollout.dynamics import StepCoefficients
 from qirl_fast.rollout.guidance import Guidance
 from qirl_fast.rollout.replay import velocities
-from qirl_fast.rollout.sample import Keeps, Trajectory, coefficient_tensors
+from qirl_fast.rollout.sample import Keeps, Trajectory, initial_noise
 from qirl_fast.section import Count, Decay, Natural, NonNegative, Problem, Section
 
 LEVEL_NOISE = 1 << 41  # Philox offset, of which the step's index is added
@@ -116,10 +114,8 @@ class LevelAlgorithm(Algorithm):
         [B, N, Z].
         """
         x0 = chunk.latents.float()
-        zeros, unit = torch.zeros_like(x0), StepCoefficients(a=0.0, c=0.0, s=1.0, w=0.0, b=0.0)
-        columns = coefficient_tensors(unit, len(x0), x0.device)
         noise = [
-            ops.flow_step(zeros, zeros, *columns, seed=chunk.seeds, offset=LEVEL_NOISE + i)[0]
+            initial_noise(chunk.seeds, (x0.shape[1], x0.shape[2]), x0.device, LEVEL_NOISE + i)
             for i in chunk.recorded
         ]
         levels = zip(chunk.sigmas, noise, strict=True)

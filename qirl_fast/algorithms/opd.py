@@ -1,7 +1,8 @@
 """On-policy distillation: several teachers' velocities, learnt where the student itself goes.
 
     x_n   states of the student's own trajectory, unguided, detached
-    v_T   = v_u + w (v_c - v_u), the teacher of the row's task with its guidance w
+    v_T   = v_u + w (v_c - v_u), the teacher of the row's task with its guidance w; rescaled to the
+            norm of v_c for families that do so (Qwen-Image 1.x), see ops.guide
     loss  = mean over rows and recorded steps of  weight mean (v_student(x_n) - v_T(x_n))^2
           + anchor weight                               mean (v_student(x_n) - v_anchor(x_n))^2
 
@@ -278,12 +279,9 @@ class Opd(Algorithm):
 
     def _weight(self, chunk: Trajectory, i: int) -> float:
         k, sigma = chunk.coefficients[i], chunk.sigmas[i]
-        return {
-            "velocity": 1.0,
-            "mean": k.c**2,
-            "x0": sigma**2,
-            "kl": k.c**2 / (2 * k.s**2) if k.s else 0.0,
-        }[self.settings.target]
+        if self.settings.target == "kl":
+            return k.c**2 / (2 * k.s**2)
+        return {"velocity": 1.0, "mean": k.c**2, "x0": sigma**2}[self.settings.target]
 
 
 def _joined(chunk: Trajectory, parts: Sequence[tuple[list[int], list[Tensor]]]) -> list[Tensor]:

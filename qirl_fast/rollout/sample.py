@@ -139,13 +139,15 @@ def row_seeds(seed: int, update: int, numbers: Sequence[int], stream: int) -> Te
     return torch.from_numpy(words.view(np.int64)[list(numbers)])
 
 
-def initial_noise(seeds: Tensor, shape: tuple[int, int], device: torch.device) -> Tensor:
-    """Standard normal latents float32 [B, N, Z], row r a function of seeds[r] alone."""
+def initial_noise(
+    seeds: Tensor, shape: tuple[int, int], device: torch.device, offset: int = INITIAL_NOISE
+) -> Tensor:
+    """Standard normal latents float32 [B, N, Z], row r a function of (seeds[r], offset) alone."""
     zeros = torch.zeros((len(seeds), *shape), device=device)
     step = StepCoefficients(a=0.0, c=0.0, s=1.0, w=0.0, b=0.0)
     a, c, s, w, b = coefficient_tensors(step, len(seeds), device)
     seeds = seeds.to(device)
-    return ops.flow_step(zeros, zeros, a, c, s, w, b, seed=seeds, offset=INITIAL_NOISE)[0]
+    return ops.flow_step(zeros, zeros, a, c, s, w, b, seed=seeds, offset=offset)[0]
 
 
 def sample(

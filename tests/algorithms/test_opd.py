@@ -27,6 +27,7 @@ from qirl_fast.models.teachers import (
     low_rank,
     start_from,
 )
+from qirl_fast.preflight import SHARED, contents
 from qirl_fast.rollout.guidance import Guidance
 from qirl_fast.rollout.replay import velocities
 from qirl_fast.rollout.sample import Sampling, Trajectory, sample
@@ -451,6 +452,19 @@ def test_a_run_needs_no_judge(recipe, start, read_jsonl) -> None:
 def test_contradictions_are_refused(recipe, settings: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         load_config([*recipe, *settings])
+
+
+def test_versions_noted_in_a_config_make_no_other_model(model_copy) -> None:
+    weights = TARGET / "weights"
+    config = model_copy / "scheduler" / "scheduler_config.json"
+    plain = json.loads(config.read_text())
+    config.write_text(json.dumps(plain | {"_diffusers_version": "0.99"}))
+    text = model_copy / "text_encoder" / "config.json"
+    text.write_text(json.dumps(json.loads(text.read_text()) | {"transformers_version": "9"}))
+    for parts in SHARED.values():
+        assert contents(weights, parts) and contents(weights, parts) == contents(model_copy, parts)
+    config.write_text(json.dumps(plain | {"shift": 2.0}))
+    assert contents(weights, ("scheduler",)) != contents(model_copy, ("scheduler",))
 
 
 def test_rows_and_models_without_a_teacher_are_refused(recipe, model_copy, start, tmp_path) -> None:

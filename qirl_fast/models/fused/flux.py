@@ -26,6 +26,7 @@ from qirl_fast.models.fused.attention import attend
 from qirl_fast.models.fused.joint import (
     block_problems,
     gelu_mlp,
+    named,
     refuse_kwargs,
     rotations,
     two_streams,
@@ -37,11 +38,8 @@ Rope = Tensor | tuple[Tensor, Tensor]  # complex64 [L + S, Dh / 2], or diffusers
 
 def problems(transformer: Any) -> list[str]:
     """Why these blocks cannot be fused, one sentence each, three at most."""
-    double = [(f"block {i}", b, [b.attn]) for i, b in enumerate(transformer.transformer_blocks)]
-    single = [
-        (f"single block {i}", b, [b.attn])
-        for i, b in enumerate(transformer.single_transformer_blocks)
-    ]
+    double = named("block", transformer.transformer_blocks)
+    single = named("single block", transformer.single_transformer_blocks)
     found = block_problems([*double, *single], FluxAttnProcessor)
     for name, block, _ in double:
         for mlp in (block.ff, block.ff_context):

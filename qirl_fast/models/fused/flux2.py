@@ -22,7 +22,13 @@ from torch import Tensor
 
 from qirl_fast import ops
 from qirl_fast.models.fused.attention import attend
-from qirl_fast.models.fused.joint import block_problems, refuse_kwargs, rotations, two_streams
+from qirl_fast.models.fused.joint import (
+    block_problems,
+    named,
+    refuse_kwargs,
+    rotations,
+    two_streams,
+)
 from qirl_fast.models.lora import feed, linear
 from qirl_fast.ops import Quantized
 
@@ -31,11 +37,8 @@ Rope = Tensor | tuple[Tensor, Tensor]  # complex64 [L + S, Dh / 2], or diffusers
 
 def problems(transformer: Any) -> list[str]:
     """Why these blocks cannot be fused, one sentence each, three at most of a kind of block."""
-    double = [(f"block {i}", b, [b.attn]) for i, b in enumerate(transformer.transformer_blocks)]
-    single = [
-        (f"single block {i}", b, [b.attn])
-        for i, b in enumerate(transformer.single_transformer_blocks)
-    ]
+    double = named("block", transformer.transformer_blocks)
+    single = named("single block", transformer.single_transformer_blocks)
     return [
         *block_problems(double, Flux2AttnProcessor),
         *block_problems(single, Flux2ParallelSelfAttnProcessor),

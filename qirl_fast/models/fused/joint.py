@@ -159,6 +159,11 @@ def refuse_kwargs(kwargs: dict[str, Any] | None) -> None:
         raise ValueError(f"the fused block takes no joint_attention_kwargs; got {sorted(kwargs)}")
 
 
+def named(kind: str, blocks: Iterable[Any]) -> list[tuple[str, Any, Sequence[Any]]]:
+    """Blocks of one attention each, as `block_problems` takes them."""
+    return [(f"{kind} {i}", block, [block.attn]) for i, block in enumerate(blocks)]
+
+
 def block_problems(
     blocks: Iterable[tuple[str, Any, Sequence[Any]]], processor: type[Any]
 ) -> list[str]:
