@@ -1,32 +1,38 @@
 """Adapters: one file per model family, the same five methods in each."""
 
 import json
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from qirl_fast.models.flux import Flux
-from qirl_fast.models.flux2 import Flux2, Flux2Klein
-from qirl_fast.models.qwenimage import QwenImage
-from qirl_fast.models.qwenimage21 import QwenImage21
-from qirl_fast.models.qwenimage_edit import QwenImageEdit, QwenImageEditPlus
-from qirl_fast.models.sd3 import StableDiffusion3
-from qirl_fast.models.zimage import ZImage
+from qirl_fast.models.adapter import Adapter
 
-Model = QwenImage | QwenImage21 | StableDiffusion3 | Flux | Flux2 | ZImage
-FAMILIES: dict[str, type[Model]] = {
-    adapter.family: adapter
-    for adapter in (
-        QwenImage,
-        QwenImageEdit,
-        QwenImageEditPlus,
-        QwenImage21,
-        StableDiffusion3,
-        Flux,
-        Flux2,
-        Flux2Klein,
-        ZImage,
-    )
+if TYPE_CHECKING:
+    from qirl_fast.models.flux import Flux
+    from qirl_fast.models.flux2 import Flux2
+    from qirl_fast.models.qwenimage import QwenImage
+    from qirl_fast.models.qwenimage21 import QwenImage21
+    from qirl_fast.models.sd3 import StableDiffusion3
+    from qirl_fast.models.zimage import ZImage
+
+    Model = QwenImage | QwenImage21 | StableDiffusion3 | Flux | Flux2 | ZImage
+else:
+    Model = Adapter
+
+# family -> (module and class of the adapter, pipeline class of its folders). A family's module is
+# imported when a folder asks for it: some of diffusers' pipelines warn of packages they miss.
+FAMILIES: dict[str, tuple[str, str, str]] = {
+    "qwenimage": ("qwenimage", "QwenImage", "QwenImagePipeline"),
+    "qwenimage_edit": ("qwenimage_edit", "QwenImageEdit", "QwenImageEditPipeline"),
+    "qwenimage_edit_plus": ("qwenimage_edit", "QwenImageEditPlus", "QwenImageEditPlusPipeline"),
+    "qwenimage21": ("qwenimage21", "QwenImage21", "QwenImage21Pipeline"),
+    "sd3": ("sd3", "StableDiffusion3", "StableDiffusion3Pipeline"),
+    "flux": ("flux", "Flux", "FluxPipeline"),
+    "flux2": ("flux2", "Flux2", "Flux2Pipeline"),
+    "flux2_klein": ("flux2", "Flux2Klein", "Flux2KleinPipeline"),
+    "zimage": ("zimage", "ZImage", "ZImagePipeline"),
 }
 
 
@@ -41,12 +47,14 @@ def adapter_of(folder: str | Path, family: str) -> type[Model]:
         raise FileNotFoundError(f"{folder} holds no model_index.json: not a diffusers model folder")
     if family == "auto":
         name = json.loads(index.read_text()).get("_class_name")
-        matches = [f for f, adapter in FAMILIES.items() if adapter.pipeline_class.__name__ == name]
+        matches = [f for f, (_, _, pipeline) in FAMILIES.items() if pipeline == name]
         if not matches:
-            served = ", ".join(a.pipeline_class.__name__ for a in FAMILIES.values())
+            served = ", ".join(pipeline for _, _, pipeline in FAMILIES.values())
             raise ValueError(f"{index}: no adapter for pipeline {name!r}; there are: {served}")
         family = matches[0]
-    return FAMILIES[family]
+    module, adapter, _ = FAMILIES[family]
+    found: type[Model] = getattr(import_module(f"qirl_fast.models.{module}"), adapter)
+    return found
 
 
 def load_model(folder: str | Path, family: str, dtype: torch.dtype, device: str) -> Model:

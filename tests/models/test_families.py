@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from torch import Tensor
 import qirl_fast
 from qirl_fast.config import ConfigError, load_config
 from qirl_fast.memory import plan
-from qirl_fast.models import FAMILIES, load_model
+from qirl_fast.models import FAMILIES, adapter_of, load_model
 from qirl_fast.models.graphs import ForwardGraphs
 from qirl_fast.models.packed import Packed, split_pooled, with_pooled
 from qirl_fast.models.zimage import ZImage
@@ -60,7 +62,7 @@ def stocks(folders) -> Make:
 
     def stock(name: str) -> Any:
         if name not in found:
-            found[name] = FAMILIES[name].pipeline_class.from_pretrained(folders(name))
+            found[name] = adapter_of(folders(name), name).pipeline_class.from_pretrained(folders(name))
             found[name].set_progress_bar_config(disable=True)
         return found[name]
 
@@ -73,13 +75,31 @@ def make(folders) -> Make:
 
     def model(name: str) -> Any:
         loaded = load_model(folders(name), "auto", torch.float32, "cpu")
-        assert type(loaded) is FAMILIES[name] and isinstance(loaded, Packed)
+        assert type(loaded) is adapter_of(folders(name), name) and isinstance(loaded, Packed)
         return loaded
 
     return model
 
 
 every = pytest.mark.parametrize("name", list(PIPELINES))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_table_names_each_adapter_and_its_pipeline(family, tmp_path):
+    (tmp_path / "model_index.json").write_text(f'{{"_class_name": "{FAMILIES[family][2]}"}}')
+    adapter = adapter_of(tmp_path, "auto")
+    assert adapter.family == family and adapter.pipeline_class.__name__ == FAMILIES[family][2]
+
+
+def test_a_driver_imports_without_a_word():
+    """Pipelines of families that are not used may warn of packages that are not there."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import qirl_fast.train, qirl_fast.trainer, qirl_fast.curate"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout + done.stderr == ""
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -321,7 +341,7 @@ def test_a_run_trains_it(start, small, folders, tmp_path, read_jsonl, name: str)
     (row,) = [r for r in read_jsonl(tmp_path / "one/metrics.jsonl") if "grad_norm" in r]
     assert row["pre_update_ratio_error"] == 0 and row["grad_norm"] > 0
     (lora,) = (tmp_path / "one/checkpoints").glob("checkpoint-1/pytorch_lora_weights.*")
-    pipeline = FAMILIES[name].pipeline_class.from_pretrained(folders(name))
+    pipeline = adapter_of(folders(name), name).pipeline_class.from_pretrained(folders(name))
     pipeline.load_lora_weights(lora.parent)
     loaded = dict(pipeline.transformer.named_parameters())
     for key, value in load_file(lora).items():
