@@ -11,6 +11,7 @@ from torch import Tensor
 from qirl_fast.algorithms import Policy, StepLoss, make_algorithm
 from qirl_fast.batch import StepFailed
 from qirl_fast.config import Config
+from qirl_fast.distributed import TreeSum
 from qirl_fast.models import Model
 from qirl_fast.models.ema import Ema
 from qirl_fast.rollout.sample import Sampling, Trajectory
@@ -87,10 +88,11 @@ class Learner:
     ) -> dict[str, float]:
         """Leave the gradient of the loss over all chunks in `.grad`; returns its metrics.
 
-        Chunks are summed in order, whoever computed them first. An idle chunk (of groups that are
-        all flat, see `Algorithm.idle`) adds zeros to the sums and is left out where `skip_flat` is
-        on; loss and gradient are divided by its rows all the same. The algorithm's metrics are
-        means over the other chunks, whether it is left out or not, and absent without one.
+        Gradients are summed over a tree of the chunks, whoever computed them first. An idle chunk
+        (of groups that are all flat, see `Algorithm.idle`) adds zeros to the sums and is left out
+        where `skip_flat` is on; loss and gradient are divided by its rows all the same. The
+        algorithm's metrics are means over the other chunks, whether it is left out or not, and
+        absent without one.
         """
         rows = sum(len(chunk.rows) for chunk in chunks)
         parameters = list(self.trainable.values())
@@ -116,9 +118,9 @@ class Learner:
             return found, loss.detach(), steps
 
         totals = {"loss": 0.0}
+        summed = TreeSum()
         for k, (gradients, loss, steps) in zip(left, self.workers.map(gradient, left), strict=True):
-            for p, g in zip(parameters, gradients, strict=True):
-                p.grad = g if p.grad is None else p.grad.add_(g)
+            summed.add(k, gradients)
             totals["loss"] += loss.item()
             if idle[k]:
                 continue
@@ -129,8 +131,10 @@ class Learner:
                     totals["ratio_error"] = max(totals.get("ratio_error", 0.0), error)
                 for name, value in step.metrics.items():
                     totals[name] = totals.get(name, 0.0) + value.item() * share
-        for p in parameters:  # all chunks were left out: the optimizer steps on zeros all the same
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        # Where all chunks were left out the optimizer steps on zeros all the same.
+        total = summed.total() or [torch.zeros_like(p) for p in parameters]
+        for p, g in zip(parameters, total, strict=True):
+            p.grad = g
         skipped = rows - sum(len(chunks[k].rows) for k in left)
         return totals | {"skipped_share": skipped / rows}
 
