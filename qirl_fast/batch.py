@@ -15,11 +15,14 @@ from qirl_fast.rollout.sample import Trajectory
 
 @dataclass(frozen=True)
 class Batch:
-    """One update's samples: B rows, as many for each prompt, prompt by prompt."""
+    """One update's samples: B rows, as many for each prompt, prompt by prompt.
+
+    Of several processes each has trajectories and images of its own chunks, and all the scores.
+    """
 
     prompts: list[Prompt]
     trajectories: list[Trajectory]
-    images: np.ndarray  # uint8 [B, H, W, 3]
+    images: np.ndarray  # uint8 [rows of the trajectories, H, W, 3]
     scores: Tensor  # float32 [B, K], all judges
     status: Tensor  # int8 [B, K], see rewards.judge
     metrics: dict[str, float] = field(default_factory=dict)  # of how they were drawn

@@ -29,6 +29,7 @@ from qirl_fast.data.prefetch import ImageLoader
 from qirl_fast.data.prompts import Prompt
 from qirl_fast.data.sampler import PromptSampler
 from qirl_fast.data.sources import Source
+from qirl_fast.distributed import World
 from qirl_fast.models.adapter import Adapter
 from qirl_fast.models.prefix import Conditioned
 from qirl_fast.rewards.judge import SOURCES, Row, Sources
@@ -98,8 +99,8 @@ def condition_versions(
 class Conditioning:
     """Gives model and judges what they need; every text and image is encoded once per model."""
 
-    def __init__(self, cfg: Config, model: Any, folder: Path) -> None:
-        self.cfg, self.model = cfg, model
+    def __init__(self, cfg: Config, model: Any, folder: Path, world: World) -> None:
+        self.cfg, self.model, self.world = cfg, model, world
         kept, texts = Path(cfg.output) / "embeddings", fingerprint(folder)
         self.texts = EmbeddingCache(kept, f"{texts}-{cfg.model.dtype}")
         # The pipelines' encoding of images is not settled (diffusers issue 14194), and nvJPEG, with
@@ -141,13 +142,18 @@ class Conditioning:
         while True:
             before = sampler.state_dict()
             prompts = next(sampler)
+            own = self.world.own(len(prompts))
             try:
-                faults = self.faults(prompts)
+                with self.world.agreed(OSError):
+                    found = self.faults([prompts[i] for i in own])
             except OSError as failure:  # a disk or a network that may come back: no row's fault
                 sampler.load_state_dict(before)
                 raise StepFailed(f"condition images cannot be read: {failure}") from failure
+            told = self.world.gather([[own[i], str(error)] for i, error in found.items()])
+            faults = dict(sorted((i, text) for part in told for i, text in part))
             if not faults:
-                self.prefetch(sampler.peek())
+                coming = sampler.peek()
+                self.prefetch([coming[i] for i in own])
                 return prompts
             sampler.load_state_dict(before)
             for error in faults.values():

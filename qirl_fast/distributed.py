@@ -1,14 +1,27 @@
-"""Sums whose bits depend on what is added and on nothing else.
+"""The processes of one run: who does which chunks, and what they tell each other.
 
-`TreeSum` adds leaves 0, 1, 2, ... in the order of a binary tree: node (l, j) is the sum of nodes
-(l-1, 2j) and (l-1, 2j+1), a missing one adding nothing. Whoever holds whichever leaves, the sum of
-all has the same bits.
+Every process holds the whole state and computes the same update from it; only chunks of samples are
+shared out. What comes back is put together in the order of the chunks, and gradients are added in
+the order of a tree (`TreeSum`), so the bits do not depend on how many processes there are.
+
+Processes are those that torchrun starts, of one program and one output folder. Nothing they send
+each other is unpickled: tensors, and JSON.
 """
 
-from collections.abc import Iterable, Sequence
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch import distributed as dist
+
+# The second name is that of torch before 2.13.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 Node = tuple[int, int]  # level from the leaves up, number within the level
 
@@ -16,8 +29,9 @@ Node = tuple[int, int]  # level from the leaves up, number within the level
 class TreeSum:
     """The sum of lists of tensors, element by element; leaves are added in ascending order.
 
-    Of n leaves at most 1 + log2(n) lists are held at a time. The first list of each pair is added
-    to in place: leaves are given away.
+    Node (l, j) of the tree is the sum of nodes (l-1, 2j) and (l-1, 2j+1), a missing one adding
+    nothing; leaf k is node (0, k). Of n leaves at most 1 + log2(n) lists are held at a time. The
+    first list of each pair is added to in place: leaves are given away.
     """
 
     def __init__(self) -> None:
@@ -55,3 +69,126 @@ def merged(nodes: Iterable[tuple[Node, Sequence[Tensor]]]) -> Sequence[Tensor] |
                 torch._foreach_add_(tensors, right)
             found[lowest + 1, node[1] // 2] = tensors
     return next(iter(found.values()), None)
+
+
+class PeerFailed(RuntimeError):
+    """Another process of the run failed where this one did not."""
+
+
+class World:
+    """The processes of a run, of which this one is number `rank` of `size`; by itself: 0 of 1.
+
+    Where a method says "all", every process calls it at the same point, and none returns before the
+    last has called.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1):
+        self.rank, self.size = rank, size
+
+    def own(self, count: int, parts: int = 1) -> list[int]:
+        """This process's of range(count), ascending: a run of each of `parts` equal ranges."""
+        each = count // parts
+        first, last = (each * r // self.size for r in (self.rank, self.rank + 1))
+        return [part * each + k for part in range(parts) for k in range(first, last)]
+
+    def gather(self, value: Any) -> list[Any]:
+        """All: the value of each process, by rank. value: plain JSON; NaN is let through."""
+        if self.size == 1:
+            return [value]
+        sent = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        return [json.loads(part.numpy().tobytes()) for part in self._gather(sent)]
+
+    def concatenated(self, rows: np.ndarray) -> np.ndarray:
+        """All: rows of each process, those of rank 0 first, of one shape but for their number."""
+        if self.size == 1:
+            return rows
+        sent = torch.from_numpy(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
+        found = [part.numpy().view(rows.dtype) for part in self._gather(sent)]
+        return np.concatenate(found).reshape(-1, *rows.shape[1:])
+
+    def _gather(self, sent: Tensor) -> list[Tensor]:
+        """Bytes of each process, of any number."""
+        sizes = torch.empty(self.size, dtype=torch.int64)
+        _all_gather(sizes, torch.tensor([len(sent)]))
+        most = int(sizes.max())
+        padded, found = sent.new_zeros(most), sent.new_empty(self.size * most)
+        padded[: len(sent)] = sent
+        _all_gather(found, padded)
+        return [part[:n] for part, n in zip(found.split(most), sizes.tolist(), strict=True)]
+
+    @contextmanager
+    def agreed(self, *kinds: type[Exception]) -> Iterator[None]:
+        """All: raises in every process what any raised inside, by the lowest rank.
+
+        A process that raised one itself raises that. kinds: those that stay what they are where
+        somebody else raised them, made of their text alone; others become PeerFailed.
+        """
+        if self.size == 1:
+            yield
+            return
+        own: Exception | None = None
+        try:
+            yield
+        except Exception as error:  # re-raised below, when the others know
+            own = error
+        names = [] if own is None else [kind.__name__ for kind in type(own).__mro__]
+        told = self.gather([names, str(own)])
+        if own is not None:
+            raise own
+        for rank, (names, text) in enumerate(told):
+            if names:
+                kind = next((k for k in kinds if k.__name__ in names), None)
+                raise kind(text) if kind else PeerFailed(f"process {rank}: {names[0]}: {text}")
+
+    def total(self, tree: TreeSum, like: Sequence[Tensor]) -> list[Tensor]:
+        """All: the sum of all processes' leaves, in the order of the tree; zeros without any.
+
+        like: tensors of the shapes, all of one dtype and device. Each process adds up one part of
+        the elements, so twice their bytes are sent, whatever the number of processes.
+        """
+        if self.size == 1:
+            return list(tree.total() or map(torch.zeros_like, like))
+        keys = [[(level, k) for level, k in of] for of in self.gather([n for n, _ in tree.nodes])]
+        most = max(map(len, keys))
+        if not most:
+            return list(map(torch.zeros_like, like))
+        count = sum(t.numel() for t in like)
+        share = -(-count // self.size)
+        sent = like[0].new_zeros(self.size, most, share)
+        for j, (_, tensors) in enumerate(tree.nodes):
+            flat = like[0].new_zeros(self.size * share)
+            torch.cat([t.reshape(-1) for t in tensors], out=flat[:count])
+            sent[:, j] = flat.view(self.size, share)
+        found = torch.empty_like(sent)
+        dist.all_to_all_single(found, sent)
+        nodes = {key: [found[r, j]] for r, own in enumerate(keys) for j, key in enumerate(own)}
+        (part,) = merged(nodes.items()) or [sent]
+        whole = like[0].new_empty(self.size * share)
+        _all_gather(whole, part.contiguous())
+        pieces = whole[:count].split([t.numel() for t in like])
+        return [p.view(t.shape).clone() for p, t in zip(pieces, like, strict=True)]
+
+
+def launched() -> int:
+    """How many processes torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def joined(timeout_s: float, cuda: bool) -> Iterator[World]:
+    """Inside, the processes that torchrun started know each other; without it there is one.
+
+    timeout_s: after which a process that hears nothing of the others raises. cuda: whether they
+    compute on GPUs, each on that of its local rank.
+    """
+    if launched() == 1:
+        yield World()
+        return
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    try:
+        yield World(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()

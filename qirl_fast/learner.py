@@ -11,7 +11,7 @@ from torch import Tensor
 from qirl_fast.algorithms import Policy, StepLoss, make_algorithm
 from qirl_fast.batch import StepFailed
 from qirl_fast.config import Config
-from qirl_fast.distributed import TreeSum
+from qirl_fast.distributed import TreeSum, World
 from qirl_fast.models import Model
 from qirl_fast.models.ema import Ema
 from qirl_fast.rollout.sample import Sampling, Trajectory
@@ -29,8 +29,9 @@ class Learner:
         model: Model,
         workers: Workers,
         sampling: Sampling,
+        world: World,
     ):
-        self.train, self.model, self.workers = cfg.train, model, workers
+        self.train, self.model, self.workers, self.world = cfg.train, model, workers, world
         lora, train = cfg.model.lora, cfg.train
         model.recompute_blocks = train.recompute_blocks
         self.trainable = model.trainable(
@@ -53,19 +54,28 @@ class Learner:
     ) -> dict[str, float]:
         """One optimizer step per minibatch of chunks; returns the metrics of the update.
 
-        advantage: float32, one value a row of all chunks, in their order; None where the algorithm
-        has no use for it. tasks: what each row is, see `Prompt.task`.
+        trajectories: this process's chunks, as many of each minibatch. advantage: float32, one
+        value a row of all chunks of all processes, in their order; None where the algorithm has no
+        use for it. tasks: what each of these rows is, see `Prompt.task`.
         `pre_update_*` are measured before the first optimizer step, where rollout and replay must
         agree: a ratio is 1 there, bit for bit where `replay_steps` is 1, else to rounding.
         `skipped_share`: of the rows, those whose replay was left out, see `_backward`.
         """
         count = self.train.updates_per_rollout
-        size = len(trajectories) // count
         sums: dict[str, float] = {}
-        prepared = self.algorithm.prepare(trajectories, tasks)
+        with self.world.agreed(StepFailed):
+            prepared = self.algorithm.prepare(trajectories, tasks)
+        told = self.world.gather([[c.rows.start, c.rows.stop] for c in trajectories])
+        rows = sorted((range(*pair) for own in told for pair in own), key=lambda r: r.start)
+        own, whole = len(trajectories) // count, len(rows) // count
         for k in range(count):
-            part = slice(k * size, (k + 1) * size)
-            found = self._backward(trajectories[part], advantage, prepared[part])
+            part = slice(k * own, (k + 1) * own)
+            found = self._backward(
+                trajectories[part],
+                prepared[part],
+                advantage,
+                rows[k * whole : (k + 1) * whole],
+            )
             norm = self._optimizer_step()
             if k == 0 and "ratio_error" in found:
                 for name in ("clip_fraction", "ratio_error"):
@@ -84,59 +94,74 @@ class Learner:
         return {name: value / count for name, value in sums.items()} | {"lr": rate}
 
     def _backward(
-        self, chunks: Sequence[Trajectory], advantage: Tensor | None, prepared: Sequence[Any]
+        self,
+        chunks: Sequence[Trajectory],
+        prepared: Sequence[Any],
+        advantage: Tensor | None,
+        rows: Sequence[range],
     ) -> dict[str, float]:
-        """Leave the gradient of the loss over all chunks in `.grad`; returns its metrics.
+        """Leave the gradient of the loss over a minibatch in `.grad`; returns its metrics.
 
+        chunks, prepared: this process's part of it; rows: of all chunks of the minibatch.
         Gradients are summed over a tree of the chunks, whoever computed them first. An idle chunk
         (of groups that are all flat, see `Algorithm.idle`) adds zeros to the sums and is left out
         where `skip_flat` is on; loss and gradient are divided by its rows all the same. The
         algorithm's metrics are means over the other chunks, whether it is left out or not, and
         absent without one.
         """
-        rows = sum(len(chunk.rows) for chunk in chunks)
+        count = sum(map(len, rows))
         parameters = list(self.trainable.values())
-        parts = [
-            None if advantage is None else advantage[c.rows.start : c.rows.stop].float()
-            for c in chunks
-        ]
+        parts = [None if advantage is None else advantage[r.start : r.stop].float() for r in rows]
         idle = [part is not None and self.algorithm.idle(part) for part in parts]
-        judged = sum(len(c.rows) for c, is_idle in zip(chunks, idle, strict=True) if not is_idle)
-        left = [k for k in range(len(chunks)) if not (idle[k] and self.train.skip_flat)]
+        judged = sum(len(r) for r, is_idle in zip(rows, idle, strict=True) if not is_idle)
+        place = {r.start: leaf for leaf, r in enumerate(rows)}
+        leaves = [place[chunk.rows.start] for chunk in chunks]
+        skip = self.train.skip_flat
+        left = [(k, leaf) for k, leaf in enumerate(leaves) if not (idle[leaf] and skip)]
 
-        def gradient(k: int) -> tuple[tuple[Tensor, ...], Tensor, list[StepLoss]]:
-            chunk, part = chunks[k], parts[k]
+        def gradient(item: tuple[int, int]) -> tuple[tuple[Tensor, ...], Tensor, list[StepLoss]]:
+            k, leaf = item
+            part = parts[leaf]
             part = None if part is None else part.to(self.model.device)
             with torch.enable_grad():
-                steps = list(self.algorithm.loss(chunk, part, prepared[k]))
-                share = len(chunk.rows) / (rows * len(steps))
-                loss = torch.stack([step.loss for step in steps]).sum() * share
+                steps = list(self.algorithm.loss(chunks[k], part, prepared[k]))
+                loss = torch.stack([step.loss for step in steps]).sum()
+                loss = loss * (len(rows[leaf]) / (count * len(steps)))
             if not torch.isfinite(loss):
-                raise StepFailed(f"the loss of rows {chunk.rows} is {loss.item()}")
+                raise StepFailed(f"the loss of rows {rows[leaf]} is {loss.item()}")
             # Weights that no output depends on, such as the text's in a last block, get zeros.
             found = torch.autograd.grad(loss, parameters, materialize_grads=True)
             return found, loss.detach(), steps
 
-        totals = {"loss": 0.0}
         summed = TreeSum()
-        for k, (gradients, loss, steps) in zip(left, self.workers.map(gradient, left), strict=True):
-            summed.add(k, gradients)
-            totals["loss"] += loss.item()
-            if idle[k]:
-                continue
-            share = len(chunks[k].rows) / (judged * len(steps))
-            for step in steps:
-                if step.ratio is not None:
-                    error = (step.ratio - 1).abs().max().item()
-                    totals["ratio_error"] = max(totals.get("ratio_error", 0.0), error)
-                for name, value in step.metrics.items():
-                    totals[name] = totals.get(name, 0.0) + value.item() * share
+        seen: list[tuple[int, dict[str, float], dict[str, float]]] = []
+        with self.world.agreed(StepFailed):
+            for (_, leaf), (gradients, loss, steps) in zip(
+                left, self.workers.map(gradient, left), strict=True
+            ):
+                summed.add(leaf, gradients)
+                own = {"loss": loss.item()}
+                errors = [(s.ratio - 1).abs().max().item() for s in steps if s.ratio is not None]
+                if errors and not idle[leaf]:
+                    own["ratio_error"] = max(errors)
+                means: dict[str, float] = {}
+                for step in steps if not idle[leaf] else ():
+                    for name, value in step.metrics.items():
+                        share = len(rows[leaf]) / (judged * len(steps))
+                        means[name] = means.get(name, 0.0) + value.item() * share
+                seen.append((leaf, own, means))
         # Where all chunks were left out the optimizer steps on zeros all the same.
-        total = summed.total() or [torch.zeros_like(p) for p in parameters]
-        for p, g in zip(parameters, total, strict=True):
+        for p, g in zip(parameters, self.world.total(summed, parameters), strict=True):
             p.grad = g
-        skipped = rows - sum(len(chunks[k].rows) for k in left)
-        return totals | {"skipped_share": skipped / rows}
+        totals = {"loss": 0.0}
+        for _, own, means in sorted(each for found in self.world.gather(seen) for each in found):
+            totals["loss"] += own["loss"]
+            if "ratio_error" in own:
+                totals["ratio_error"] = max(totals.get("ratio_error", 0.0), own["ratio_error"])
+            for name, value in means.items():
+                totals[name] = totals.get(name, 0.0) + value
+        skipped = sum(len(r) for r, is_idle in zip(rows, idle, strict=True) if is_idle and skip)
+        return totals | {"skipped_share": skipped / count}
 
     def _optimizer_step(self) -> float:
         parameters = list(self.trainable.values())

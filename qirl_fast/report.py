@@ -25,39 +25,53 @@ PACKAGES = ("qirl_fast", "torch", "diffusers", "transformers", "peft", "numpy")
 
 
 def before_evaluation(trainer: Trainer, run_dir: Path) -> Evaluation:
-    """The untrained policy on the held-out prompts; kept in the run folder for resuming."""
-    path = run_dir / "samples" / "before.npz"
+    """The untrained policy on the held-out prompts; kept in the run folder for resuming.
+
+    Process 0 reads and writes it; what the others get is for nobody.
+    """
+    path, world = run_dir / "samples" / "before.npz", trainer.world
     ids = np.array([p.id for p in trainer.heldout])
-    if path.exists():
-        with np.load(path, allow_pickle=False) as saved:
-            if not np.array_equal(saved["prompts"], ids):
-                raise ConfigError(
-                    [
-                        f"data.heldout: {trainer.cfg.data.heldout} has changed since {run_dir} was "
-                        "begun, and before and after are compared on the same prompts; put the "
-                        "file back, or start anew under run=NAME"
-                    ]
-                )
-            scores = {n.removeprefix("score_"): saved[n] for n in saved if n.startswith("score_")}
-            # One array, in runs begun before images could differ in size.
-            own = saved.get("images", ())
-            images = list(own) or [saved[f"image_{i}"] for i in range(len(ids))]
-            return Evaluation(scores, images)
+    with world.agreed():
+        kept = _kept(trainer, path, ids, run_dir) if world.rank == 0 else None
+    if world.gather(kept is not None)[0]:
+        return kept or Evaluation({}, [])
     with trainer.model.reference():
         before = trainer.evaluate_weights()
-    path.parent.mkdir(exist_ok=True)
-    beside = path.with_name(".before.npz")
-    arrays: dict[str, Any] = {f"score_{name}": values for name, values in before.scores.items()}
-    arrays |= {f"image_{i}": image for i, image in enumerate(before.images)}
-    np.savez(beside, prompts=ids, **arrays)
-    beside.replace(path)
+    if world.rank == 0:
+        path.parent.mkdir(exist_ok=True)
+        beside = path.with_name(".before.npz")
+        arrays: dict[str, Any] = {f"score_{name}": values for name, values in before.scores.items()}
+        arrays |= {f"image_{i}": image for i, image in enumerate(before.images)}
+        np.savez(beside, prompts=ids, **arrays)
+        beside.replace(path)
     return before
+
+
+def _kept(trainer: Trainer, path: Path, ids: np.ndarray, run_dir: Path) -> Evaluation | None:
+    """The evaluation in this file, of prompts of these ids; None without a file."""
+    if not path.exists():
+        return None
+    with np.load(path, allow_pickle=False) as saved:
+        if not np.array_equal(saved["prompts"], ids):
+            raise ConfigError(
+                [
+                    f"data.heldout: {trainer.cfg.data.heldout} has changed since {run_dir} was "
+                    "begun, and before and after are compared on the same prompts; put the "
+                    "file back, or start anew under run=NAME"
+                ]
+            )
+        scores = {n.removeprefix("score_"): saved[n] for n in saved if n.startswith("score_")}
+        # One array, in runs begun before images could differ in size.
+        own = saved.get("images", ())
+        images = list(own) or [saved[f"image_{i}"] for i in range(len(ids))]
+        return Evaluation(scores, images)
 
 
 def draw_samples(trainer: Trainer, run_dir: Path, update: int) -> None:
     """samples/step-N.png: before and now, the same prompts and seeds all through the run."""
     before, now = before_evaluation(trainer, run_dir), trainer.evaluate(GRID)
-    _grid(trainer, before, now, run_dir / "samples" / f"step-{update}.png", list(range(GRID)))
+    if trainer.world.rank == 0:
+        _grid(trainer, before, now, run_dir / "samples" / f"step-{update}.png", list(range(GRID)))
 
 
 def write_report(

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from qirl_fast.batch import Batch, StepFailed
 from qirl_fast.conditioning import Given
 from qirl_fast.config import Config
 from qirl_fast.data.prompts import Prompt
+from qirl_fast.distributed import World
 from qirl_fast.models import Model
 from qirl_fast.models.adapter import NotFinite, require_finite
 from qirl_fast.rewards.composite import shaped, weights_for, without_missing
@@ -119,11 +121,20 @@ def spread_metrics(cfg: Config, batch: Batch) -> dict[str, float]:
     return metrics
 
 
+def _spread(values: Sequence[Any], places: Sequence[int], count: int) -> list[Any]:
+    """A list of `count` with the values at their places, None elsewhere."""
+    found: list[Any] = [None] * count
+    for place, value in zip(places, values, strict=False):
+        found[place] = value
+    return found
+
+
 @dataclass
 class Rollouts:
     """Makes an update's batch. how: of the rollout, but for the size; on: inside it the rollout's
-    fp8 is on, if any; give: what model and judges are given of prompts. `waits`: when, in the last
-    batch, nothing was left to do but wait for judges.
+    fp8 is on, if any; give: what model and judges are given of prompts; world: who shares the
+    chunks of a minibatch. `waits`: when, in the last batch, nothing was left to do but wait for
+    judges.
     """
 
     cfg: Config
@@ -135,6 +146,7 @@ class Rollouts:
     scheduler: Mapping[str, Any]
     on: Callable[[], AbstractContextManager[None]]
     give: Callable[[Sequence[Prompt]], Given]
+    world: World
     waits: list[Span] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -159,7 +171,7 @@ class Rollouts:
             found = self._draw(prompts, update, record=False)
         value = advantages(self.cfg, found, clamp=math.inf).advantage  # clamped ones tie
         kept = best_and_worst(value, len(prompts), fp8.keep)
-        explored, scores, valid = len(found.images), found.scores[kept], found.valid[kept]
+        explored, scores, valid = len(found.scores), found.scores[kept], found.valid[kept]
         means = mean_scores(self.cfg, found).items()
         spreads = spread_metrics(self.cfg, found).items()
         del found  # its images
@@ -179,10 +191,16 @@ class Rollouts:
                 steps = replay(self.model, chunk, self.how)
                 return replace(chunk, logp=tuple(step.logp for step in steps))
 
-        chunks = list(self.workers.map(again, batch.trajectories))
-        pairs = zip(chunks, batch.trajectories, strict=True)
-        gaps = [(torch.stack(new.logp) - torch.stack(old.logp)).abs() for new, old in pairs]
-        gap = torch.cat([g.flatten() for g in gaps]).double().mean().item()
+        with self.world.agreed(StepFailed):
+            chunks = list(self.workers.map(again, batch.trajectories))
+            pairs = zip(chunks, batch.trajectories, strict=True)
+            gaps = [(torch.stack(new.logp) - torch.stack(old.logp)).abs() for new, old in pairs]
+            own = [
+                (c.rows.start, gap.double().sum().item(), gap.numel())
+                for c, gap in zip(chunks, gaps, strict=True)
+            ]
+        told = sorted(tuple(each) for found in self.world.gather(own) for each in found)
+        gap = sum(total for _, total, _ in told) / sum(count for *_, count in told)
         return replace(batch, trajectories=chunks, metrics={"fp8/logp_gap": gap})
 
     def _draw(
@@ -197,16 +215,15 @@ class Rollouts:
         samples: numbers of those to draw, as many of each prompt; None: all. record: keep what
         replay needs.
         """
-        r = self.cfg.rollout
-        try:
-            given = self.give(prompts)
-        except (ValueError, OSError) as error:
-            raise StepFailed(str(error)) from error
-        how = replace(self.how, height=given.height, width=given.width)
-        total = len(prompts) * r.group_size
+        r, total = self.cfg.rollout, len(prompts) * self.cfg.rollout.group_size
+        how = self.how if record else replace(self.how, max_rows=r.max_rows)
         owner = [k // r.group_size for k in (range(total) if samples is None else samples)]
         rows = [prompts[p] for p in owner]
+        parts = self.cfg.train.updates_per_rollout if record else 1
+        own = self.world.own(-(-len(owner) // how.max_rows), parts)
+        used = sorted({p for k in own for p in owner[k * how.max_rows : (k + 1) * how.max_rows]})
         recorded = self.algorithm.record(r, self.cfg.seed, update)
+        chunks: list[Judged] = []
 
         def draw(chunk: Trajectory) -> tuple[Trajectory, np.ndarray | NotFinite]:
             if not record:
@@ -219,8 +236,6 @@ class Rollouts:
             except NotFinite as error:
                 return chunk, error
 
-        chunks: list[Judged] = []
-
         def failed(message: str, found: Sequence[Verdict] = ()) -> StepFailed:
             """The error, with what there is of the batch; found: on the first chunks."""
             scores = torch.full((len(rows), len(self.judges.names)), torch.nan)
@@ -230,19 +245,27 @@ class Rollouts:
                 status[part] = torch.as_tensor(known.status)
                 valid = torch.as_tensor(known.valid)
                 scores[part] = torch.where(valid, torch.as_tensor(known.scores), torch.nan)
-            size = (0, how.height, how.width, 3)
-            drawn = np.concatenate([np.empty(size, np.uint8), *(images for _, images, _ in chunks)])
             trajectories = [chunk for chunk, _, _ in chunks]
-            return StepFailed(message, Batch(prompts, trajectories, drawn, scores, status))
+            return StepFailed(message, Batch(prompts, trajectories, drawn(), scores, status))
 
-        with self.algorithm.sampling():
+        def drawn() -> np.ndarray:
+            size = (0, how.height, how.width, 3) if self.judges.names else (0, 0, 0, 3)
+            return np.concatenate([np.empty(size, np.uint8), *(images for _, images, _ in chunks)])
+
+        with self.world.agreed(StepFailed), self.algorithm.sampling():
+            try:
+                given = self.give([prompts[p] for p in used or [0]])
+            except (ValueError, OSError) as error:
+                raise StepFailed(str(error)) from error
+            how = replace(how, height=given.height, width=given.width)
+            several = isinstance(given.null, list)
             for chunk, images in sample_then(
                 draw,
                 self.workers,
                 self.model,
-                given.embeddings,
-                given.null,
-                how if record else replace(how, max_rows=r.max_rows),
+                _spread(given.embeddings, used, len(prompts)),
+                _spread(given.null, used, len(prompts)) if several else given.null,
+                how,
                 self.scheduler,
                 group_size=r.group_size,
                 seed=self.cfg.seed,
@@ -250,23 +273,26 @@ class Rollouts:
                 recorded=recorded,
                 shared_noise=r.shared_noise,
                 samples=samples,
+                chunks=own,
             ):
                 if isinstance(images, NotFinite):
                     row = chunk.rows.start + images.row
                     raise failed(f"rollout: row {row} ({rows[row].prompt!r}): {images}")
                 # Judges see the chunks in order, whichever was drawn first: one may draw numbers.
                 part = owner[chunk.rows.start : chunk.rows.stop]
-                chunks.append(
-                    (chunk, images, self.judges.submit(images, [given.rows[p] for p in part]))
-                )
-        scores, status = self._scores(rows, chunks, failed)
-        drawn = np.concatenate([images for _, images, _ in chunks])
-        return Batch(prompts, [chunk for chunk, _, _ in chunks], drawn, scores, status)
+                metadata = [given.rows[used.index(p)] for p in part]
+                chunks.append((chunk, images, self.judges.submit(images, metadata)))
+            found = self._verdicts(rows, chunks, failed)
+        whole = self._whole(chunks, found)
+        for problem in self._over_budget(whole, len(rows)):
+            raise failed(problem, found)
+        scores, status = torch.as_tensor(whole.scores), torch.as_tensor(whole.status)
+        return Batch(prompts, [chunk for chunk, _, _ in chunks], drawn(), scores, status)
 
-    def _scores(
+    def _verdicts(
         self, rows: list[Prompt], chunks: list[Judged], failed: Callable[..., StepFailed]
-    ) -> tuple[Tensor, Tensor]:
-        """Scores and status [B, K] of all chunks.
+    ) -> list[Verdict]:
+        """What the judges say of this process's chunks.
 
         A reward that is none, and a judge that fails on more rows than it may, stop the step.
         """
@@ -284,8 +310,13 @@ class Rollouts:
             for problem in self._over_budget(Verdict.of(found), len(rows)):
                 raise failed(problem, found)
         self.waits.append((begin, time.perf_counter()))
-        whole = Verdict.of(found)
-        return torch.as_tensor(whole.scores), torch.as_tensor(whole.status)
+        return found
+
+    def _whole(self, chunks: list[Judged], found: list[Verdict]) -> Verdict:
+        """The verdict on all rows, of the verdicts on every process's chunks."""
+        own = [[c.rows.start, v.as_json()] for (c, _, _), v in zip(chunks, found, strict=True)]
+        told = sorted((each for part in self.world.gather(own) for each in part), key=itemgetter(0))
+        return Verdict.of([Verdict.from_json(v, len(self.judges.names)) for _, v in told])
 
     def _over_budget(self, found: Verdict, rows: int) -> Iterator[str]:
         """For each judge that has failed on more of all `rows` than it may, what to say."""

@@ -1,18 +1,21 @@
 """`python -m qirl_fast.train [recipe.yaml] [key=value ...] [--dry-run]`: GRPO on a model folder.
 
-Without a recipe it trains the packaged tiny model on the CPU. The loop is `loop`; the verbs it
-calls are methods of `Trainer`. A step's metrics are written before its checkpoint, so a run killed
-at any moment resumes (`resume=auto`) with the same metrics and weights, bit for bit.
+Without a recipe it trains the packaged tiny model on the CPU. Under torchrun the processes share
+the samples of each update, and the numbers do not depend on how many they are. The loop is `loop`;
+the verbs it calls are methods of `Trainer`. A step's metrics are written before its checkpoint, so
+a run killed at any moment resumes (`resume=auto`) with the same metrics and weights, bit for bit.
 """
 
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
+import torch
 from diffusers.utils import logging as diffusers_logging
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
@@ -28,6 +31,7 @@ from qirl_fast.checkpoint import (
 )
 from qirl_fast.config import Config, ConfigError, describe, load_config, refuse_changes, settings
 from qirl_fast.data.prompts import PromptError
+from qirl_fast.distributed import PeerFailed, World, joined
 from qirl_fast.memory import describe_plan, fp8_plan, plan
 from qirl_fast.models.fp8 import describe as describe_layers
 from qirl_fast.models.fp8.te import Unavailable
@@ -57,24 +61,28 @@ def log_file(run_dir: Path) -> Iterator[None]:
 
 
 def train(cfg: Config) -> Path:
-    """Train by the recipe and return the run's folder."""
-    fresh = not any(Path(cfg.output, str(cfg.run)).glob("*"))
-    run_dir = prepare_run_dir(cfg)
-    with log_file(run_dir):
-        trainer, step = prepared(cfg, run_dir, fresh)
-        try:
-            return loop(trainer, step, cfg, run_dir)
-        finally:
-            trainer.close()
+    """Train by the recipe, in all processes that torchrun started, and return the run's folder."""
+    cuda = cfg.device != "cpu" and torch.cuda.is_available()
+    with joined(cfg.processes.timeout_s, cuda) as world:
+        fresh = not any(Path(cfg.output, str(cfg.run)).glob("*"))
+        with world.agreed():
+            run_dir = prepare_run_dir(cfg) if world.rank == 0 else Path(cfg.output, str(cfg.run))
+        with log_file(run_dir) if world.rank == 0 else nullcontext():
+            trainer, step = prepared(cfg, run_dir, fresh, world)
+            try:
+                return loop(trainer, step, cfg, run_dir)
+            finally:
+                trainer.close()
 
 
-def prepared(cfg: Config, run_dir: Path, fresh: bool) -> tuple[Trainer, int]:
+def prepared(cfg: Config, run_dir: Path, fresh: bool, world: World) -> tuple[Trainer, int]:
     """The trainer, at the step it goes on from; a fresh folder is taken away again on failure."""
     try:
-        trainer = Trainer(cfg)
+        with world.agreed():
+            trainer = Trainer(cfg, world)
         return trainer, resume(trainer, run_dir, cfg)
     except BaseException as error:
-        if fresh:
+        if fresh and world.rank == 0:
             shutil.rmtree(run_dir)  # nothing was computed: the mended command finds its place free
         # Refused by model, prompts, checkpoint, disk; or a library that was asked for is missing.
         if isinstance(error, ValueError | OSError | Unavailable):
@@ -84,8 +92,10 @@ def prepared(cfg: Config, run_dir: Path, fresh: bool) -> tuple[Trainer, int]:
 
 def loop(trainer: Trainer, step: int, cfg: Config, run_dir: Path) -> Path:
     """The loop of `train`."""
-    with Tracker(run_dir, cfg, step=step) as tracker:
-        tracker.say(f"{run_dir}: from step {step} to {cfg.train.steps}")
+    world = trainer.world
+    with Tracker(run_dir, cfg, step=step, rank=world.rank) as tracker:
+        several = f", {world.size} processes" if world.size > 1 else ""
+        tracker.say(f"{run_dir}: from step {step} to {cfg.train.steps}{several}")
         for text in trainer.judges.warnings():
             tracker.say(f"warning: {text}")
         before = before_evaluation(trainer, run_dir)
@@ -101,28 +111,30 @@ def loop(trainer: Trainer, step: int, cfg: Config, run_dir: Path) -> Path:
                     advantage = trainer.advantages(batch)
                     metrics = trainer.update(batch, advantage)
             except StepFailed as error:
-                latest = find_latest(run_dir)
+                latest = find_latest(run_dir) if world.rank == 0 else None
                 unsaved = update > 1 and (latest is None or latest.step < update - 1)
                 if trainer.go_back(position) and unsaved:
                     save(trainer, run_dir, update - 1, cfg)
-                raise stopped(error, batch or error.batch, run_dir, update) from error
+                raise stopped(error, batch or error.batch, run_dir, update, world) from error
             metrics |= trainer.reward_metrics(batch, advantage)
+            images = len(batch.scores) + batch.explored
             try:
                 metrics |= heldout_means(trainer, tracker, update, cfg)
-                tracker.log(update, metrics, images=len(batch.images) + batch.explored)
+                tracker.log(update, metrics, images=images)
                 samples_every = cfg.tracking.samples_every
                 if samples_every and due(update, samples_every, cfg.train.steps):
                     draw_samples(trainer, run_dir, update)
             except EvaluationFailed:  # the update itself stands
                 if tracker.step < update:
-                    tracker.log(update, metrics, images=len(batch.images) + batch.explored)
+                    tracker.log(update, metrics, images=images)
                 save(trainer, run_dir, update, cfg)
                 raise
             if due(update, cfg.tracking.checkpoint_every, cfg.train.steps):
                 save(trainer, run_dir, update, cfg)
         tracker.say("evaluating the trained policy on the held-out prompts")
         after = trainer.evaluate()
-    write_report(trainer, tracker, run_dir, before, after)
+    if world.rank == 0:
+        write_report(trainer, tracker, run_dir, before, after)
     return run_dir
 
 
@@ -144,37 +156,54 @@ def due(update: int, every: int, last: int) -> bool:
 
 
 def save(trainer: Trainer, run_dir: Path, update: int, cfg: Config) -> None:
-    """Write checkpoint-`update`, exports included."""
-    tensors, tree = pack(trainer.state())
-    state = {"tree": tree, "config": settings(cfg)}
-    save_checkpoint(run_dir, update, tensors, state, trainer.lora(), cfg.tracking.keep_checkpoints)
+    """Write checkpoint-`update`, exports included.
+
+    StepFailed where processes no longer hold the same weights, which they must to the bit.
+    """
+    trainer.require_same_weights()
+    if trainer.world.rank == 0:
+        tensors, tree = pack(trainer.state())
+        state = {"tree": tree, "config": settings(cfg)}
+        kept = cfg.tracking.keep_checkpoints
+        save_checkpoint(run_dir, update, tensors, state, trainer.lora(), kept)
 
 
 def resume(trainer: Trainer, run_dir: Path, cfg: Config) -> int:
     """Load what `resume` asks for and return its step; 0 where there is nothing to resume."""
     if cfg.resume == "never":
         return 0
-    found = find_latest(run_dir) if cfg.resume == "auto" else load_checkpoint(Path(cfg.resume))
-    if found is None:
+    world, found = trainer.world, None
+    with world.agreed():
+        if world.rank == 0:  # it may move `latest`
+            auto = cfg.resume == "auto"
+            found = find_latest(run_dir) if auto else load_checkpoint(Path(cfg.resume))
+    path = world.gather(None if found is None else str(found.path))[0]
+    if path is None:
         return 0
-    saved = found.state["config"]
-    if isinstance(saved, str):
-        raise ConfigError(
-            [
-                f"resume: {found.path} was written by an earlier version, which kept a hash of its "
-                "settings alone; resume it with that version, or start anew under run=NAME"
-            ]
-        )
-    refuse_changes(saved, cfg, f"resume: {found.path}")
-    trainer.load_state(unpack(found.tensors, found.state["tree"]))
-    return found.step
+    with world.agreed():
+        found = found or load_checkpoint(path)
+        saved = found.state["config"]
+        if isinstance(saved, str):
+            raise ConfigError(
+                [
+                    f"resume: {found.path} was written by an earlier version, which kept a hash of "
+                    "its settings alone; resume it with that version, or start anew under run=NAME"
+                ]
+            )
+        refuse_changes(saved, cfg, f"resume: {found.path}")
+        trainer.load_state(unpack(found.tensors, found.state["tree"]))
+        return found.step
 
 
-def stopped(error: StepFailed, batch: Batch | None, run_dir: Path, update: int) -> StepFailed:
-    """Save the batch, if there is one, and make the error that ends the run; the update was not
+def stopped(
+    error: StepFailed, batch: Batch | None, run_dir: Path, update: int, world: World
+) -> StepFailed:
+    """Save what there is of the batch, and make the error that ends the run; the update was not
     applied.
     """
-    where = batch and save_batch(batch, run_dir / "failed" / f"step-{update}")
+    folder = run_dir / "failed" / f"step-{update}" / (f"process-{world.rank}" * (world.size > 1))
+    found = world.gather(None if batch is None else str(save_batch(batch, folder)))
+    where = ", ".join(path for path in found if path is not None)
     kept = f"The batch is in {where}; after" if where else "After"
     return StepFailed(
         f"step {update} is stopped, its update not applied: {error}. {kept} mending the cause run "
@@ -194,6 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     for handler in logging.getLogger().handlers:
         handler.setLevel(logging.WARNING)  # the rest is for the run's log.txt
     console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.quiet = int(os.environ.get("RANK", "0")) > 0  # all stop for the same reason
     try:
         cfg = load_config([arg for arg in args if arg != "--dry-run"])
         if "--dry-run" in args:
@@ -207,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, PromptError, CheckpointError, FileNotFoundError) as error:
         console.print(f"error: {error}", style="red", markup=False)
         return 2
-    except StepFailed as error:
+    except (StepFailed, PeerFailed) as error:
         console.print(f"stopped: {error}", style="red", markup=False)
         return 1
     except EvaluationFailed as error:

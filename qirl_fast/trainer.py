@@ -1,5 +1,6 @@
 """What a run holds, and the steps the training loop is made of."""
 
+import hashlib
 import logging
 import random
 from contextlib import AbstractContextManager, nullcontext
@@ -11,14 +12,15 @@ import torch
 from torch import Tensor
 
 from qirl_fast import ops
-from qirl_fast.batch import Batch
+from qirl_fast.batch import Batch, StepFailed
 from qirl_fast.checkpoint import lora_state, rng_state, set_rng_state
 from qirl_fast.conditioning import Conditioning
 from qirl_fast.config import Config, derived
 from qirl_fast.data.prompts import Prompt, load_prompts
 from qirl_fast.data.sampler import PromptSampler
 from qirl_fast.data.sources import ImageError
-from qirl_fast.evaluation.heldout import Evaluation, evaluate
+from qirl_fast.distributed import World
+from qirl_fast.evaluation.heldout import Evaluation, draw_and_score
 from qirl_fast.learner import Learner
 from qirl_fast.models import load_model
 from qirl_fast.models.adapter import NotFinite
@@ -53,10 +55,15 @@ def seed_everything(seed: int) -> None:
 
 
 class Trainer:
-    """Model, prompts, judges, learner; every method is one verb of the loop in train.py."""
+    """Model, prompts, judges, learner; every method is one verb of the loop in train.py.
 
-    def __init__(self, cfg: Config):
-        self.cfg = cfg
+    world: the processes of the run, each with a Trainer of its own, all of whose verbs they call
+    together.
+    """
+
+    def __init__(self, cfg: Config, world: World | None = None):
+        self.cfg, self.world = cfg, world or World()
+        self._check_processes()
         seed_everything(cfg.seed)
         best = "cuda" if torch.cuda.is_available() else "cpu"
         device = best if cfg.device == "auto" else cfg.device
@@ -78,10 +85,17 @@ class Trainer:
         self.scheduler = dict(self.model.pipeline.scheduler.config)
         names = [*cfg.rewards, *cfg.watch]
         self.judges = Judges(names, cfg.judges, device, cfg.failures.reask)
+        stateful = ", ".join(self.judges.state_dict())
+        if stateful and self.world.size > 1:
+            raise ValueError(
+                f"judges {stateful}: keep a state of all they have seen, and each of "
+                f"{self.world.size} processes shows them a part; serve them from one place "
+                "(qirl_fast.reward_server), or start one process"
+            )
         files = {"train": packaged(cfg.data.train), "heldout": packaged(cfg.data.heldout)}
         roots = {"train": cfg.data.images, "heldout": cfg.data.heldout_images}
         prompts = {name: load_prompts(file, roots[name]) for name, file in files.items()}
-        self.conditioning = Conditioning(cfg, self.model, folder)
+        self.conditioning = Conditioning(cfg, self.model, folder, self.world)
         left_out = preflight(
             cfg, self.model, self.judges, self.scheduler, self.conditioning, prompts, files
         )
@@ -90,7 +104,7 @@ class Trainer:
         self.heldout = usable[: cfg.evaluation.prompts]
         self.rollout_sampling = self._sampling(cfg.rollout.steps, cfg.rollout.guidance)
         self.evaluation_sampling = self._sampling(cfg.evaluation.steps, cfg.evaluation.guidance)
-        self.learner = Learner(cfg, self.model, self.workers, self.rollout_sampling)
+        self.learner = Learner(cfg, self.model, self.workers, self.rollout_sampling, self.world)
         self.algorithm = self.learner.algorithm
         self.rollouts = Rollouts(
             cfg,
@@ -102,7 +116,19 @@ class Trainer:
             self.scheduler,
             self.in_fp8,
             self.conditioning.of,
+            self.world,
         )
+
+    def _check_processes(self) -> None:
+        """ValueError where a process would have nothing to do."""
+        size = derived(self.cfg)
+        chunks = size.minibatch_samples // size.chunk_rows
+        if self.world.size > chunks:
+            raise ValueError(
+                f"processes: got {self.world.size}, and a minibatch of {size.minibatch_samples} "
+                f"samples is drawn in {chunks} chunks of {size.chunk_rows}; start at most "
+                f"{chunks}, or lower rollout.max_rows"
+            )
 
     def _sampler(self, prompts: list[Prompt], refused: set[int]) -> PromptSampler:
         """Over all rows, of which those `refused` are never drawn: on resuming others may be."""
@@ -200,44 +226,42 @@ class Trainer:
         generators, judges = rng_state(), self.judges.state_dict()
         sizes = [self.conditioning.target(p) for p in prompts]
         parts = [[i for i, s in enumerate(sizes) if s == size] for size in dict.fromkeys(sizes)]
-        try:
-            found = [self._evaluate_part([prompts[i] for i in part]) for part in parts]
-        except (NotFinite, ImageError) as error:
-            raise EvaluationFailed(f"held-out images: {error}") from error
+        found = [self._evaluate_part([prompts[i] for i in part]) for part in parts]
         set_rng_state(generators)
         self.judges.load_state_dict(judges)
         return Evaluation.of(found, parts)
 
     def _evaluate_part(self, prompts: list[Prompt]) -> Evaluation:
-        given = self.conditioning.of(prompts)
-        return evaluate(
-            self.model,
-            given.embeddings,
-            given.null,
-            given.rows,
-            replace(self.evaluation_sampling, height=given.height, width=given.width),
-            self.scheduler,
-            self._scores_by_name,
-            self.workers,
-            samples_per_prompt=self.cfg.evaluation.samples_per_prompt,
-            seed=self.cfg.evaluation.seed,
-        )
+        """Of prompts of one size. All processes draw and judge their chunks; each has the whole."""
+        samples, names = self.cfg.evaluation.samples_per_prompt, self.judges.names
+        with self.world.agreed(EvaluationFailed):
+            try:
+                given = self.conditioning.of(prompts)
+                images, pending = draw_and_score(
+                    self.model,
+                    given.embeddings,
+                    given.null,
+                    given.rows,
+                    replace(self.evaluation_sampling, height=given.height, width=given.width),
+                    self.scheduler,
+                    self.judges.submit,
+                    self.workers,
+                    samples_per_prompt=samples,
+                    seed=self.cfg.evaluation.seed,
+                    own=self.world.own,
+                )
+                own = [part.result().as_json() for part in pending]
+            except (NotFinite, ImageError, BadReward) as error:
+                raise EvaluationFailed(f"held-out images: {error}") from error
+        told = [v for found in self.world.gather(own) for v in found]
+        scores = self._scores_by_name(Verdict.of([Verdict.from_json(v, len(names)) for v in told]))
+        return Evaluation.of_samples(scores, self.world.concatenated(images), samples)
 
-    def _scores_by_name(
-        self, images: np.ndarray, metadata: list[dict[str, Any]]
-    ) -> dict[str, np.ndarray]:
+    def _scores_by_name(self, found: Verdict) -> dict[str, np.ndarray]:
         """Scores of each judge; NaN where there was nothing to judge, or it failed within its
         budget: the prompt is left out of the comparison.
         """
-        allowed, rows = self.cfg.failures, self.cfg.rollout.max_rows
-        starts = range(0, len(images), rows)
-        try:
-            parts = [
-                self.judges.submit(images[i : i + rows], metadata[i : i + rows]) for i in starts
-            ]
-            found = Verdict.of([part.result() for part in parts])
-        except BadReward as error:
-            raise EvaluationFailed(f"held-out images: {error}") from error
+        allowed = self.cfg.failures
         share = (found.status == FAILED).mean(0)
         failed = [n for n, s in zip(self.judges.names, share, strict=True) if s > allowed.budget]
         if failed:
@@ -249,6 +273,21 @@ class Trainer:
             )
         scores = np.where(found.valid, found.scores, np.float32("nan"))
         return {name: scores[:, i] for i, name in enumerate(self.judges.names)}
+
+    def require_same_weights(self) -> None:
+        """StepFailed where another process holds other weights than this one: a fault of memory, or
+        processors of several kinds, which round differently.
+        """
+        digest = hashlib.sha256()
+        for p in self.learner.trainable.values():
+            digest.update(p.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        found = self.world.gather(digest.hexdigest())
+        other = [rank for rank, own in enumerate(found) if own != found[0]]
+        if other:
+            raise StepFailed(
+                f"the weights of processes {other} are no longer those of process 0; run on "
+                "machines of one kind, and check their memory"
+            )
 
     def close(self) -> None:
         """Release what judges and the decoding thread hold."""

@@ -1,14 +1,20 @@
-"""Sums over processes: the same bits however the leaves are spread."""
+"""What processes tell each other, and sums with the same bits however the leaves are spread."""
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from qirl_fast.distributed import TreeSum, merged
+from qirl_fast.distributed import TreeSum, World, merged
 
 
 def leaves(count: int) -> list[list[Tensor]]:
@@ -59,3 +65,89 @@ def test_whoever_holds_whichever_leaves_the_bits_are_the_same(seed):
 
 def test_nothing_is_no_sum():
     assert TreeSum().total() is None
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("each", [1, 4, 5, 12])
+def test_shares_are_runs_of_each_part_that_differ_by_one_at_most(size, parts, each):
+    shares = [World(rank, size).own(parts * each, parts) for rank in range(size)]
+    assert sorted(k for share in shares for k in share) == list(range(parts * each))
+    for part in range(parts):
+        of_part = [[k for k in share if k // each == part] for share in shares]
+        assert [k for share in of_part for k in share] == list(
+            range(part * each, (part + 1) * each)
+        )
+        assert max(map(len, of_part)) - min(map(len, of_part)) <= 1
+
+
+TALK = """
+import json, sys
+import numpy as np, torch
+from qirl_fast.distributed import PeerFailed, TreeSum, joined
+
+with joined(60, cuda=False) as world:
+    found = {"rank": world.rank, "size": world.size}
+    found["gathered"] = world.gather({"own": world.rank, "number": 0.1 * world.rank, "no": None})
+    rows = np.full((world.rank, 2, 3), world.rank, np.uint8)
+    found["rows"] = world.concatenated(rows).tolist()
+    found["scores"] = world.concatenated(np.full(1, world.rank / 3, np.float32)).tolist()
+
+    leaves = int(sys.argv[1])
+    generator = torch.Generator().manual_seed(leaves)
+    drawn = [
+        [torch.randn(5, generator=generator) * 10.0**k, torch.randn(2, 3, generator=generator)]
+        for k in range(leaves)
+    ]
+    like, tree = drawn[0] if drawn else [torch.ones(5), torch.ones(2, 3)], TreeSum()
+    for k in world.own(leaves):
+        tree.add(k, [t.clone() for t in drawn[k]])
+    found["total"] = [t.tolist() for t in world.total(tree, like)]
+
+    found["raised"] = []
+    for failing, kinds in ((0, (OSError,)), (world.size - 1, ()), (None, ())):
+        try:
+            with world.agreed(*kinds):
+                if world.rank == failing:
+                    raise FileNotFoundError(f"nothing at {world.rank}")
+        except Exception as error:
+            found["raised"].append([type(error).__name__, str(error)])
+    print(json.dumps(found))
+"""
+
+
+def talk(size: int, leaves: int) -> list[dict]:
+    """What each of `size` processes of TALK printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", TALK, str(leaves)],
+            env=os.environ | own | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=Path(__file__).parents[1],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * size
+    return [json.loads(out) for out in outputs]
+
+
+@pytest.mark.parametrize(("size", "leaves"), [(2, 5), (3, 4), (2, 0)])
+def test_processes_hear_the_same_as_one_would_know(size, leaves):
+    (alone,), several = talk(1, leaves), talk(size, leaves)
+    for rank, found in enumerate(several):
+        assert (found["rank"], found["size"]) == (rank, size)
+        assert found["gathered"] == [{"own": r, "number": 0.1 * r, "no": None} for r in range(size)]
+        assert found["rows"] == [[[r] * 3] * 2 for r in range(size) for _ in range(r)]
+        assert torch.equal(torch.tensor(found["scores"]), torch.arange(size) / 3)
+        assert found["total"] == alone["total"]
+        own = ["FileNotFoundError", f"nothing at {rank}"]
+        first = own if rank == 0 else ["OSError", "nothing at 0"]
+        said = f"process {size - 1}: FileNotFoundError: nothing at {size - 1}"
+        assert found["raised"] == [first, own if rank == size - 1 else ["PeerFailed", said]]
+    assert alone["raised"] == [["FileNotFoundError", "nothing at 0"]] * 2

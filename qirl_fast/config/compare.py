@@ -19,7 +19,7 @@ from qirl_fast.rewards.kinds import OPERATIONAL
 from qirl_fast.section import Section
 
 # These change no number of training.
-UNHASHED = ("run", "output", "resume", "threads", "tracking", "failures", "curation")
+UNHASHED = ("run", "output", "resume", "threads", "processes", "tracking", "failures", "curation")
 
 
 @dataclass(frozen=True)

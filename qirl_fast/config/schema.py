@@ -190,6 +190,15 @@ class CurationConfig(Section):
     )
 
 
+class ProcessesConfig(Section):
+    """The processes that torchrun starts; changes no number."""
+
+    timeout_s: Positive = Field(
+        default=1800.0,
+        description="seconds after which a process that hears nothing of the others ends the run",
+    )
+
+
 class TrackingConfig(Section):
     """What is written while training; changes no number."""
 
@@ -251,6 +260,7 @@ class Config(Section):
     train: TrainConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     curation: CurationConfig = CurationConfig()
+    processes: ProcessesConfig = ProcessesConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -112,7 +113,7 @@ class EmbeddingCache:
 
     def _save(self, path: Path, tensors: dict[str, Tensor]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        beside = path.with_name(f".{path.name}.{uuid4().hex}.tmp")  # machines may share the folder
         save_file(tensors, beside, metadata={"sha256": _digest(tensors)})
         beside.replace(path)
 

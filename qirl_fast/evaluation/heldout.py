@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from qirl_fast.rollout.sample import Model, Sampling, sample_then
 from qirl_fast.rollout.workers import Workers
 
-ScoreFn = Callable[[np.ndarray, list[dict[str, Any]]], dict[str, np.ndarray]]
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -32,31 +32,46 @@ class Evaluation:
         images = [image for part in parts for image in part.images]
         return cls(scores, [images[i] for i in order])
 
+    @classmethod
+    def of_samples(
+        cls, scores: Mapping[str, np.ndarray], images: np.ndarray, samples: int
+    ) -> "Evaluation":
+        """Of `samples` images of each prompt, prompt by prompt; scores: [B] each, NaN for none."""
+        means = {
+            n: _mean_of_some(s.astype(np.float64).reshape(-1, samples)) for n, s in scores.items()
+        }
+        return cls(means, list(images[::samples]))
 
-def evaluate(
+
+def draw_and_score(
     model: Any,
     embeddings: Sequence[Any],
     null: Any,
     metadata: Sequence[dict[str, Any]],
     how: Sampling,
     scheduler_config: Mapping[str, Any],
-    score: ScoreFn,
+    score: Callable[[np.ndarray, list[dict[str, Any]]], S],
     workers: Workers,
     *,
     samples_per_prompt: int,
     seed: int,
-) -> Evaluation:
-    """Sample every prompt `samples_per_prompt` times and score the images.
+    own: Callable[[int], Sequence[int]],
+) -> tuple[np.ndarray, list[S]]:
+    """Sample every prompt `samples_per_prompt` times: images uint8 [B, H, W, 3], scores by chunk.
 
     Args:
         model: a model adapter.
         embeddings: P tensors [L_p, C], or what else its prefix takes; null: the unconditional one,
             or a list of one for each; metadata: P rows for the judges.
         how: sampling with dynamics "ode" steps only (nothing is recorded).
-        score: images [B, H, W, 3] and B metadata rows -> {judge: [B]}, NaN for what is left out.
+        score: images [b, H, W, 3] and b metadata rows of a chunk -> their scores.
         workers: make the chunks.
+        own: which of so many chunks are made here.
     """
     model_: Model = model
+    rows = [row for row in metadata for _ in range(samples_per_prompt)]
+    firsts = range(0, len(rows), how.max_rows)
+    chunks = own(len(firsts))
     images = sample_then(
         lambda chunk: model.decode(chunk.latents, how.height, how.width),
         workers,
@@ -68,14 +83,13 @@ def evaluate(
         group_size=samples_per_prompt,
         seed=seed,
         update=0,
+        chunks=chunks,
     )
-    drawn: np.ndarray = np.concatenate(list(images))
-    rows = [row for row in metadata for _ in range(samples_per_prompt)]
-    scores = {
-        name: _mean_of_some(values.astype(np.float64).reshape(-1, samples_per_prompt))
-        for name, values in score(drawn, rows).items()
-    }
-    return Evaluation(scores, list(drawn[::samples_per_prompt]))
+    drawn, scores = [np.empty((0, how.height, how.width, 3), np.uint8)], []
+    for first, of_chunk in zip((firsts[k] for k in chunks), images, strict=True):
+        drawn.append(of_chunk)
+        scores.append(score(of_chunk, rows[first : first + len(of_chunk)]))
+    return np.concatenate(drawn), scores
 
 
 def _mean_of_some(values_PS: np.ndarray) -> np.ndarray:

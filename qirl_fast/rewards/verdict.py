@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -64,6 +65,22 @@ class Verdict:
         }
         scores, status = (np.concatenate([getattr(p, n) for p in parts]) for n in STATE_ARRAYS)
         return Verdict(scores, status, reasons)
+
+    def as_json(self) -> list[Any]:
+        """What `from_json` makes the same verdict of."""
+        reasons = [[row, name, reason] for (row, name), reason in self.reasons.items()]
+        return [self.scores.tolist(), self.status.tolist(), reasons]
+
+    @staticmethod
+    def from_json(told: list[Any], judges: int) -> "Verdict":
+        """Of this many judges."""
+        scores, status, reasons = told
+        shape = (len(scores), judges)
+        return Verdict(
+            np.array(scores, np.float32).reshape(shape),
+            np.array(status, np.int8).reshape(shape),
+            {(row, name): reason for row, name, reason in reasons},
+        )
 
 
 @dataclass

@@ -197,6 +197,7 @@ def sample_then(
     recorded: Sequence[int] = (),
     shared_noise: bool = False,
     samples: Sequence[int] | None = None,
+    chunks: Sequence[int] | None = None,
 ) -> Iterator[R]:
     """`then` of each chunk of `group_size` samples for each prompt, made by `workers`, in order.
 
@@ -208,7 +209,9 @@ def sample_then(
         samples: numbers in range(P * group_size), ascending, of those to make; None: all. A sample
             is the same whichever are made beside it, up to the bits that a matrix product of
             another shape may change.
-    The chunks' `rows` cover range(len(samples)) in order.
+        chunks: numbers of the chunks to make, ascending; None: all. Of prompts that have no row in
+            them embeddings (and nulls) may be anything.
+    All chunks' `rows` cover range(len(samples)) in order.
     """
     tokens, channels = model.latent_shape(how.height, how.width)
     sigmas = make_sigmas(how.steps, tokens, scheduler_config)
@@ -232,7 +235,8 @@ def sample_then(
         seeds = row_seeds(seed, update, own, stream=1).to(model.device)
         return then(_sample_chunk(model, prompts, rows, x, seeds, how, sigmas, tuple(recorded)))
 
-    return workers.map(chunk, range(0, total, how.max_rows))
+    firsts = range(0, total, how.max_rows)
+    return workers.map(chunk, firsts if chunks is None else [firsts[k] for k in chunks])
 
 
 @torch.no_grad()

@@ -62,7 +62,9 @@ def stocks(folders) -> Make:
 
     def stock(name: str) -> Any:
         if name not in found:
-            found[name] = adapter_of(folders(name), name).pipeline_class.from_pretrained(folders(name))
+            found[name] = adapter_of(folders(name), name).pipeline_class.from_pretrained(
+                folders(name)
+            )
             found[name].set_progress_bar_config(disable=True)
         return found[name]
 
@@ -341,7 +343,8 @@ def test_a_run_trains_it(start, small, folders, tmp_path, read_jsonl, name: str)
     (row,) = [r for r in read_jsonl(tmp_path / "one/metrics.jsonl") if "grad_norm" in r]
     assert row["pre_update_ratio_error"] == 0 and row["grad_norm"] > 0
     (lora,) = (tmp_path / "one/checkpoints").glob("checkpoint-1/pytorch_lora_weights.*")
-    pipeline = adapter_of(folders(name), name).pipeline_class.from_pretrained(folders(name))
+    folder = folders(name)
+    pipeline = adapter_of(folder, name).pipeline_class.from_pretrained(folder)
     pipeline.load_lora_weights(lora.parent)
     loaded = dict(pipeline.transformer.named_parameters())
     for key, value in load_file(lora).items():
