@@ -1,7 +1,7 @@
 """The half of training that changes weights: gradients of recorded chunks, AdamW, the average."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -50,13 +50,18 @@ class Learner:
         self.optimizer_steps = 0
 
     def update(
-        self, trajectories: Sequence[Trajectory], advantage: Tensor | None, tasks: Sequence[str]
+        self,
+        trajectories: Sequence[Trajectory],
+        advantage: Tensor | None,
+        tasks: Sequence[str],
+        begun: Callable[[], None] = lambda: None,
     ) -> dict[str, float]:
         """One optimizer step per minibatch of chunks; returns the metrics of the update.
 
         trajectories: this process's chunks, as many of each minibatch. advantage: float32, one
         value a row of all chunks of all processes, in their order; None where the algorithm has no
-        use for it. tasks: what each of these rows is, see `Prompt.task`.
+        use for it. tasks: what each of these rows is, see `Prompt.task`. begun: called before the
+        first optimizer step.
         `pre_update_*` are measured before the first optimizer step, where rollout and replay must
         agree: a ratio is 1 there, bit for bit where `replay_steps` is 1, else to rounding.
         `skipped_share`: of the rows, those whose replay was left out, see `_backward`.
@@ -76,6 +81,8 @@ class Learner:
                 advantage,
                 rows[k * whole : (k + 1) * whole],
             )
+            if k == 0:
+                begun()
             norm = self._optimizer_step()
             if k == 0 and "ratio_error" in found:
                 for name in ("clip_fraction", "ratio_error"):

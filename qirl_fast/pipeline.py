@@ -173,7 +173,7 @@ def drawn(trainer: Trainer, folder: Path, task: str, model: str) -> Evaluation:
     """A model's held-out images and scores of one task, drawn once and kept in the folder."""
     path = folder / "evaluation" / f"{task}-{model.replace(' ', '-')}.npz"
     ids = np.array([p.id for p in trainer.heldout])
-    how = np.array([repr(trainer.evaluation_sampling), str(trainer.cfg.evaluation)])
+    how = np.array([repr(trainer.heldout_samples.how), str(trainer.cfg.evaluation)])
     if path.exists():
         with np.load(path, allow_pickle=False) as kept:
             if np.array_equal(kept["prompts"], ids) and np.array_equal(kept["how"], how):

@@ -32,12 +32,14 @@ from qirl_fast.checkpoint import (
 from qirl_fast.config import Config, ConfigError, describe, load_config, refuse_changes, settings
 from qirl_fast.data.prompts import PromptError
 from qirl_fast.distributed import PeerFailed, World, joined
+from qirl_fast.heldout import EvaluationFailed
+from qirl_fast.interruption import Interrupted, Interruption
 from qirl_fast.memory import describe_plan, fp8_plan, plan
 from qirl_fast.models.fp8 import describe as describe_layers
 from qirl_fast.models.fp8.te import Unavailable
 from qirl_fast.report import before_evaluation, draw_samples, write_report
 from qirl_fast.tracking import Tracker, prepare_run_dir
-from qirl_fast.trainer import EvaluationFailed, Trainer
+from qirl_fast.trainer import Trainer
 
 USAGE = f"""{__doc__}
   key=value    any setting by its dotted name, e.g. seed=1 run=mine train.steps=200
@@ -93,46 +95,56 @@ def prepared(cfg: Config, run_dir: Path, fresh: bool, world: World) -> tuple[Tra
 def loop(trainer: Trainer, step: int, cfg: Config, run_dir: Path) -> Path:
     """The loop of `train`."""
     world = trainer.world
-    with Tracker(run_dir, cfg, step=step, rank=world.rank) as tracker:
+    with (
+        Interruption() as interruption,
+        Tracker(run_dir, cfg, step=step, rank=world.rank) as tracker,
+    ):
         several = f", {world.size} processes" if world.size > 1 else ""
         tracker.say(f"{run_dir}: from step {step} to {cfg.train.steps}{several}")
         for text in trainer.judges.warnings():
             tracker.say(f"warning: {text}")
-        before = before_evaluation(trainer, run_dir)
+        with interruption.allowed():
+            before = before_evaluation(trainer, run_dir)
         for update in range(step + 1, cfg.train.steps + 1):
             batch, position = None, trainer.position()
             try:
-                with tracker.phase("data"):
-                    prompts = trainer.next_prompts()
-                with tracker.phase("rollout"):
-                    batch = trainer.rollout(prompts, update)
-                tracker.split("rollout", "reward", *trainer.judging_s())
-                with tracker.phase("update"):
-                    advantage = trainer.advantages(batch)
-                    metrics = trainer.update(batch, advantage)
-            except StepFailed as error:
-                latest = find_latest(run_dir) if world.rank == 0 else None
-                unsaved = update > 1 and (latest is None or latest.step < update - 1)
-                if trainer.go_back(position) and unsaved:
-                    save(trainer, run_dir, update - 1, cfg)
-                raise stopped(error, batch or error.batch, run_dir, update, world) from error
+                with interruption.allowed():
+                    with tracker.phase("data"):
+                        prompts = trainer.next_prompts()
+                    with tracker.phase("rollout"):
+                        batch = trainer.rollout(prompts, update)
+                    tracker.split("rollout", "reward", *trainer.judging_s())
+                    with tracker.phase("update"):
+                        advantage = trainer.advantages(batch)
+                        metrics = trainer.update(batch, advantage, interruption.hold)
+            except (StepFailed, Interrupted) as error:
+                if trainer.go_back(position) and world.rank == 0:
+                    save_unsaved(trainer, run_dir, update - 1, cfg)
+                if isinstance(error, StepFailed):
+                    raise stopped(error, batch or error.batch, run_dir, update, world) from error
+                raise
             metrics |= trainer.reward_metrics(batch, advantage)
             images = len(batch.scores) + batch.explored
             try:
-                metrics |= heldout_means(trainer, tracker, update, cfg)
+                with interruption.allowed():
+                    metrics |= heldout_means(trainer, tracker, update, cfg)
                 tracker.log(update, metrics, images=images)
                 samples_every = cfg.tracking.samples_every
                 if samples_every and due(update, samples_every, cfg.train.steps):
-                    draw_samples(trainer, run_dir, update)
-            except EvaluationFailed:  # the update itself stands
+                    with interruption.allowed():
+                        draw_samples(trainer, run_dir, update)
+                interruption.check()
+            except (EvaluationFailed, Interrupted):  # the update itself stands
                 if tracker.step < update:
                     tracker.log(update, metrics, images=images)
-                save(trainer, run_dir, update, cfg)
+                if world.rank == 0:
+                    save_unsaved(trainer, run_dir, update, cfg)
                 raise
             if due(update, cfg.tracking.checkpoint_every, cfg.train.steps):
                 save(trainer, run_dir, update, cfg)
         tracker.say("evaluating the trained policy on the held-out prompts")
-        after = trainer.evaluate()
+        with interruption.allowed():
+            after = trainer.evaluate()
     if world.rank == 0:
         write_report(trainer, tracker, run_dir, before, after)
     return run_dir
@@ -161,11 +173,24 @@ def save(trainer: Trainer, run_dir: Path, update: int, cfg: Config) -> None:
     StepFailed where processes no longer hold the same weights, which they must to the bit.
     """
     trainer.require_same_weights()
-    if trainer.world.rank == 0:
-        tensors, tree = pack(trainer.state())
-        state = {"tree": tree, "config": settings(cfg)}
-        kept = cfg.tracking.keep_checkpoints
-        save_checkpoint(run_dir, update, tensors, state, trainer.lora(), kept)
+    with trainer.world.agreed(OSError):
+        if trainer.world.rank == 0:
+            write(trainer, run_dir, update, cfg)
+
+
+def save_unsaved(trainer: Trainer, run_dir: Path, update: int, cfg: Config) -> None:
+    """Write checkpoint-`update` if there is none as new; alone, as other processes may be gone."""
+    latest = find_latest(run_dir)
+    if update and (latest is None or latest.step < update):
+        write(trainer, run_dir, update, cfg)
+
+
+def write(trainer: Trainer, run_dir: Path, update: int, cfg: Config) -> None:
+    """Write checkpoint-`update` of this process's state."""
+    tensors, tree = pack(trainer.state())
+    state = {"tree": tree, "config": settings(cfg)}
+    kept = cfg.tracking.keep_checkpoints
+    save_checkpoint(run_dir, update, tensors, state, trainer.lora(), kept)
 
 
 def resume(trainer: Trainer, run_dir: Path, cfg: Config) -> int:
@@ -212,7 +237,7 @@ def stopped(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point: 0 done, 1 the run stopped, 2 the settings are wrong."""
+    """Entry point: 0 done, 1 the run stopped, 2 the settings are wrong, 128 + n: signal n."""
     args = sys.argv[1:] if argv is None else argv
     if "-h" in args or "--help" in args:
         print(USAGE)
@@ -240,10 +265,14 @@ def main(argv: list[str] | None = None) -> int:
     except (StepFailed, PeerFailed) as error:
         console.print(f"stopped: {error}", style="red", markup=False)
         return 1
-    except EvaluationFailed as error:
+    except (EvaluationFailed, OSError) as error:
         mend = "after mending the cause run the same command with resume=auto"
         console.print(f"stopped: {error}; {mend}", style="red", markup=False)
         return 1
+    except Interrupted as error:
+        mend = "nothing of the steps before this one is lost: go on with resume=auto"
+        console.print(f"stopped by {error}; {mend}", style="red", markup=False)
+        return 128 + error.signal
     return 0
 
 

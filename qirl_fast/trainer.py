@@ -3,8 +3,8 @@
 import hashlib
 import logging
 import random
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,39 +12,34 @@ import torch
 from torch import Tensor
 
 from qirl_fast import ops
+from qirl_fast.advantages import advantages, mean_scores, spread_metrics
 from qirl_fast.batch import Batch, StepFailed
 from qirl_fast.checkpoint import lora_state, rng_state, set_rng_state
 from qirl_fast.conditioning import Conditioning
 from qirl_fast.config import Config, derived
 from qirl_fast.data.prompts import Prompt, load_prompts
 from qirl_fast.data.sampler import PromptSampler
-from qirl_fast.data.sources import ImageError
 from qirl_fast.distributed import World
-from qirl_fast.evaluation.heldout import Evaluation, draw_and_score
+from qirl_fast.evaluation.heldout import Evaluation
+from qirl_fast.heldout import HeldoutSamples
 from qirl_fast.learner import Learner
 from qirl_fast.models import load_model
-from qirl_fast.models.adapter import NotFinite
 from qirl_fast.models.fp8 import Fp8, describe, plan_layers, use_fp8
 from qirl_fast.models.fused.attention import use_attention
 from qirl_fast.models.graphs import ForwardGraphs
 from qirl_fast.preflight import preflight
-from qirl_fast.rewards.judge import FAILED
 from qirl_fast.rewards.judges import Judges
-from qirl_fast.rewards.verdict import BadReward, Verdict, covered
+from qirl_fast.rewards.verdict import covered
 from qirl_fast.rollout.guidance import Guidance
 from qirl_fast.rollout.sample import Sampling
 from qirl_fast.rollout.workers import Workers, cpu_workers
-from qirl_fast.rollouts import Rollouts, advantages, mean_scores, spread_metrics
+from qirl_fast.rollouts import Rollouts
 from qirl_fast.tiny import packaged
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 logger = logging.getLogger(__name__)
-
-
-class EvaluationFailed(RuntimeError):
-    """A judge could not score the held-out images, so there is nothing to compare."""
 
 
 def seed_everything(seed: int) -> None:
@@ -103,9 +98,18 @@ class Trainer:
         usable = [p for i, p in enumerate(prompts["heldout"]) if i not in left_out["heldout"]]
         self.heldout = usable[: cfg.evaluation.prompts]
         self.rollout_sampling = self._sampling(cfg.rollout.steps, cfg.rollout.guidance)
-        self.evaluation_sampling = self._sampling(cfg.evaluation.steps, cfg.evaluation.guidance)
         self.learner = Learner(cfg, self.model, self.workers, self.rollout_sampling, self.world)
         self.algorithm = self.learner.algorithm
+        self.heldout_samples = HeldoutSamples(
+            cfg,
+            self.model,
+            self.judges,
+            self.workers,
+            self._sampling(cfg.evaluation.steps, cfg.evaluation.guidance),
+            self.scheduler,
+            self.conditioning,
+            self.world,
+        )
         self.rollouts = Rollouts(
             cfg,
             self.model,
@@ -203,13 +207,21 @@ class Trainer:
             metrics["kept_groups"] = advantage.keep.double().mean().item()
         return metrics
 
-    def update(self, batch: Batch, advantage: ops.GroupAdvantage | None) -> dict[str, float]:
-        """One optimizer step per minibatch of chunks; returns the metrics of the update."""
+    def update(
+        self,
+        batch: Batch,
+        advantage: ops.GroupAdvantage | None,
+        begun: Callable[[], None] = lambda: None,
+    ) -> dict[str, float]:
+        """One optimizer step per minibatch of chunks; returns the metrics of the update.
+
+        begun: called before the first step, after which there is no going back.
+        """
         fp8 = self.cfg.model.fp8
         with self.in_fp8() if fp8 is not None and fp8.mode == "unified" else nullcontext():
             value = None if advantage is None else advantage.advantage
             tasks = [p.task for p in batch.prompts for _ in range(batch.group)]
-            return self.learner.update(batch.trajectories, value, tasks)
+            return self.learner.update(batch.trajectories, value, tasks, begun)
 
     def evaluate(self, count: int | None = None) -> Evaluation:
         """Score the first `count` held-out prompts, with averaged weights where there are some."""
@@ -219,60 +231,8 @@ class Trainer:
     def evaluate_weights(self, count: int | None = None) -> Evaluation:
         """Score held-out prompts under the weights as they are, never in fp8: what is exported
         is a LoRA on the model's own weights.
-
-        Generators and judges are left as they were: a resumed run may not evaluate again.
         """
-        prompts = self.heldout[:count]
-        generators, judges = rng_state(), self.judges.state_dict()
-        sizes = [self.conditioning.target(p) for p in prompts]
-        parts = [[i for i, s in enumerate(sizes) if s == size] for size in dict.fromkeys(sizes)]
-        found = [self._evaluate_part([prompts[i] for i in part]) for part in parts]
-        set_rng_state(generators)
-        self.judges.load_state_dict(judges)
-        return Evaluation.of(found, parts)
-
-    def _evaluate_part(self, prompts: list[Prompt]) -> Evaluation:
-        """Of prompts of one size. All processes draw and judge their chunks; each has the whole."""
-        samples, names = self.cfg.evaluation.samples_per_prompt, self.judges.names
-        with self.world.agreed(EvaluationFailed):
-            try:
-                given = self.conditioning.of(prompts)
-                images, pending = draw_and_score(
-                    self.model,
-                    given.embeddings,
-                    given.null,
-                    given.rows,
-                    replace(self.evaluation_sampling, height=given.height, width=given.width),
-                    self.scheduler,
-                    self.judges.submit,
-                    self.workers,
-                    samples_per_prompt=samples,
-                    seed=self.cfg.evaluation.seed,
-                    own=self.world.own,
-                )
-                own = [part.result().as_json() for part in pending]
-            except (NotFinite, ImageError, BadReward) as error:
-                raise EvaluationFailed(f"held-out images: {error}") from error
-        told = [v for found in self.world.gather(own) for v in found]
-        scores = self._scores_by_name(Verdict.of([Verdict.from_json(v, len(names)) for v in told]))
-        return Evaluation.of_samples(scores, self.world.concatenated(images), samples)
-
-    def _scores_by_name(self, found: Verdict) -> dict[str, np.ndarray]:
-        """Scores of each judge; NaN where there was nothing to judge, or it failed within its
-        budget: the prompt is left out of the comparison.
-        """
-        allowed = self.cfg.failures
-        share = (found.status == FAILED).mean(0)
-        failed = [n for n, s in zip(self.judges.names, share, strict=True) if s > allowed.budget]
-        if failed:
-            reason = next(text for (_, name), text in found.reasons.items() if name == failed[0])
-            raise EvaluationFailed(
-                f"judges {failed} failed on up to {share.max():.0%} of the held-out images "
-                f"(failures.reask={allowed.reask}) and failures.budget allows "
-                f"{allowed.budget:.0%}; the first reason of {failed[0]!r}: {reason}"
-            )
-        scores = np.where(found.valid, found.scores, np.float32("nan"))
-        return {name: scores[:, i] for i, name in enumerate(self.judges.names)}
+        return self.heldout_samples.evaluate(self.heldout[:count])
 
     def require_same_weights(self) -> None:
         """StepFailed where another process holds other weights than this one: a fault of memory, or

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from qirl_fast.advantages import advantages, mean_scores, optimised, spread_metrics
 from qirl_fast.batch import Batch, StepFailed
 from qirl_fast.config import Config, ConfigError, load_config
 from qirl_fast.data.prompts import Prompt
 from qirl_fast.rewards.judge import FAILED, MISSING, SCORED
-from qirl_fast.rollouts import advantages, mean_scores, optimised, spread_metrics
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
 

@@ -273,7 +273,7 @@ def test_rows_with_and_without_images_train_together(small, start: Start, edits:
     trainer = Trainer(load_config([*small, *settings(edits)]))
     prompts = [trainer.sampler.prompts[i] for i in (5, 1, 7)]
     given = trainer.conditioning.of(prompts)
-    how = replace(trainer.evaluation_sampling, max_rows=1)
+    how = replace(trainer.heldout_samples.how, max_rows=1)
 
     def latents(embeddings: list[Any], null: Any, samples: list[int]) -> list[Any]:
         drawn = sample(

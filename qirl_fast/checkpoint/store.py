@@ -15,12 +15,13 @@ manifest against itself.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from qirl_fast.checkpoint.lora import Lora, write_lora
 
 FORMAT = 2
 LATEST = "latest"
+MARGIN = 1 << 20  # bytes beside the tensors: JSON, headers, folders
 BESIDE = ".beside-"  # prefix of folders being written or deleted; never read
 
 log = logging.getLogger(__name__)
@@ -66,7 +68,8 @@ def save_checkpoint(
     more leave one to fall back on. Later steps than `step` belong to a course that was abandoned
     by resuming before them and are deleted, which is logged. One process at a time may write.
     Returns the checkpoint's folder. Raises CheckpointError for a state that JSON changes, OSError
-    or SafetensorError if the disk refuses; the checkpoints already there stay as they were.
+    or SafetensorError if the disk refuses, before anything is written where too little is free; the
+    checkpoints already there stay as they were.
     """
     if step < 0 or keep < 1:
         raise CheckpointError(f"got step {step}, keep {keep}; wanted step >= 0 and keep >= 1")
@@ -74,6 +77,8 @@ def save_checkpoint(
     root = Path(run_dir) / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
     _clean(root)
+    exported = [] if lora is None else 2 * list(lora[0].values())  # in two formats
+    _require_space(root, step, [*tensors.values(), *exported])
     beside = root / f"{BESIDE}{step}"
     beside.mkdir()
     try:
@@ -90,6 +95,18 @@ def save_checkpoint(
     _point_latest(root, final.name)
     _prune(root, step, before, keep)
     return final
+
+
+def _require_space(root: Path, step: int, tensors: Sequence[Tensor]) -> None:
+    """OSError where these tensors, and a little, are more than the disk has free."""
+    needed, free = sum(t.nbytes for t in tensors) + MARGIN, shutil.disk_usage(root).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"checkpoint-{step} takes {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free; free "
+            "some, or keep fewer (tracking.keep_checkpoints); nothing was written",
+            str(root),
+        )
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,95 @@
+"""The held-out evaluation of a run: images of fixed seeds, drawn and judged by all processes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from qirl_fast.checkpoint import rng_state, set_rng_state
+from qirl_fast.conditioning import Conditioning
+from qirl_fast.config import Config
+from qirl_fast.data.prompts import Prompt
+from qirl_fast.data.sources import ImageError
+from qirl_fast.distributed import World
+from qirl_fast.evaluation.heldout import Evaluation, draw_and_score
+from qirl_fast.models import Model
+from qirl_fast.models.adapter import NotFinite
+from qirl_fast.rewards.judge import FAILED
+from qirl_fast.rewards.judges import Judges
+from qirl_fast.rewards.verdict import BadReward, Verdict
+from qirl_fast.rollout.sample import Sampling
+from qirl_fast.rollout.workers import Workers
+
+
+class EvaluationFailed(RuntimeError):
+    """A judge could not score the held-out images, so there is nothing to compare."""
+
+
+@dataclass
+class HeldoutSamples:
+    """Draws and scores prompts under the model's weights as they are. how: but for the size."""
+
+    cfg: Config
+    model: Model
+    judges: Judges
+    workers: Workers
+    how: Sampling
+    scheduler: Mapping[str, Any]
+    conditioning: Conditioning
+    world: World
+
+    def evaluate(self, prompts: Sequence[Prompt]) -> Evaluation:
+        """Generators and judges are left as they were: a resumed run may not evaluate again.
+
+        Raises EvaluationFailed where an image cannot be drawn, or judged within the budget.
+        """
+        generators, judges = rng_state(), self.judges.state_dict()
+        sizes = [self.conditioning.target(p) for p in prompts]
+        parts = [[i for i, s in enumerate(sizes) if s == size] for size in dict.fromkeys(sizes)]
+        found = [self._of_one_size([prompts[i] for i in part]) for part in parts]
+        set_rng_state(generators)
+        self.judges.load_state_dict(judges)
+        return Evaluation.of(found, parts)
+
+    def _of_one_size(self, prompts: list[Prompt]) -> Evaluation:
+        samples, names = self.cfg.evaluation.samples_per_prompt, self.judges.names
+        with self.world.agreed(EvaluationFailed):
+            try:
+                given = self.conditioning.of(prompts)
+                images, pending = draw_and_score(
+                    self.model,
+                    given.embeddings,
+                    given.null,
+                    given.rows,
+                    replace(self.how, height=given.height, width=given.width),
+                    self.scheduler,
+                    self.judges.submit,
+                    self.workers,
+                    samples_per_prompt=samples,
+                    seed=self.cfg.evaluation.seed,
+                    own=self.world.own,
+                )
+                own = [part.result().as_json() for part in pending]
+            except (NotFinite, ImageError, BadReward) as error:
+                raise EvaluationFailed(f"held-out images: {error}") from error
+        told = [v for found in self.world.gather(own) for v in found]
+        scores = self._scores(Verdict.of([Verdict.from_json(v, len(names)) for v in told]))
+        return Evaluation.of_samples(scores, self.world.concatenated(images), samples)
+
+    def _scores(self, found: Verdict) -> dict[str, np.ndarray]:
+        """Scores of each judge; NaN where there was nothing to judge, or it failed within its
+        budget: the prompt is left out of the comparison.
+        """
+        allowed = self.cfg.failures
+        share = (found.status == FAILED).mean(0)
+        failed = [n for n, s in zip(self.judges.names, share, strict=True) if s > allowed.budget]
+        if failed:
+            reason = next(text for (_, name), text in found.reasons.items() if name == failed[0])
+            raise EvaluationFailed(
+                f"judges {failed} failed on up to {share.max():.0%} of the held-out images "
+                f"(failures.reask={allowed.reask}) and failures.budget allows "
+                f"{allowed.budget:.0%}; the first reason of {failed[0]!r}: {reason}"
+            )
+        scores = np.where(found.valid, found.scores, np.float32("nan"))
+        return {name: scores[:, i] for i, name in enumerate(self.judges.names)}

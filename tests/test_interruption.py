@@ -1,0 +1,93 @@
+"""A run that is asked to stop does so at once and goes on, once resumed, to the same bytes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qirl_fast.interruption import Interrupted, Interruption
+
+Start = Callable[..., Any]
+SETTINGS = ("train.steps=3", "train.updates_per_rollout=2", "evaluation.prompts=2", "run=r")
+# The n-th time that the named method begins, the run gets the signal before it is over.
+SIGNALS = """
+import importlib, os, signal
+owner = importlib.import_module("qirl_fast.{module}")
+for part in "{name}".split(".")[:-1]:
+    owner = getattr(owner, part)
+own, left = getattr(owner, "{name}".split(".")[-1]), [{n}]
+def asked(*arguments, **named):
+    found = own(*arguments, **named)
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.{signal})
+    return found
+setattr(owner, "{name}".split(".")[-1], asked)
+"""
+# What, how often before, how many steps are done then.
+MOMENTS = [
+    ("train", "before_evaluation", 1, 0),
+    ("trainer", "Trainer.next_prompts", 2, 1),
+    ("trainer", "Trainer.rollout", 1, 0),
+    ("trainer", "Trainer.advantages", 3, 2),
+    ("learner", "Learner._backward", 3, 1),  # of the second update
+    ("learner", "Learner._optimizer_step", 3, 2),  # its first half: it is finished
+    ("tracking", "Tracker.log", 1, 1),
+    ("trainer", "Trainer.state", 1, 3),  # while a checkpoint is written
+    ("trainer", "Trainer.evaluate", 1, 3),
+]
+
+
+def asked(module: str, name: str, n: int, sent: str = "SIGTERM") -> str:
+    return SIGNALS.format(module=module, name=name, n=n, signal=sent)
+
+
+@pytest.mark.parametrize(("module", "name", "n", "done"), MOMENTS)
+def test_a_run_stops_at_once_and_loses_nothing(
+    start: Start, small, finished, tmp_path: Path, module, name, n, done
+) -> None:
+    own = [*small, *SETTINGS, f"output={tmp_path}", "tracking.checkpoint_every=0"]
+    stopped = start(own, hook=asked(module, name, n))
+    assert stopped.wait() == 128 + signal.SIGTERM, stopped.output()
+    assert "stopped by SIGTERM" in stopped.output() and "resume=auto" in stopped.output()
+    metrics = (tmp_path / "r/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in metrics] == list(range(1, done + 1))
+    kept = [p.name for p in (tmp_path / "r/checkpoints").glob("checkpoint-*")]
+    assert kept == ([f"checkpoint-{done}"] if done else [])
+    assert start([*own, "resume=auto"]).wait() == 0
+    whole = finished("whole", *SETTINGS, "run=whole", "tracking.checkpoint_every=0")
+    for file in ("metrics.jsonl", "checkpoints/checkpoint-3/state.safetensors"):
+        assert (tmp_path / "r" / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_ctrl_c_does_the_same(start: Start, small, tmp_path: Path) -> None:
+    own = [*small, *SETTINGS, f"output={tmp_path}"]
+    stopped = start(own, hook=asked("trainer", "Trainer.rollout", 2, "SIGINT"))
+    assert stopped.wait() == 128 + signal.SIGINT
+    assert "stopped by SIGINT" in stopped.output() and "Traceback" not in stopped.output()
+
+
+def test_a_signal_waits_where_it_must_and_only_there():
+    with Interruption() as interruption:
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(0.01)
+        with pytest.raises(Interrupted) as error:
+            interruption.check()
+    assert error.value.signal == signal.SIGTERM and str(error.value) == "SIGTERM"
+    with Interruption() as interruption:
+        interruption.check()
+        with pytest.raises(Interrupted), interruption.allowed():
+            signal.raise_signal(signal.SIGINT)
+            pytest.fail("it went on")
+        with pytest.raises(KeyboardInterrupt):  # the person means it
+            signal.raise_signal(signal.SIGINT)
+    with Interruption() as interruption, interruption.allowed():
+        interruption.hold()
+        signal.raise_signal(signal.SIGTERM)  # waits
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
