@@ -13,13 +13,14 @@ KEY := $(CURDIR) PYTHON=$(PYTHON) QIRL_CUDA=$(QIRL_CUDA)
 WORKERS := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup train train-edit pipeline test lint format clean cuda-check asan FORCE
+.PHONY: help setup train train-edit pipeline test chaos lint format clean cuda-check asan FORCE
 
 help:
 	@echo 'make train       train the packaged tiny model on the CPU   ARGS="key=value ..."'
 	@echo 'make train-edit  the same for editing: recolour, add, remove, move  ARGS="key=value ..."'
 	@echo 'make pipeline    curate, two teachers, one student, compared      ARGS="key=value ..."'
 	@echo 'make test        run the fast tests                         ARGS="pytest arguments"'
+	@echo 'make chaos       kill, starve and mislead runs; a table at the end'
 	@echo 'make lint        ruff, mypy, clang-format; changes nothing'
 	@echo 'make format      let ruff and clang-format rewrite the files'
 	@echo 'make cuda-check  compile the CUDA code, where nvcc is found; needs no GPU'
@@ -48,6 +49,9 @@ pipeline: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(WORKERS) -m 'not slow' $(ARGS)
+
+chaos: $(READY)
+	$(BIN)/python -m pytest $(WORKERS) -m chaos $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

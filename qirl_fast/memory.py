@@ -58,11 +58,12 @@ def plan(cfg: Config) -> dict[str, int]:
     trained, saved, prefix = _replay(cfg, adapter, folder, length, grids, target)
     on_cpu = cfg.device == "cpu" or not torch.cuda.is_available()
     threads = (cfg.threads or torch.get_num_threads()) if on_cpu else 1
-    at_once = min(threads, size.minibatch_samples // size.chunk_rows)
+    chunks = size.minibatch_samples // size.chunk_rows
+    at_once = min(threads, chunks)
     lora = cfg.model.adapter == "lora"
     plan["adapter" if lora else "weights of the reference"] = 4 * trained
-    several = size.minibatch_samples > size.chunk_rows  # a sum, and the chunks' still to be added
-    plan["gradients"] = 4 * trained * (1 + at_once if several else 1)
+    sums = max(k.bit_count() for k in range(chunks))  # held by TreeSum, beside those to be added
+    plan["gradients"] = 4 * trained * (sums + at_once)
     plan["AdamW's two moments"] = 8 * trained
     plan["average of the weights"] = 4 * trained if cfg.train.ema else 0
     state = tokens * adapter.latent_channels(models["transformer"].config)

@@ -119,6 +119,40 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
     return fork
 
 
+# The n-th time that `name` of qirl_fast.`module` is called, `then` happens: after it, or before.
+MEDDLES = """
+import importlib, os, signal
+owner = importlib.import_module("qirl_fast.{module}")
+for part in {name!r}.split(".")[:-1]:
+    owner = getattr(owner, part)
+whole, left = getattr(owner, {name!r}.split(".")[-1]), [{n}]
+def meddled(*arguments, **named):
+    left[0] -= 1
+    if left[0] == 0 and not {after}:
+        {then}
+    found = whole(*arguments, **named)
+    if left[0] == 0 and {after}:
+        {then}
+    return found
+setattr(owner, {name!r}.split(".")[-1], meddled)
+"""
+
+
+@pytest.fixture(scope="session")
+def meddle() -> Callable[..., str]:
+    """`meddle(where, n, then, after=True)`: a hook; where: "trainer.Trainer.rollout", then: one
+    statement, in which `found` is what came back.
+    """
+
+    def hook(where: str, n: int, then: str, after: bool = True) -> str:
+        parts = where.split(".")
+        inner = next(i for i, part in enumerate(parts) if part[0].isupper() or i == len(parts) - 1)
+        module, name = ".".join(parts[:inner]), ".".join(parts[inner:])
+        return MEDDLES.format(module=module, name=name, n=n, then=then, after=after)
+
+    return hook
+
+
 @pytest.fixture(scope="session")
 def small() -> tuple[str, ...]:
     """Settings of a run of a few seconds."""
@@ -260,3 +294,31 @@ PROMPTS = (
 def prompts() -> tuple[str, ...]:
     """Prompts of different token counts, the first two of equal count or not as the BPE has it."""
     return PROMPTS
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """A test of the chaos suite tells the table what it was about."""
+    outcome: Any = yield
+    for mark in item.iter_markers("chaos"):
+        outcome.get_result().user_properties.append(("chaos", mark.args[0]))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """With -m chaos: what was done to the runs, how often, and whether each of them bore it."""
+    if "chaos" not in config.option.markexpr.split():
+        return
+    rows: dict[str, list[Any]] = {}
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, ()):
+            for name, what in getattr(report, "user_properties", ()):
+                if name == "chaos" and (report.when == "call" or outcome != "passed"):
+                    rows.setdefault(what, []).append(report)
+    terminalreporter.section("chaos")
+    for what, reports in sorted(rows.items()):
+        held = sum(r.outcome == "passed" for r in reports)
+        left = sum(r.outcome == "skipped" for r in reports)
+        said = "held" if held + left == len(reports) else "DID NOT HOLD"
+        skipped = f", {left} left out" if left else ""
+        seconds = sum(r.duration for r in reports)
+        terminalreporter.line(f"{said:12} {held:3} times{skipped} {seconds:7.1f} s  {what}")

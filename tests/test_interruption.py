@@ -15,45 +15,28 @@ from qirl_fast.interruption import Interrupted, Interruption
 
 Start = Callable[..., Any]
 SETTINGS = ("train.steps=3", "train.updates_per_rollout=2", "evaluation.prompts=2", "run=r")
-# The n-th time that the named method begins, the run gets the signal before it is over.
-SIGNALS = """
-import importlib, os, signal
-owner = importlib.import_module("qirl_fast.{module}")
-for part in "{name}".split(".")[:-1]:
-    owner = getattr(owner, part)
-own, left = getattr(owner, "{name}".split(".")[-1]), [{n}]
-def asked(*arguments, **named):
-    found = own(*arguments, **named)
-    left[0] -= 1
-    if left[0] == 0:
-        os.kill(os.getpid(), signal.{signal})
-    return found
-setattr(owner, "{name}".split(".")[-1], asked)
-"""
 # What, how often before, how many steps are done then.
 MOMENTS = [
-    ("train", "before_evaluation", 1, 0),
-    ("trainer", "Trainer.next_prompts", 2, 1),
-    ("trainer", "Trainer.rollout", 1, 0),
-    ("trainer", "Trainer.advantages", 3, 2),
-    ("learner", "Learner._backward", 3, 1),  # of the second update
-    ("learner", "Learner._optimizer_step", 3, 2),  # its first half: it is finished
-    ("tracking", "Tracker.log", 1, 1),
-    ("trainer", "Trainer.state", 1, 3),  # while a checkpoint is written
-    ("trainer", "Trainer.evaluate", 1, 3),
+    ("train.before_evaluation", 1, 0),
+    ("trainer.Trainer.next_prompts", 2, 1),
+    ("trainer.Trainer.rollout", 1, 0),
+    ("trainer.Trainer.advantages", 3, 2),
+    ("learner.Learner._backward", 3, 1),  # of the second update
+    ("learner.Learner._optimizer_step", 3, 2),  # its first half: it is finished
+    ("tracking.Tracker.log", 1, 1),
+    ("trainer.Trainer.state", 1, 3),  # while a checkpoint is written
+    ("trainer.Trainer.evaluate", 1, 3),
 ]
+ASKED = "os.kill(os.getpid(), signal.{})"
 
 
-def asked(module: str, name: str, n: int, sent: str = "SIGTERM") -> str:
-    return SIGNALS.format(module=module, name=name, n=n, signal=sent)
-
-
-@pytest.mark.parametrize(("module", "name", "n", "done"), MOMENTS)
+@pytest.mark.chaos("SIGTERM: stops at once, saves the steps before, goes on to the same bits")
+@pytest.mark.parametrize(("where", "n", "done"), MOMENTS)
 def test_a_run_stops_at_once_and_loses_nothing(
-    start: Start, small, finished, tmp_path: Path, module, name, n, done
+    start: Start, small, finished, meddle, tmp_path: Path, where, n, done
 ) -> None:
     own = [*small, *SETTINGS, f"output={tmp_path}", "tracking.checkpoint_every=0"]
-    stopped = start(own, hook=asked(module, name, n))
+    stopped = start(own, hook=meddle(where, n, ASKED.format("SIGTERM")))
     assert stopped.wait() == 128 + signal.SIGTERM, stopped.output()
     assert "stopped by SIGTERM" in stopped.output() and "resume=auto" in stopped.output()
     metrics = (tmp_path / "r/metrics.jsonl").read_text().splitlines()
@@ -66,9 +49,10 @@ def test_a_run_stops_at_once_and_loses_nothing(
         assert (tmp_path / "r" / file).read_bytes() == (whole / file).read_bytes()
 
 
-def test_ctrl_c_does_the_same(start: Start, small, tmp_path: Path) -> None:
+def test_ctrl_c_does_the_same(start: Start, small, meddle, tmp_path: Path) -> None:
     own = [*small, *SETTINGS, f"output={tmp_path}"]
-    stopped = start(own, hook=asked("trainer", "Trainer.rollout", 2, "SIGINT"))
+    hook = meddle("trainer.Trainer.rollout", 2, ASKED.format("SIGINT"))
+    stopped = start(own, hook=hook)
     assert stopped.wait() == 128 + signal.SIGINT
     assert "stopped by SIGINT" in stopped.output() and "Traceback" not in stopped.output()
 
