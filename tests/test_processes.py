@@ -98,6 +98,7 @@ def test_editing_rows_are_shared_too(processes, tmp_path) -> None:
     assert written(tmp_path / "by2") == written(tmp_path / "by1")
 
 
+@pytest.mark.chaos("one process fails: all stop, nothing is applied")
 def test_a_reward_that_is_none_in_one_process_stops_all(processes, tmp_path) -> None:
     rows = load_prompts(packaged("tiny:train"))
     first = next(PromptSampler(rows, 2, 0))  # of two processes each has one of them

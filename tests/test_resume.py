@@ -145,6 +145,7 @@ def test_a_judge_that_draws_numbers_sees_chunks_in_order(begin, tmp_path: Path, 
     assert metrics[0] == metrics[1]
 
 
+@pytest.mark.chaos("kill -9 at random times: the bits of a run left alone")
 def test_killed_at_random_times(reference: Path, begin, tmp_path: Path) -> None:
     """Five times, up to a step and a half after the loop is entered; once before it is."""
     lines = (reference / "timings.jsonl").read_text().splitlines()
@@ -164,6 +165,7 @@ def test_killed_at_random_times(reference: Path, begin, tmp_path: Path) -> None:
     assert_same(tmp_path / "r", reference)
 
 
+@pytest.mark.chaos("kill -9 between two writes: the bits of a run left alone")
 def test_killed_between_any_two_writes(reference: Path, begin, tmp_path: Path) -> None:
     """In the middle of checkpoints, renames and metrics lines, wherever the draw falls."""
     draws = random.Random(7)
@@ -179,6 +181,7 @@ def test_killed_between_any_two_writes(reference: Path, begin, tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.chaos("kill -9 between two writes: the bits of a run left alone")
 @pytest.mark.parametrize("n", range(1, 60, 3))
 def test_killed_at_every_write(reference: Path, begin, tmp_path: Path, n: int) -> None:
     run = begin(tmp_path, "resume=auto", hook=DIES.format(n=n))
@@ -215,6 +218,7 @@ def without_state(checkpoint: Path) -> None:
 DAMAGES = (truncated, flipped, flipped_lora, without_state)
 
 
+@pytest.mark.chaos("a checkpoint cut, flipped or half gone: said, the one before is used")
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__)
 def test_a_damaged_checkpoint_is_told_and_the_one_before_used(
     reference: Path, begin, tmp_path: Path, damage: Callable[[Path], None]
@@ -231,6 +235,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_used(
     assert_same(tmp_path / "r", reference)
 
 
+@pytest.mark.chaos("a checkpoint cut, flipped or half gone: said, the one before is used")
 def test_when_no_checkpoint_is_whole_nothing_is_thrown_away(
     reference: Path, begin, tmp_path: Path
 ) -> None:

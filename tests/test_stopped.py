@@ -83,6 +83,7 @@ def outcome(run: Path) -> tuple[bytes, bytes]:
     return (run / "metrics.jsonl").read_bytes(), state.read_bytes()
 
 
+@pytest.mark.chaos("NaN in reward, loss, gradient, weights: the step stops, nothing is applied")
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "short"])
 def test_a_reward_that_is_no_number(moody, output: Path, whole, read_jsonl, value: str) -> None:
     name = f"reward{value}"
@@ -109,6 +110,7 @@ def test_a_reward_that_is_no_number(moody, output: Path, whole, read_jsonl, valu
     assert outcome(folder) == whole
 
 
+@pytest.mark.chaos("a judge fails: counted within its budget, a stop beyond it")
 def test_a_judge_that_stays_away_stops_the_run_with_its_state_saved(
     moody, output: Path, whole, read_jsonl
 ) -> None:
@@ -133,6 +135,7 @@ def test_a_judge_that_stays_away_stops_the_run_with_its_state_saved(
     assert outcome(output / "away") == whole
 
 
+@pytest.mark.chaos("a judge fails: counted within its budget, a stop beyond it")
 def test_within_its_budget_a_failure_costs_its_group_alone(moody, output: Path, read_jsonl) -> None:
     run = moody("partly", "partly", "failures={reask: 1, budget: 0.5}")
     assert run.wait() == 0, run.output()
@@ -176,6 +179,7 @@ Learner.{method} = poisoned
 """
 
 
+@pytest.mark.chaos("NaN in reward, loss, gradient, weights: the step stops, nothing is applied")
 @pytest.mark.parametrize("what", list(POISON))
 def test_a_loss_or_gradient_that_is_no_number(moody, output: Path, whole, what: str) -> None:
     poison = "\n".join(line[4:] for line in POISON[what].splitlines())
@@ -191,6 +195,7 @@ def test_a_loss_or_gradient_that_is_no_number(moody, output: Path, whole, what: 
     assert outcome(output / what) == whole
 
 
+@pytest.mark.chaos("NaN in reward, loss, gradient, weights: the step stops, nothing is applied")
 def test_weights_that_are_no_numbers_are_not_saved(moody, output: Path) -> None:
     hook = HOOK.format(
         method="update", poison="\n".join(line[4:] for line in POISON["loss"].splitlines())

@@ -218,6 +218,7 @@ TRANSIENT = {
 }
 
 
+@pytest.mark.chaos("a reward server down, slow, lying: asked again, then its rows fail")
 @pytest.mark.parametrize("what", TRANSIENT)
 def test_a_server_that_heals_costs_no_score(what):
     act = TRANSIENT[what][0]
@@ -231,6 +232,7 @@ def test_a_server_that_heals_costs_no_score(what):
         assert bodies[0] == bodies[1] == bodies[2] != bodies[3]  # one question, the same bytes
 
 
+@pytest.mark.chaos("a reward server down, slow, lying: asked again, then its rows fail")
 @pytest.mark.parametrize("what", TRANSIENT)
 def test_a_server_that_does_not_heal_fails_the_rows_with_the_reason(what):
     act, text = TRANSIENT[what]
@@ -245,6 +247,7 @@ def test_a_server_that_does_not_heal_fails_the_rows_with_the_reason(what):
         assert re.search(text, reason)
 
 
+@pytest.mark.chaos("a reward server down, slow, lying: asked again, then its rows fail")
 @pytest.mark.parametrize("act", [hang, close, drip])
 def test_a_call_ends_at_its_deadline(act):
     begin = time.monotonic()
@@ -293,6 +296,7 @@ def replaced(*results):
     return changed(lambda answer: answer["results"].__setitem__(slice(0, 1), results))
 
 
+@pytest.mark.chaos("a reward server down, slow, lying: asked again, then its rows fail")
 @pytest.mark.parametrize(
     ("act", "text"),
     [
