@@ -23,6 +23,7 @@ from torch import distributed as dist
 # The second name is that of torch before 2.13.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
+Tensors = list[Tensor] | tuple[Tensor, ...]
 Node = tuple[int, int]  # level from the leaves up, number within the level
 
 
@@ -35,13 +36,13 @@ class TreeSum:
     """
 
     def __init__(self) -> None:
-        self.nodes: list[tuple[Node, Sequence[Tensor]]] = []  # complete so far, ascending
+        self.nodes: list[tuple[Node, Tensors]] = []  # complete so far, ascending
 
-    def add(self, leaf: int, tensors: Sequence[Tensor]) -> None:
+    def add(self, leaf: int, tensors: Tensors) -> None:
         """Take leaf number `leaf`."""
         self._push((0, leaf), tensors)
 
-    def _push(self, node: Node, tensors: Sequence[Tensor]) -> None:
+    def _push(self, node: Node, tensors: Tensors) -> None:
         level, number = node
         if number % 2 and self.nodes and self.nodes[-1][0] == (level, number - 1):
             left = self.nodes.pop()[1]
@@ -50,12 +51,12 @@ class TreeSum:
         else:
             self.nodes.append((node, tensors))
 
-    def total(self) -> Sequence[Tensor] | None:
+    def total(self) -> Tensors | None:
         """The sum of all leaves, None without any."""
         return merged(self.nodes)
 
 
-def merged(nodes: Iterable[tuple[Node, Sequence[Tensor]]]) -> Sequence[Tensor] | None:
+def merged(nodes: Iterable[tuple[Node, Tensors]]) -> Tensors | None:
     """The root over nodes none of which is below another; their first lists are added to."""
     found = dict(nodes)
     while len(found) > 1:

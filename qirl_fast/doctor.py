@@ -79,7 +79,7 @@ def software() -> Iterator[Found]:
     for module, (extra, use) in EXTRAS.items():
         install = f"pip install 'qirl-fast[{extra}]'"
         try:
-            own = importlib.import_module(module)
+            found = importlib.import_module(module)
         except ModuleNotFoundError:
             yield Found("note", module, f"not there; only for {use}", install)
         except Exception as error:  # a package that is there in part may raise anything
@@ -87,7 +87,7 @@ def software() -> Iterator[Found]:
                 "mend", module, f"cannot be imported: {error!r}", f"{install}, or remove it"
             )
         else:
-            yield Found("ok", module, getattr(own, "__version__", "there"))
+            yield Found("ok", module, getattr(found, "__version__", "there"))
 
 
 def kernels() -> Iterator[Found]:

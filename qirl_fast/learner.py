@@ -165,8 +165,8 @@ class Learner:
             totals["loss"] += own["loss"]
             if "ratio_error" in own:
                 totals["ratio_error"] = max(totals.get("ratio_error", 0.0), own["ratio_error"])
-            for name, value in means.items():
-                totals[name] = totals.get(name, 0.0) + value
+            for name, mean in means.items():
+                totals[name] = totals.get(name, 0.0) + mean
         skipped = sum(len(r) for r, is_idle in zip(rows, idle, strict=True) if is_idle and skip)
         return totals | {"skipped_share": skipped / count}
 

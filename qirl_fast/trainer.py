@@ -240,7 +240,7 @@ class Trainer:
         """
         digest = hashlib.sha256()
         for p in self.learner.trainable.values():
-            digest.update(p.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+            digest.update(p.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         found = self.world.gather(digest.hexdigest())
         other = [rank for rank, own in enumerate(found) if own != found[0]]
         if other:

@@ -3,7 +3,7 @@
 import json
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qirl_fast.models.sd3 import StableDiffusion3
     from qirl_fast.models.zimage import ZImage
 
-    Model = QwenImage | QwenImage21 | StableDiffusion3 | Flux | Flux2 | ZImage
+    Model: TypeAlias = QwenImage | QwenImage21 | StableDiffusion3 | Flux | Flux2 | ZImage
 else:
     Model = Adapter
 
