@@ -1,5 +1,5 @@
 """ops: against eager PyTorch, torch.compile, others, a copy; block; step; opd: a step of
-distillation; fp8; decode: images; algorithms: learning curves.
+distillation; fp8; decode: images; algorithms: learning curves; scaling: over processes.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from bench import base
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    names = ["ops", "block", "step", "opd", "fp8", "decode", "algorithms"]
+    names = ["ops", "block", "step", "opd", "fp8", "decode", "algorithms", "scaling"]
     parser.add_argument("what", choices=names)
     parser.add_argument("--op", nargs="+", metavar="OP", help="only these ops")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -56,6 +56,10 @@ def main() -> None:
         _decode(options)
     elif options.what == "algorithms":
         _algorithms(options)
+    elif options.what == "scaling":
+        from bench import scaling
+
+        scaling.run(options.out, say=lambda text: print(text, flush=True))
     else:
         _ops(options)
 

@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -29,9 +29,17 @@ from qirl_fast.checkpoint import (
     save_checkpoint,
     unpack,
 )
-from qirl_fast.config import Config, ConfigError, describe, load_config, refuse_changes, settings
+from qirl_fast.config import (
+    Config,
+    ConfigError,
+    describe,
+    load_config,
+    processes,
+    refuse_changes,
+    settings,
+)
 from qirl_fast.data.prompts import PromptError
-from qirl_fast.distributed import PeerFailed, World, joined
+from qirl_fast.distributed import PeerFailed, World, joined, pass_on, started
 from qirl_fast.heldout import EvaluationFailed
 from qirl_fast.interruption import Interrupted, Interruption
 from qirl_fast.memory import describe_plan, fp8_plan, plan
@@ -96,7 +104,7 @@ def loop(trainer: Trainer, step: int, cfg: Config, run_dir: Path) -> Path:
     """The loop of `train`."""
     world = trainer.world
     with (
-        Interruption() as interruption,
+        Interruption(pass_on) as interruption,
         Tracker(run_dir, cfg, step=step, rank=world.rank) as tracker,
     ):
         several = f", {world.size} processes" if world.size > 1 else ""
@@ -236,6 +244,11 @@ def stopped(
     )
 
 
+def again(args: Sequence[str]) -> list[str]:
+    """The command that another process of this run is."""
+    return [sys.executable, "-m", "qirl_fast.train", *args]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 1 the run stopped, 2 the settings are wrong, 128 + n: signal n."""
     args = sys.argv[1:] if argv is None else argv
@@ -248,7 +261,8 @@ def main(argv: list[str] | None = None) -> int:
     for handler in logging.getLogger().handlers:
         handler.setLevel(logging.WARNING)  # the rest is for the run's log.txt
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.quiet = int(os.environ.get("RANK", "0")) > 0  # all stop for the same reason
+    if int(os.environ.get("RANK", "0")):  # all stop for the same reason
+        console.quiet = True
     try:
         cfg = load_config([arg for arg in args if arg != "--dry-run"])
         if "--dry-run" in args:
@@ -258,14 +272,16 @@ def main(argv: list[str] | None = None) -> int:
                 fp8 = cfg.model.fp8
                 print(describe_layers(fp8_plan(cfg), fp8.recipe, fp8.library))
             return 0
-        train(cfg)
+        on_cpu = cfg.device == "cpu" or not torch.cuda.is_available()
+        with started(processes(cfg) if on_cpu else 1, again(args)):
+            train(cfg)
     except (ConfigError, PromptError, CheckpointError, FileNotFoundError) as error:
         console.print(f"error: {error}", style="red", markup=False)
         return 2
-    except (StepFailed, PeerFailed) as error:
+    except StepFailed as error:
         console.print(f"stopped: {error}", style="red", markup=False)
         return 1
-    except (EvaluationFailed, OSError) as error:
+    except (EvaluationFailed, PeerFailed, OSError) as error:
         mend = "after mending the cause run the same command with resume=auto"
         console.print(f"stopped: {error}; {mend}", style="red", markup=False)
         return 1

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -70,7 +71,9 @@ class Trainer:
             raise ValueError(
                 "rollout.cuda_graphs: got true, and the run is on the CPU; allowed there: false"
             )
-        self.workers = cpu_workers(cfg.threads) if device == "cpu" else Workers(1)
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        threads = cfg.threads and max(1, cfg.threads // here)
+        self.workers = cpu_workers(threads) if device == "cpu" else Workers(1)
         folder = packaged(cfg.model.path)
         self.model = load_model(folder, cfg.model.family, DTYPES[cfg.model.dtype], device)
         use_attention(self.model.transformer, cfg.model.attention)

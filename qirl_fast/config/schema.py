@@ -191,8 +191,14 @@ class CurationConfig(Section):
 
 
 class ProcessesConfig(Section):
-    """The processes that torchrun starts; changes no number."""
+    """Processes that share a run; changes no number."""
 
+    count: Count | None = Field(
+        default=1,
+        description="processes that the command starts by itself, on a CPU, where Python's lock "
+        "keeps threads of small models waiting; null: one for each of `threads`, as far as there "
+        "are chunks of rollout.max_rows. torchrun starts its own",
+    )
     timeout_s: Positive = Field(
         default=1800.0,
         description="seconds after which a process that hears nothing of the others ends the run",
@@ -224,7 +230,9 @@ class Config(Section):
         description="'never'; 'auto': the newest whole checkpoint, if any; or a checkpoint folder",
     )
     device: Literal["cpu", "cuda", "auto"] = Field(default="auto", description="where to compute")
-    threads: Count | None = Field(default=None, description="CPU threads; null: one a core")
+    threads: Count | None = Field(
+        default=None, description="CPU threads of all processes of a machine; null: one a core"
+    )
     algorithm: AlgorithmSettings = Field(
         default=grpo.Settings(name="grpo"),
         description="the training algorithm, by its name, and its settings",

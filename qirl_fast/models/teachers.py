@@ -50,25 +50,33 @@ def load_teacher(model: Adapter, name: str, folder: Path) -> Teacher:
     return FolderTeacher(model, name, folder)
 
 
+def add_lora(transformer: Any, folder: Path, adapter: str, who: str) -> None:
+    """Put the PEFT LoRA in `folder` on a transformer, as its adapter `adapter`.
+
+    ValueError, naming both sides, for one that does not fit; who: what it is called there.
+    """
+    config = load_part(LoraConfig.from_pretrained, folder)
+    weights = load_part(load_file, folder / "adapter_model.safetensors")
+    weights = {key.removeprefix(PREFIX): value for key, value in weights.items()}
+    _check_fit(transformer, f"{who} ({folder})", weights)
+    with warnings.catch_warnings():  # that there are several adapters may be the point
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        transformer.add_adapter(config, adapter_name=adapter)
+    found = set_peft_model_state_dict(transformer, weights, adapter_name=adapter)
+    lacking = [key for key in found.missing_keys if f".{adapter}." in key]
+    if lacking:
+        raise ValueError(
+            f"{who} ({folder}): its file lacks {len(lacking)} weights of the layers that its "
+            f"adapter_config.json names ({_some(lacking)}); fetch it again"
+        )
+
+
 class LoraTeacher:
     """An adapter on the student's transformer, beside the student's own."""
 
     def __init__(self, model: Adapter, name: str, folder: Path):
         self.model, self.name = model, f"teacher_{name}"
-        config = load_part(LoraConfig.from_pretrained, folder)
-        weights = load_part(load_file, folder / "adapter_model.safetensors")
-        weights = {key.removeprefix(PREFIX): value for key, value in weights.items()}
-        _check_fit(model.transformer, f"teacher {name!r} ({folder})", weights)
-        with warnings.catch_warnings():  # that there are several adapters is the point
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")
-            model.transformer.add_adapter(config, adapter_name=self.name)
-        found = set_peft_model_state_dict(model.transformer, weights, adapter_name=self.name)
-        lacking = [key for key in found.missing_keys if f".{self.name}." in key]
-        if lacking:
-            raise ValueError(
-                f"teacher {name!r} ({folder}): its file lacks {len(lacking)} weights of the "
-                f"layers that its adapter_config.json names ({_some(lacking)}); fetch it again"
-            )
+        add_lora(model.transformer, folder, self.name, f"teacher {name!r}")
         self._switch(STUDENT)
 
     def _switch(self, name: str) -> None:
