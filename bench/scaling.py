@@ -102,7 +102,7 @@ def measured(size: int, folder: Path) -> dict[str, float]:
     settings = [f"data.prompts_per_step={CHUNKS}", f"rollout.max_rows={rows}", "threads=1"]
     settings += [f"train.steps={UPDATES}", "train.decay=0", "evaluation.prompts=2"]
     settings += [f"output={folder}", f"run=by{size}", "tracking.checkpoint_every=0"]
-    settings += [f"rollout.group_size={rows}", "processes.count=1"]
+    settings += [f"rollout.group_size={rows}"]
     together(size, [sys.executable, "-m", "qirl_fast.train", *settings])
     lines = (folder / f"by{size}" / "timings.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in lines][2:]  # the first updates meet cold caches

@@ -10,11 +10,6 @@ each other is unpickled: tensors, and JSON.
 
 import json
 import os
-import signal
-import socket
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -27,9 +22,6 @@ from torch import distributed as dist
 
 # The second name is that of torch before 2.13.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-ENDING_S = 20.0  # for a process that was told to end, or that should hear of another's end
-POLL_S = 0.5
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 Node = tuple[int, int]  # level from the leaves up, number within the level
@@ -187,78 +179,8 @@ class World:
 
 
 def launched() -> int:
-    """How many processes there are by the environment that torchrun, or `started`, makes."""
+    """How many processes torchrun started, 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-_others: list[subprocess.Popen[bytes]] = []  # that this process has started
-
-
-def pass_on(number: int) -> None:
-    """Send a signal to the processes that this one has started; Ctrl-C reaches them by itself."""
-    for other in _others if number != signal.SIGINT else ():
-        other.send_signal(number)
-
-
-@contextmanager
-def started(count: int, command: Sequence[str]) -> Iterator[None]:
-    """Inside, this process is the first of `count`; the others run `command`.
-
-    For a CPU, where threads of one process wait for Python's lock. They end with it: one that
-    fails ends it, and none outlives it. Nothing is started under torchrun.
-    """
-    if count == 1 or "WORLD_SIZE" in os.environ:
-        yield
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    names = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    own = dict(zip(names, map(str, (count, count, "127.0.0.1", port)), strict=True))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // count))
-    each = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    others = [
-        subprocess.Popen(
-            command, env=os.environ | own | each | {"RANK": str(r), "LOCAL_RANK": str(r)}
-        )
-        for r in range(1, count)
-    ]
-    _others.extend(others)
-    over = threading.Event()
-    threading.Thread(target=_watch, args=(others, over), daemon=True).start()
-    own |= {"RANK": "0", "LOCAL_RANK": "0"}
-    os.environ.update(own)
-    try:
-        yield
-        for other in others:
-            other.wait(ENDING_S)
-    finally:
-        over.set()
-        _others.clear()
-        for other in others:
-            other.terminate()
-        for other in others:
-            try:
-                other.wait(ENDING_S)
-            except subprocess.TimeoutExpired:
-                other.kill()
-                other.wait()
-        for name in own:
-            del os.environ[name]
-        torch.set_num_threads(threads)
-
-
-def _watch(others: Sequence[subprocess.Popen[bytes]], over: threading.Event) -> None:
-    """End this process where another has failed and it does not hear of that by itself, as before
-    they are connected.
-    """
-    while not over.wait(POLL_S):
-        failed = [other for other in others if other.poll()]
-        if failed and not over.wait(ENDING_S):
-            status = failed[0].returncode
-            print(f"stopped: a process of this run ended with status {status}", file=sys.stderr)
-            os._exit(1)
 
 
 @contextmanager

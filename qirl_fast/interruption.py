@@ -6,7 +6,7 @@ handler runs at the moment of the signal.
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -25,12 +25,10 @@ class Interrupted(BaseException):
 class Interruption:
     """Handles SIGTERM and SIGINT inside `with`; a second SIGINT is an ordinary KeyboardInterrupt.
 
-    pass_on: given the number of the first signal, before anything else. In another thread than
-    the main one, where Python allows no handlers, nothing is handled.
+    In another thread than the main one, where Python allows no handlers, it does nothing.
     """
 
-    def __init__(self, pass_on: Callable[[int], None] = lambda number: None) -> None:
-        self._pass_on = pass_on
+    def __init__(self) -> None:
         self._asked: int | None = None
         self._allowed = False
         self._before: dict[int, Any] = {}
@@ -47,8 +45,6 @@ class Interruption:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._asked is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if self._asked is None:
-            self._pass_on(number)
         self._asked = number
         if self._allowed:
             self._allowed = False

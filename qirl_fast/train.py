@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -34,12 +34,11 @@ from qirl_fast.config import (
     ConfigError,
     describe,
     load_config,
-    processes,
     refuse_changes,
     settings,
 )
 from qirl_fast.data.prompts import PromptError
-from qirl_fast.distributed import PeerFailed, World, joined, pass_on, started
+from qirl_fast.distributed import PeerFailed, World, joined
 from qirl_fast.heldout import EvaluationFailed
 from qirl_fast.interruption import Interrupted, Interruption
 from qirl_fast.memory import describe_plan, fp8_plan, plan
@@ -104,7 +103,7 @@ def loop(trainer: Trainer, step: int, cfg: Config, run_dir: Path) -> Path:
     """The loop of `train`."""
     world = trainer.world
     with (
-        Interruption(pass_on) as interruption,
+        Interruption() as interruption,
         Tracker(run_dir, cfg, step=step, rank=world.rank) as tracker,
     ):
         several = f", {world.size} processes" if world.size > 1 else ""
@@ -244,11 +243,6 @@ def stopped(
     )
 
 
-def again(args: Sequence[str]) -> list[str]:
-    """The command that another process of this run is."""
-    return [sys.executable, "-m", "qirl_fast.train", *args]
-
-
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 1 the run stopped, 2 the settings are wrong, 128 + n: signal n."""
     args = sys.argv[1:] if argv is None else argv
@@ -272,9 +266,7 @@ def main(argv: list[str] | None = None) -> int:
                 fp8 = cfg.model.fp8
                 print(describe_layers(fp8_plan(cfg), fp8.recipe, fp8.library))
             return 0
-        on_cpu = cfg.device == "cpu" or not torch.cuda.is_available()
-        with started(processes(cfg) if on_cpu else 1, again(args)):
-            train(cfg)
+        train(cfg)
     except (ConfigError, PromptError, CheckpointError, FileNotFoundError) as error:
         console.print(f"error: {error}", style="red", markup=False)
         return 2

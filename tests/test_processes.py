@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,57 +126,3 @@ def test_what_cannot_be_shared_is_refused(processes, tmp_path, settings, said) -
     assert ended(runs) == [2, 2]
     assert said in runs[0].output() and not (tmp_path / "r").exists()
     assert runs[1].output() == ""
-
-
-def children(pid: int) -> list[int]:
-    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def begun(run: Any) -> int:
-    """The process that a run has started, once it has trained a step."""
-    deadline = time.monotonic() + 120
-    while "step 1/" not in run.output():
-        assert time.monotonic() < deadline and run.process.is_alive(), run.output()
-        time.sleep(0.05)
-    (other,) = children(run.process.pid)
-    return other
-
-
-BY_ITSELF = ("threads=2", "processes.count=null", "rollout.max_rows=2", "evaluation.prompts=3")
-
-
-def test_a_run_starts_its_processes_by_itself(start, small, finished, tmp_path) -> None:
-    own = [*small, *BY_ITSELF, f"output={tmp_path}", "run=r", "resume=auto"]
-    first = start([*own, "train.steps=1"])
-    assert first.wait() == 0 and "2 processes" in first.output(), first.output()
-    second = start([*own, "processes.count=4"])
-    assert second.wait() == 0 and "4 processes" in second.output(), second.output()
-    assert written(tmp_path / "r") == written(finished("one", *BY_ITSELF, "processes.count=1"))
-
-
-def test_a_run_that_is_asked_to_stop_takes_its_processes_along(start, small, tmp_path) -> None:
-    run = start([*small, *BY_ITSELF, "train.steps=1000", f"output={tmp_path}", "run=r"])
-    other = begun(run)
-    os.kill(run.process.pid, signal.SIGTERM)
-    assert run.wait() == 128 + signal.SIGTERM, run.output()
-    assert "stopped by SIGTERM" in run.output() and "Traceback" not in run.output()
-    assert not Path(f"/proc/{other}").exists()
-
-
-@pytest.mark.chaos("kill -9 of a process that the run has started: the run ends and says so")
-def test_a_process_that_dies_ends_the_run(start, small, tmp_path) -> None:
-    own = [*small, *BY_ITSELF, "train.steps=1000", f"output={tmp_path}", "run=r"]
-    run = start(own)
-    os.kill(begun(run), signal.SIGKILL)
-    assert run.wait() == 1 and "stopped" in run.output(), run.output()
-
-
-@pytest.mark.chaos("kill -9 of the process that started others: none of them stays")
-def test_no_process_outlives_the_run(start, small, tmp_path) -> None:
-    run = start([*small, *BY_ITSELF, "train.steps=1000", f"output={tmp_path}", "run=r"])
-    other = begun(run)
-    run.kill()
-    deadline = time.monotonic() + 60
-    while Path(f"/proc/{other}").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

@@ -63,16 +63,6 @@ def derived(cfg: Config) -> Derived:
     )
 
 
-def processes(cfg: Config) -> int:
-    """How many the command is to start, with itself."""
-    if cfg.processes.count is not None:
-        return cfg.processes.count
-    size = derived(cfg)
-    return min(
-        cfg.threads or len(os.sched_getaffinity(0)), size.minibatch_samples // size.chunk_rows
-    )
-
-
 def describe(cfg: Config) -> str:
     """Return the resolved recipe as YAML, then the derived sizes, as comments."""
     size = derived(cfg)

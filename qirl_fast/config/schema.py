@@ -191,14 +191,8 @@ class CurationConfig(Section):
 
 
 class ProcessesConfig(Section):
-    """Processes that share a run; changes no number."""
+    """The processes that torchrun starts; changes no number."""
 
-    count: Count | None = Field(
-        default=1,
-        description="processes that the command starts by itself, on a CPU, where Python's lock "
-        "keeps threads of small models waiting; null: one for each of `threads`, as far as there "
-        "are chunks of rollout.max_rows. torchrun starts its own",
-    )
     timeout_s: Positive = Field(
         default=1800.0,
         description="seconds after which a process that hears nothing of the others ends the run",
