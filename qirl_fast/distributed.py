@@ -119,7 +119,7 @@ class World:
         """Bytes of each process, of any number."""
         sizes = torch.empty(self.size, dtype=torch.int64)
         _exchange(_all_gather, sizes, torch.tensor([len(sent)]))
-        most = int(sizes.max())
+        most = max(1, int(sizes.max()))
         padded, found = sent.new_zeros(most), sent.new_empty(self.size * most)
         padded[: len(sent)] = sent
         _exchange(_all_gather, found, padded)
