@@ -18,7 +18,7 @@ import operator
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -293,6 +293,26 @@ def _start_wandb(run_dir: Path, cfg: Config | RewardConfig) -> Any:
         config=cfg.model_dump(mode="json"),
         resume="allow",
     )
+
+
+@contextmanager
+def profiled(run_dir: Path, update: int, wanted: Sequence[int]) -> Iterator[None]:
+    """Write profile/step-N.json.gz, a trace of all that is done inside, of the updates `wanted`.
+
+    Open it at ui.perfetto.dev or chrome://tracing.
+    """
+    if update not in wanted:
+        yield
+        return
+    from torch import profiler
+    from torch._C._profiler import _ExperimentalConfig
+
+    threads = _ExperimentalConfig(profile_all_threads=True)  # chunks are worked on by several
+    with profiler.profile(record_shapes=True, experimental_config=threads) as trace:
+        yield
+    folder = run_dir / "profile"
+    folder.mkdir(exist_ok=True)
+    trace.export_chrome_trace(str(folder / f"step-{update}.json.gz"))
 
 
 def summary_table(judges: Mapping[str, Mapping[str, float]], title: str) -> Table:

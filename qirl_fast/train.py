@@ -45,7 +45,7 @@ from qirl_fast.memory import describe_plan, fp8_plan, plan
 from qirl_fast.models.fp8 import describe as describe_layers
 from qirl_fast.models.fp8.te import Unavailable
 from qirl_fast.report import before_evaluation, draw_samples, write_report
-from qirl_fast.tracking import Tracker, prepare_run_dir
+from qirl_fast.tracking import Tracker, prepare_run_dir, profiled
 from qirl_fast.trainer import Trainer
 
 USAGE = f"""{__doc__}
@@ -115,7 +115,8 @@ def loop(trainer: Trainer, step: int, cfg: Config, run_dir: Path) -> Path:
         for update in range(step + 1, cfg.train.steps + 1):
             batch, position = None, trainer.position()
             try:
-                with interruption.allowed():
+                wanted = cfg.tracking.profile if world.rank == 0 else ()
+                with interruption.allowed(), profiled(run_dir, update, wanted):
                     with tracker.phase("data"):
                         prompts = trainer.next_prompts()
                     with tracker.phase("rollout"):

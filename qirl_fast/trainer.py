@@ -50,6 +50,14 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def require_determinism() -> None:
+    """From here on PyTorch raises where it has no algorithm of fixed order. Before CUDA is used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS picks as it likes
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # what is read is written before
+    torch.backends.cudnn.benchmark = False
+
+
 class Trainer:
     """Model, prompts, judges, learner; every method is one verb of the loop in train.py.
 
@@ -61,6 +69,8 @@ class Trainer:
         self.cfg, self.world = cfg, world or World()
         self._check_processes()
         seed_everything(cfg.seed)
+        if cfg.deterministic:
+            require_determinism()
         best = "cuda" if torch.cuda.is_available() else "cpu"
         device = best if cfg.device == "auto" else cfg.device
         if device == "cuda" and best == "cpu":

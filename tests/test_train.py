@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
@@ -328,3 +329,27 @@ def test_watched_judges_are_shown_and_not_optimised(
     assert row["reward"] == row["reward/alignment"] and "reward/aesthetics" in row
     summary = json.loads((tmp_path / "watching" / "summary.json").read_text())
     assert set(summary["judges"]) == {"alignment", "aesthetics"}
+
+
+def test_deterministic_runs_repeat_and_on_a_cpu_are_those_of_any_run(
+    start, small, finished, tmp_path: Path
+) -> None:
+    own = [*small, *VARIED, f"output={tmp_path}", "deterministic=true"]
+    for name in ("first", "second"):
+        run = start([*own, f"run={name}"])
+        assert run.wait() == 0, run.output()
+    folders = (tmp_path / "first", tmp_path / "second", finished("varied", *VARIED))
+    for file in ("metrics.jsonl", "checkpoints/latest/state.safetensors"):
+        assert len({(folder / file).read_bytes() for folder in folders}) == 1
+
+
+def test_a_profile_shows_the_ops_and_changes_no_bit(start, small, finished, tmp_path: Path) -> None:
+    run = start([*small, f"output={tmp_path}", "run=r", "tracking.profile=[2]"])
+    assert run.wait() == 0, run.output()
+    (trace,) = (tmp_path / "r" / "profile").iterdir()
+    with gzip.open(trace, "rt") as file:
+        names = {event["name"] for event in json.load(file)["traceEvents"]}
+    assert trace.name == "step-2.json.gz"
+    assert {"qirl::flow_step", "qirl::policy_loss"} <= names
+    plain = finished("plain")
+    assert (tmp_path / "r/metrics.jsonl").read_bytes() == (plain / "metrics.jsonl").read_bytes()

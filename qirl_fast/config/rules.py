@@ -32,6 +32,12 @@ def cross_problems(cfg: Config) -> Iterator[Problem]:
     yield from cfg.algorithm.problems(cfg)
     yield from _reward_problems(cfg)
     yield from _fp8_problems(cfg)
+    if cfg.deterministic and cfg.model.attention not in ("auto", "sdpa"):
+        yield (
+            ("deterministic", "model.attention"),
+            f"deterministic: got true, and the backward pass of model.attention="
+            f"{cfg.model.attention} adds up in any order; allowed: auto, sdpa",
+        )
     yield from _batch_problems(cfg)
     yield from _weight_problems(cfg)
     yield from _tier_problems(cfg)

@@ -209,6 +209,10 @@ class TrackingConfig(Section):
     )
     keep_checkpoints: Count = Field(default=2, description="newest checkpoints kept")
     samples_every: Natural = Field(default=0, description="updates between sample images; 0: none")
+    profile: list[Count] = Field(
+        default=[],
+        description="updates of which a trace of PyTorch's profiler is written to profile/",
+    )
 
 
 class Config(Section):
@@ -226,6 +230,11 @@ class Config(Section):
     device: Literal["cpu", "cuda", "auto"] = Field(default="auto", description="where to compute")
     threads: Count | None = Field(
         default=None, description="CPU threads of all processes of a machine; null: one a core"
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="refuse algorithms that may give other bits the next time; on a CPU there are "
+        "none, on a GPU some are slower",
     )
     algorithm: AlgorithmSettings = Field(
         default=grpo.Settings(name="grpo"),
