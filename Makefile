@@ -13,7 +13,7 @@ KEY := $(CURDIR) PYTHON=$(PYTHON) QIRL_CUDA=$(QIRL_CUDA)
 WORKERS := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup train train-edit pipeline test chaos fuzz lint format clean cuda-check asan FORCE
+.PHONY: help setup train train-edit pipeline test chaos fuzz soak lint format clean cuda-check asan FORCE
 
 help:
 	@echo 'make train       train the packaged tiny model on the CPU   ARGS="key=value ..."'
@@ -22,6 +22,7 @@ help:
 	@echo 'make test        run the fast tests                         ARGS="pytest arguments"'
 	@echo 'make chaos       kill, starve and mislead runs; a table at the end'
 	@echo 'make fuzz        120,000 strange inputs: prompts, recipes, images, checkpoints, requests'
+	@echo 'make soak        2,000 small steps: do memory, open files, step time stay flat?'
 	@echo 'make lint        ruff, mypy, clang-format; changes nothing'
 	@echo 'make format      let ruff and clang-format rewrite the files'
 	@echo 'make cuda-check  compile the CUDA code, where nvcc is found; needs no GPU'
@@ -56,6 +57,10 @@ chaos: $(READY)
 
 fuzz: $(READY)
 	QIRL_FUZZ=$${QIRL_FUZZ:-24000} $(BIN)/python -m pytest --timeout 7200 -n logical --dist load tests/test_fuzz.py $(ARGS)
+
+soak: $(READY)
+	rm -rf outputs/soak
+	$(BIN)/python -m bench soak $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """ops: against eager PyTorch, torch.compile, others, a copy; block; step; opd: a step of
-distillation; fp8; decode: images; algorithms: learning curves; scaling: over processes.
+distillation; fp8; decode: images; algorithms: learning curves; scaling: over processes; soak:
+thousands of steps.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from bench import base
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    names = ["ops", "block", "step", "opd", "fp8", "decode", "algorithms", "scaling"]
+    names = ["ops", "block", "step", "opd", "fp8", "decode", "algorithms", "scaling", "soak"]
     parser.add_argument("what", choices=names)
     parser.add_argument("--op", nargs="+", metavar="OP", help="only these ops")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument(
         "--budget-s", type=float, default=300.0, help="of algorithms: seconds of each recipe"
     )
+    parser.add_argument("--steps", type=int, default=2000, help="of soak")
     options = parser.parse_args()
     base.use_site()
     if options.what == "step":
@@ -60,6 +62,11 @@ def main() -> None:
         from bench import scaling
 
         scaling.run(options.out, say=lambda text: print(text, flush=True))
+    elif options.what == "soak":
+        from bench import soak
+
+        result = soak.run(options.steps, Path("outputs/soak"), options.out)
+        raise SystemExit(not result["flat"])
     else:
         _ops(options)
 
