@@ -49,6 +49,8 @@ small, large = seconds(2, 200), seconds(1 << 22, 10)
 if dist.get_rank() == 0:
     # Half of what a process of two has goes to the other.
     print(json.dumps({"latency_s": small, "bytes_per_s": (1 << 24) / 2 / (large - small)}))
+dist.barrier()
+dist.destroy_process_group()
 """
 
 
