@@ -45,7 +45,7 @@ PLACES = {
 @pytest.mark.chaos("kill -9 at 50 random moments of one run: the bits of a run left alone")
 def test_killed_fifty_times(start: Start, small, finished, meddle, tmp_path: Path) -> None:
     draw, kills, steps = random.Random(5), 0, 40
-    own = [*small, f"train.steps={steps}", "evaluation={prompts: 2, steps: 1}"]
+    own = [*small, f"train.steps={steps}", "evaluation={prompts: 2, steps: 2}"]
     argv = [*own, f"output={tmp_path}", "run=r", "resume=auto"]
     seen: set[str] = set()
     while kills < 50:
