@@ -92,6 +92,7 @@ def test_one_of_two_processes_is_killed(small, finished, tmp_path: Path) -> None
         text=True,
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "from step 0 to 3, 2 processes" in done.stdout
