@@ -154,7 +154,8 @@ class World:
         """All: the sum of all processes' leaves, in the order of the tree; zeros without any.
 
         like: tensors of the shapes, all of one dtype and device. Each process adds up one part of
-        the elements, so twice their bytes are sent, whatever the number of processes.
+        the elements: of W processes each sends (W - 1) / W of their bytes for each node of the one
+        that has the most (one node, where runs of leaves are aligned powers of two) and once more.
         """
         if self.size == 1:
             return list(tree.total() or map(torch.zeros_like, like))
@@ -179,11 +180,6 @@ class World:
         return [p.view(t.shape).clone() for p, t in zip(pieces, like, strict=True)]
 
 
-def launched() -> int:
-    """How many processes torchrun started, 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 @contextmanager
 def joined(timeout_s: float, cuda: bool) -> Iterator[World]:
     """Inside, the processes that torchrun started know each other; without it there is one.
@@ -191,7 +187,7 @@ def joined(timeout_s: float, cuda: bool) -> Iterator[World]:
     timeout_s: after which a process that hears nothing of the others raises. cuda: whether they
     compute on GPUs, each on that of its local rank.
     """
-    if launched() == 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World()
         return
     if cuda:

@@ -47,9 +47,14 @@ class HeldoutSamples:
         generators, judges = rng_state(), self.judges.state_dict()
         sizes = [self.conditioning.target(p) for p in prompts]
         parts = [[i for i, s in enumerate(sizes) if s == size] for size in dict.fromkeys(sizes)]
-        found = [self._of_one_size([prompts[i] for i in part]) for part in parts]
-        set_rng_state(generators)
-        self.judges.load_state_dict(judges)
+        try:
+            found = [self._of_one_size([prompts[i] for i in part]) for part in parts]
+        except BaseException:  # a signal among them, after which the run's state is saved
+            self.judges.abandon()
+            raise
+        finally:
+            set_rng_state(generators)
+            self.judges.load_state_dict(judges)
         return Evaluation.of(found, parts)
 
     def _of_one_size(self, prompts: list[Prompt]) -> Evaluation:
