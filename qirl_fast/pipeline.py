@@ -5,18 +5,23 @@
     train a baseline on all tasks and rewards at once
     draw the held-out prompts with base, teachers, baseline and student; compare
 
-Every stage is a command of its own, printed before it runs, in a process of its own. The same
-command goes on where it was killed, between stages and inside one. <output> then holds a folder a
-stage, mixed-train.jsonl and mixed-heldout.jsonl (all tasks' rows), evaluation/<model>.npz,
-comparison.json, comparison.md and comparison.png.
+Every stage is a command of its own, printed before it runs, in a process of its own; with
+`side_by_side` the teachers and the baseline, which need nothing of each other, run so many at a
+time. The same command goes on where it was killed, between stages and inside one. <output> then
+holds a folder a stage, mixed-train.jsonl and mixed-heldout.jsonl (all tasks' rows),
+evaluation/<model>.npz, comparison.json, comparison.md and comparison.png.
 """
 
 import json
+import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -53,20 +58,27 @@ def pipeline(cfg: PipelineConfig) -> Path:
     folder = Path(cfg.output)
     folder.mkdir(parents=True, exist_ok=True)
     recipes = {task: checked(task, stage) for task, stage in cfg.tasks.items()}
-    for task, teacher in cfg.tasks.items():
-        own = common(cfg, teacher, task)
-        run(folder, f"curate {task}", "curate", own, folder / f"{task}-curation" / "summary.json")
+    mixed = mix(folder, recipes)
+    stages = Stages(folder, cfg.side_by_side)
+
+    def teacher(task: str) -> None:
+        own = common(cfg, cfg.tasks[task], task)
+        stages.run(f"curate {task}", "curate", own, f"{task}-curation")
         data = recipes[task].data
         images = f"data.images={data.images or packaged(data.train).parent}"  # kept.jsonl is a copy
         kept = f"data.train={folder / f'{task}-curation' / 'kept.jsonl'}"
-        words = [*own, kept, images]
-        run(folder, f"teacher {task}", "train", words, folder / task / "summary.json")
-    mixed = mix(folder, recipes)
-    for name, stage in (("student", cfg.student), ("baseline", cfg.baseline)):
-        words = [*common(cfg, stage, name), *mixed]
-        if name == "student":
-            words += [f"algorithm.teachers.{t}.path={folder / t / LORA}" for t in cfg.tasks]
-        run(folder, name, "train", words, folder / name / "summary.json")
+        stages.run(f"teacher {task}", "train", [*own, kept, images], task)
+
+    def baseline() -> None:
+        stages.run(
+            "baseline", "train", [*common(cfg, cfg.baseline, "baseline"), *mixed], "baseline"
+        )
+
+    stages.all([baseline, *(partial(teacher, task) for task in cfg.tasks)])  # the longest first
+    teachers = [f"algorithm.teachers.{t}.path={folder / t / LORA}" for t in cfg.tasks]
+    words = [*common(cfg, cfg.student, "student"), *mixed, *teachers]
+    last = Stages(folder, 1)
+    last.all([lambda: last.run("student", "train", words, "student")])
     compare(cfg, folder, recipes)
     return folder
 
@@ -89,31 +101,93 @@ def common(cfg: PipelineConfig, stage: StageConfig, name: str) -> list[str]:
     return [stage.recipe, *stage.set, *own]
 
 
-def run(folder: Path, title: str, module: str, words: Sequence[str], done: Path) -> None:
-    """Run a stage's command unless it has come to its end; StageFailed where it fails.
+class Stages:
+    """Runs stages' commands in processes of their own, `side_by_side` at a time.
 
-    done: the file with which such a command ends. A stage that ended under other words is refused.
+    More than one share the CPU's threads out among them, and each line they print is led by the
+    stage's name.
     """
-    command = ["-m", f"qirl_fast.{module}", *words]
-    if module == "curate":  # goes on by itself, and has no checkpoints
-        command.remove("resume=auto")
-    note = folder / "stages" / f"{title.replace(' ', '-')}.json"
-    Console().rule(title, align="left")
-    if done.exists() and note.exists():
-        was = json.loads(note.read_text(encoding="utf-8"))
-        if was != command:
-            raise ConfigError(
-                [
-                    f"{title}: ended in {done.parent} as another command; go back to its settings, "
-                    f"or start anew under output=NAME. It was: {shlex.join(['python', *was])}"
-                ]
-            )
-        print(f"done before: {done}")
-        return
-    print("python " + shlex.join(command), flush=True)
-    if subprocess.run([sys.executable, *command], check=False).returncode:
-        raise StageFailed(f"{title} did not come to its end; what it said stands above")
-    write_text(note, json.dumps(command) + "\n")
+
+    def __init__(self, folder: Path, side_by_side: int):
+        self.folder, self.side_by_side = folder, side_by_side
+        self._running: set[subprocess.Popen[str]] = set()
+        self._stopped = False
+        self._lock = threading.Lock()  # of the two above
+
+    def all(self, chains: Sequence[Callable[[], None]]) -> None:
+        """Each chain runs stages one after the other. An error or Ctrl-C has all that run stopped,
+        their state saved, and no other started; it is raised when they have ended.
+        """
+        with ThreadPoolExecutor(self.side_by_side) as pool, self._stopping():
+            for chain in as_completed([pool.submit(self._stopping()(chain)) for chain in chains]):
+                chain.result()
+
+    @contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """An error inside stops all that run, before anything else can start."""
+        try:
+            yield
+        except BaseException:
+            with self._lock:
+                self._stopped = True
+                for process in self._running:
+                    process.terminate()
+            raise
+
+    def run(self, title: str, module: str, words: Sequence[str], run: str) -> None:
+        """Run a stage's command unless it has come to its end; StageFailed where it fails.
+
+        run: the folder in which such a command ends with summary.json. A stage that ended under
+        other words is refused.
+        """
+        command = ["-m", f"qirl_fast.{module}", *words]
+        if module == "curate":  # goes on by itself, and has no checkpoints
+            command.remove("resume=auto")
+        done = self.folder / run / "summary.json"
+        note = self.folder / "stages" / f"{title.replace(' ', '-')}.json"
+        say = self._say(title)
+        if done.exists() and note.exists():
+            was = json.loads(note.read_text(encoding="utf-8"))
+            if was != command:
+                raise ConfigError(
+                    [
+                        f"{title}: ended in {done.parent} as another command; go back to its "
+                        "settings, or start anew under output=NAME. It was: "
+                        + shlex.join(["python", *was])
+                    ]
+                )
+            say(f"done before: {done}")
+            return
+        if self._process(command, say):
+            raise StageFailed(f"{title} did not come to its end; what it said stands above")
+        write_text(note, json.dumps(command) + "\n")
+
+    def _say(self, title: str) -> Callable[[str], None]:
+        """Prints a line of a stage: under a heading, or led by its name where stages mix."""
+        if self.side_by_side == 1:
+            Console().rule(title, align="left")
+            return partial(print, flush=True)
+        return lambda line: print(f"{title:12} | {line}", flush=True)
+
+    def _process(self, command: Sequence[str], say: Callable[[str], None]) -> int:
+        """The command's exit status."""
+        kept: dict[str, Any] = {}
+        if self.side_by_side > 1:
+            threads = max(1, len(os.sched_getaffinity(0)) // self.side_by_side)
+            kept = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            kept["env"] = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        with self._lock:
+            if self._stopped:
+                raise StageFailed("not started, as another has failed")
+            say("python " + shlex.join(command))
+            process = subprocess.Popen([sys.executable, *command], **kept)
+            self._running.add(process)
+        with process:
+            for line in process.stdout or ():
+                say(line.rstrip("\n"))
+        with self._lock:
+            self._running.discard(process)
+        return process.returncode
 
 
 def mix(folder: Path, recipes: Mapping[str, Config]) -> list[str]:
@@ -292,6 +366,9 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         console.print(f"error: {error}", style="red", markup=False)
         return 2
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from here", style="red")
+        return 130
     return 0
 
 

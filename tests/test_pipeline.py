@@ -15,7 +15,7 @@ import pytest
 
 from qirl_fast.config import ConfigError, load_config, load_settings
 from qirl_fast.config.pipeline import PipelineConfig
-from qirl_fast.pipeline import StageFailed, main, mix, run
+from qirl_fast.pipeline import StageFailed, Stages, main, mix
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGED = str(ROOT / "configs" / "tiny_pipeline.yaml")
@@ -77,18 +77,51 @@ def test_rows_are_mixed_in_turn_and_say_their_task(tmp_path: Path) -> None:
         mix(tmp_path, recipes | {"edit": again})
 
 
-def test_a_stage_runs_once_and_under_the_same_words_only(tmp_path: Path, capfd) -> None:
-    done = tmp_path / "curate.done"
+@pytest.mark.parametrize("side_by_side", [1, 2])
+def test_a_stage_runs_once_and_under_the_same_words_only(
+    side_by_side: int, tmp_path: Path, capfd
+) -> None:
+    run = Stages(tmp_path, side_by_side).run
     help_ = ["--help", "resume=auto"]
-    run(tmp_path, "a stage", "curate", help_, done)
-    assert "python -m qirl_fast.curate --help" in capfd.readouterr().out
-    done.touch()
-    run(tmp_path, "a stage", "curate", help_, done)
+    run("a stage", "curate", help_, "a")
+    said = capfd.readouterr().out
+    assert "python -m qirl_fast.curate --help" in said and "curate [recipe.yaml" in said
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "summary.json").touch()
+    run("a stage", "curate", help_, "a")
     assert "done before" in capfd.readouterr().out
     with pytest.raises(ConfigError, match=r"ended in .* as another command; go back"):
-        run(tmp_path, "a stage", "curate", ["--help", "seed=1", "resume=auto"], done)
+        run("a stage", "curate", ["--help", "seed=1", "resume=auto"], "a")
     with pytest.raises(StageFailed, match="b stage did not come to its end"):
-        run(tmp_path, "b stage", "train", ["nowhere.yaml"], tmp_path / "never")
+        run("b stage", "train", ["nowhere.yaml"], "never")
+
+
+def test_a_stage_that_fails_stops_those_beside_it(tmp_path: Path, capfd) -> None:
+    stages = Stages(tmp_path, 2)
+    recipe = [str(ROOT / "configs" / "tiny_grpo.yaml"), f"output={tmp_path}", "run=long"]
+    done = []
+
+    def fails() -> None:
+        timings = tmp_path / "long" / "timings.jsonl"
+        while not (timings.exists() and timings.read_text()):
+            time.sleep(0.1)
+        stages.run("wrong", "train", ["nowhere.yaml"], "wrong")
+
+    def long() -> None:
+        stages.run(
+            "long", "train", [*recipe, "evaluation.prompts=2", "data.prompts_per_step=1"], "long"
+        )
+
+    def last() -> None:
+        stages.run("last", "train", recipe, "long")
+        done.append("it ran")
+
+    with pytest.raises(StageFailed, match="wrong did not come to its end"):
+        stages.all([long, fails, last])
+    said = capfd.readouterr().out
+    assert "wrong        | error: nowhere.yaml" in said and "last  " not in said and not done
+    assert "long         | stopped by SIGTERM" in said
+    assert (tmp_path / "long" / "checkpoints" / "latest").exists()
 
 
 @pytest.mark.slow

@@ -30,6 +30,11 @@ class PipelineConfig(Section):
 
     output: Text = Field(description="folder of all stages")
     seed: Seed = Field(default=0, description="seed of every stage")
+    side_by_side: Count = Field(
+        default=1,
+        description="so many of teachers and baseline run at a time and share the CPU's threads; "
+        "the numbers are the same",
+    )
     tasks: Annotated[dict[str, TaskConfig], Field(min_length=2)] = Field(
         description="tasks by name: each has a teacher, trained on the prompts that its curation "
         "keeps; the name is the `task` of its rows"
