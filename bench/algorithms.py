@@ -1,7 +1,7 @@
 """`python -m bench algorithms`: every recipe of configs/algorithms for the same seconds.
 
-A recipe runs as a user runs it, in a process of its own, one after the other, until its updates
-have taken `seconds`; held-out evaluations run between them and are not counted. What is compared is
+A recipe runs as a user runs it, in a process of its own, one for each core and each on one, until
+its updates have taken `seconds`; held-out evaluations run between them and are not counted. What is compared is
 the held-out reward under each recipe's own evaluation: ODE, averaged weights, the same prompts and
 seeds, guidance as in its rollout. Rewards of rollouts are drawn too, but noise on the way costs
 some of them, and an ODE rollout none.
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,9 @@ def train(recipe: Path, folder: Path, options: Options) -> None:
         "tracking.tensorboard=false",
     ]
     log = folder.parent / f"{folder.name}.log"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out)
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
         try:
             while sum(clock(folder)[-1:]) < options.seconds:
                 if process.poll() is not None:
@@ -106,21 +108,28 @@ def recipes(only: list[str] | None) -> Iterator[Path]:
 
 def run(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
     """The result; options.out is rewritten after each recipe."""
+    cores = len(os.sched_getaffinity(0))
     result: dict[str, Any] = about("cpu") | {
         "seconds": options.seconds,
+        "side_by_side": cores,
         "load": os.getloadavg()[0],
         "runs": {},
     }
     options.runs.mkdir(parents=True, exist_ok=True)
-    for recipe in recipes(options.only):
+
+    def one(recipe: Path) -> tuple[str, dict[str, Any]]:
         folder = options.runs / recipe.stem
         train(recipe, folder, options)
-        found = result["runs"][recipe.stem] = measured(folder, options.seconds)
-        say(f"{recipe.stem:16} {found['updates']:4} updates  {summary(found)}")
-        if options.out is not None:
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
-            options.out.with_suffix(".md").write_text(markdown(result))
-            plot(result, options.out.with_suffix(".png"))
+        return recipe.stem, measured(folder, options.seconds)
+
+    with ThreadPoolExecutor(cores) as pool:
+        for name, found in pool.map(one, recipes(options.only)):
+            result["runs"][name] = found
+            say(f"{name:16} {found['updates']:4} updates  {summary(found)}")
+            if options.out is not None:
+                options.out.write_text(json.dumps(result, indent=1) + "\n")
+                options.out.with_suffix(".md").write_text(markdown(result))
+                plot(result, options.out.with_suffix(".png"))
     return result
 
 
@@ -143,7 +152,8 @@ def markdown(result: dict[str, Any]) -> str:
     machine = ", ".join(f"{k} {v}" for k, v in result["machine"].items())
     lines = [
         f"Commit {result['commit'][:12]}, {result['date']}; {machine}; load {result['load']:.1f} "
-        f"at the start. {result['seconds']:g} s of updates each, without evaluations; one seed.",
+        f"at the start. {result['seconds']:g} s of updates each on one core, {result['side_by_side']} at a "
+        "time, without evaluations; one seed.",
         "",
         "| recipe | updates | s / update | held out before | last | at s | rollouts, last tenth |",
         "|---|---|---|---|---|---|---|",

@@ -14,6 +14,7 @@ from torch import Tensor
 from qirl_fast.ops._checks import DTYPE_CODE, rows_of
 from qirl_fast.ops._compiled import CPU, CUDA, Compiled
 from qirl_fast.ops._quantized import fp8_of, fp8_outputs
+from qirl_fast.ops._recycled import empty
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ def _forward(
     _require_width(kernels, norm, x.shape[-1])
     x, u = x.contiguous(), None if u is None else u.contiguous()
     rows, rows_t0 = _ready(rows), _ready(rows_t0)
-    y = x.new_empty(x.shape if norm else 0)
-    out = x.new_empty(0 if u is None else x.shape)
+    y = empty(x, x.shape if norm else 0)
+    out = empty(x, 0 if u is None else x.shape)
     mean = x.new_empty(x.shape[:2] if norm and not rms else 0, dtype=torch.float32)
     rstd = x.new_empty(x.shape[:2] if norm else 0, dtype=torch.float32)
     q, q_scale = fp8_outputs(y, quantize)
@@ -122,13 +123,13 @@ def _backward(
     samples, tokens, width = given.shape
     _require_width(kernels, dy is not None, width)
     chunk = kernels.chunk if any(wanted) else kernels.chunk_alone
-    dx = given.new_empty(0 if x is None else given.shape, dtype=dtype)
-    du = dx.new_empty(0) if u is None else u.new_empty(u.shape if want_du else 0)
+    dx = empty(given, 0 if x is None else given.shape, dtype)
+    du = dx.new_empty(0) if u is None else empty(u, u.shape if want_du else 0)
     chunks = (samples, (tokens + chunk - 1) // chunk, width)
     wants = (wanted, tuple(w and t0 is not None for w in wanted))
 
     def arrays(shape: tuple[int, ...]) -> list[list[Tensor]]:
-        return [[dx.new_empty(shape if w else 0, dtype=torch.float32) for w in ws] for ws in wants]
+        return [[empty(dx, shape if w else 0, torch.float32) for w in ws] for ws in wants]
 
     def addresses(tensors: list[list[Tensor]]) -> list[list[int]]:
         return [[t.data_ptr() if t.numel() else 0 for t in ts] for ts in tensors]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qirl_fast.ops._checks import DTYPE_CODE
 from qirl_fast.ops._compiled import CPU, CUDA, Compiled
+from qirl_fast.ops._recycled import empty
 
 Heads = tuple[int, int, int, int]
 Tokens = tuple[Heads, Heads, Heads, tuple[int, int], tuple[int, int], tuple[int, int, int], int]
@@ -80,7 +81,7 @@ def joint_buffers(
     length = q.shape[1] + (0 if text_q is None else text_q.shape[1])
 
     def buffer(t: Tensor) -> Tensor:
-        return t.new_empty((t.shape[0], length, *t.shape[2:]))
+        return empty(t, (t.shape[0], length, *t.shape[2:]))
 
     return buffer(q), buffer(k), None if text_q is None else buffer(k)
 
@@ -122,7 +123,7 @@ def gradient_buffers(
 ) -> tuple[Tensor, ...]:
     """dq, dk, text_dq, text_dk to write to, contiguous; empty where there is no text."""
     none = q.new_empty(0)
-    return tuple(none if t is None else t.new_empty(t.shape) for t in (q, k, text_q, text_k))
+    return tuple(none if t is None else empty(t, t.shape) for t in (q, k, text_q, text_k))
 
 
 def weight_gradients(

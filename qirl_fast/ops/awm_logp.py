@@ -39,6 +39,7 @@ from qirl_fast.ops._checks import (
 )
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._loss_cuda import awm_logp_backward_cuda, awm_logp_cuda
+from qirl_fast.ops._recycled import empty
 from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 
@@ -122,7 +123,7 @@ def awm_logp_backward_cpu(
     """C++ kernel, csrc/cpu/awm_logp.inl.cpp."""
     v, noise, x0 = dense_rows(v), dense_rows(noise), dense_rows(x0)
     grad, slope = grad.contiguous(), slope.contiguous()
-    dv = v.new_empty(v.shape)
+    dv = empty(v, v.shape)
     _cpu.awm_logp_backward(
         grad.data_ptr(),
         slope.data_ptr(),

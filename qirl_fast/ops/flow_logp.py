@@ -38,6 +38,7 @@ from qirl_fast.ops._checks import (
 )
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._flow_cuda import flow_logp_backward_cuda, flow_logp_cuda
+from qirl_fast.ops._recycled import empty
 from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 
@@ -136,8 +137,8 @@ def flow_logp_backward_cpu(
     x, x_next, v = dense_rows(x), dense_rows(x_next), dense_rows(v)
     delta = None if delta is None else dense_rows(delta)
     grad, *coefficients = (t.contiguous() for t in (grad, a, c, w))
-    dx = x.new_empty(x.shape if want_dx else 0)
-    dv = v.new_empty(v.shape if want_dv else 0)
+    dx = empty(x, x.shape if want_dx else 0)
+    dv = empty(v, v.shape if want_dv else 0)
     _cpu.flow_logp_backward(
         grad.data_ptr(),
         rows_of(x),

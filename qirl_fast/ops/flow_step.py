@@ -40,6 +40,7 @@ from qirl_fast.ops._checks import (
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._flow_cuda import flow_step_cuda
 from qirl_fast.ops._noise import reference_noise
+from qirl_fast.ops._recycled import empty
 from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 
@@ -91,7 +92,7 @@ def flow_step_cpu(
     delta = None if delta is None else dense_rows(delta)
     coefficients = [t.contiguous() for t in (a, c, s, w, b)]
     seed = seed.contiguous()
-    x_next, logp = x.new_empty(x.shape), a.new_empty(a.shape)
+    x_next, logp = empty(x, x.shape), a.new_empty(a.shape)
     _cpu.flow_step(
         rows_of(x),
         rows_of(v),

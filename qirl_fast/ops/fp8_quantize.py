@@ -39,6 +39,7 @@ from qirl_fast.ops._checks import (
     rows_of,
 )
 from qirl_fast.ops._cuda import cuda_module, device_of, missing_cuda, stream_of
+from qirl_fast.ops._recycled import New, empty
 from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 
@@ -89,14 +90,14 @@ def fp8_quantize_reference(
 
 # ---- cpu, cuda ----------------------------------------------------------------------------------
 def empty_outputs(
-    x: Tensor, granularity: str, e5m2: bool, transpose: bool
+    x: Tensor, granularity: str, e5m2: bool, transpose: bool, new: New = Tensor.new_empty
 ) -> tuple[Tensor, Tensor, int]:
     """Empty q and scale, and the elements a scale (0: all)."""
     width = x.shape[-1]
     shape = (width, x.numel() // width) if transpose else tuple(x.shape)
     unit = {"row": shape[-1], "tensor": 0, "block": BLOCK}[granularity]
     scales = (1,) if unit == 0 else (*shape[:-1], (shape[-1] + unit - 1) // unit)
-    q = x.new_empty(shape, dtype=_dtype(e5m2))
+    q = new(x, shape, dtype=_dtype(e5m2))
     return q, x.new_empty(scales, dtype=torch.float32), unit
 
 
@@ -104,7 +105,7 @@ def fp8_quantize_cpu(
     x: Tensor, granularity: str, e5m2: bool, transpose: bool
 ) -> tuple[Tensor, Tensor]:
     """C++ kernel, csrc/cpu/fp8_quantize.inl.cpp."""
-    q, scale, unit = empty_outputs(x, granularity, e5m2, transpose)
+    q, scale, unit = empty_outputs(x, granularity, e5m2, transpose, empty)
     x = matrix(x)
     _cpu.fp8_quantize(
         rows_of(x),

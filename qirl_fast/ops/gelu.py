@@ -42,6 +42,7 @@ from qirl_fast.ops._quantized import (
     fp8_outputs,
     require_quantize,
 )
+from qirl_fast.ops._recycled import empty
 from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 from qirl_fast.ops.fp8_quantize import Quantized
@@ -68,7 +69,7 @@ def gelu_backward_reference(grad: Tensor, x: Tensor) -> Tensor:
 # ---- cpu ----------------------------------------------------------------------------------------
 def gelu_cpu(x: Tensor, quantize: str) -> tuple[Tensor, Tensor, Tensor]:
     """C++ kernel, csrc/cpu/gelu.inl.cpp."""
-    y = x.new_empty(x.shape)
+    y = empty(x, x.shape)
     q, scale = fp8_outputs(y, quantize)
     (x,) = [matrix(x)] if quantize else matrices(x)
     fp8 = fp8_of(q, scale, quantize)
@@ -78,7 +79,7 @@ def gelu_cpu(x: Tensor, quantize: str) -> tuple[Tensor, Tensor, Tensor]:
 
 def gelu_backward_cpu(grad: Tensor, x: Tensor) -> Tensor:
     """C++ kernel, csrc/cpu/gelu.inl.cpp."""
-    dx = x.new_empty(x.shape)
+    dx = empty(x, x.shape)
     grad, x = matrices(grad, x)
     _cpu.gelu_backward(rows_of(grad), rows_of(x), dx.data_ptr(), *x.shape, torch.get_num_threads())
     return dx

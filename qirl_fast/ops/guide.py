@@ -36,6 +36,7 @@ from qirl_fast.ops._checks import (
 )
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._guide_cuda import guide_backward_cuda, guide_cuda
+from qirl_fast.ops._recycled import empty
 from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 
@@ -87,7 +88,7 @@ def _norm_factor(c: Tensor, g: Tensor) -> Tensor:
 def guide_cpu(v_cond: Tensor, v_uncond: Tensor, scale_B: Tensor, rescale: bool) -> Tensor:
     """C++ kernel, csrc/cpu/guide.inl.cpp."""
     c, u, scale_B = dense_rows(v_cond), dense_rows(v_uncond), scale_B.contiguous()
-    out = c.new_empty(c.shape)
+    out = empty(c, c.shape)
     _cpu.guide(
         rows_of(c),
         rows_of(u),
@@ -106,7 +107,7 @@ def guide_backward_cpu(
 ) -> tuple[Tensor, Tensor]:
     """C++ kernel, csrc/cpu/guide.inl.cpp."""
     dy, c, u, scale_B = (*map(dense_rows, (grad, v_cond, v_uncond)), scale_B.contiguous())
-    dc, du = c.new_empty(c.shape), u.new_empty(u.shape)
+    dc, du = empty(c, c.shape), empty(u, u.shape)
     _cpu.guide_backward(
         rows_of(dy),
         rows_of(c),

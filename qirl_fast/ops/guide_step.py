@@ -39,6 +39,7 @@ from qirl_fast.ops._checks import (
 from qirl_fast.ops._compiled import CPU, CUDA, Compiled
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._flow_cuda import flow_scratch
+from qirl_fast.ops._recycled import empty
 from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 from qirl_fast.ops.flow_step import flow_step_reference
@@ -89,8 +90,8 @@ def _guide_step_compiled(
     scale_B, seed = scale_B.contiguous(), seed.contiguous()
     logp = coefficients[0].new_empty(x.shape[0])
     x_next, delta, sums = (
-        x.new_empty(x.shape),
-        x.new_empty(x.shape if frozen else 0),
+        empty(x, x.shape),
+        empty(x, x.shape if frozen else 0),
         flow_scratch(x),
     )
     with on.device(x):

@@ -50,6 +50,7 @@ from qirl_fast.ops._checks import (
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._gradient import scaled
 from qirl_fast.ops._loss_cuda import nft_loss_cuda
+from qirl_fast.ops._recycled import New, empty
 from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 
@@ -124,7 +125,7 @@ def nft_loss_cpu(
     """C++ kernel, csrc/cpu/nft_loss.inl.cpp."""
     large = [None if t is None else dense_rows(t) for t in (v, v_old, v_ref, x_t, x0)]
     sigma, advantage = sigma.contiguous(), advantage.contiguous()
-    loss, metrics, dv = outputs = _empty_outputs(v, want_grad)
+    loss, metrics, dv = outputs = _empty_outputs(v, want_grad, empty)
     _cpu.nft_loss(
         tuple(rows_of(t) for t in large),
         (sigma.data_ptr(), advantage.data_ptr()),
@@ -138,12 +139,12 @@ def nft_loss_cpu(
     return outputs
 
 
-def _empty_outputs(v: Tensor, want_grad: bool) -> _Outputs:
+def _empty_outputs(v: Tensor, want_grad: bool, new: New = Tensor.new_empty) -> _Outputs:
     real = torch.promote_types(v.dtype, torch.float32)
     return (
         v.new_empty((), dtype=real),
         v.new_empty((4, v.shape[0]), dtype=real),
-        v.new_empty(v.shape if want_grad else 0),
+        new(v, v.shape if want_grad else 0),
     )
 
 

@@ -41,6 +41,7 @@ from qirl_fast.ops._quantized import (
     fp8_outputs,
     require_quantize,
 )
+from qirl_fast.ops._recycled import empty
 from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 from qirl_fast.ops.fp8_quantize import Quantized
@@ -66,7 +67,7 @@ def swiglu_backward_reference(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[T
 # ---- cpu ----------------------------------------------------------------------------------------
 def swiglu_cpu(gate: Tensor, up: Tensor, quantize: str) -> tuple[Tensor, Tensor, Tensor]:
     """C++ kernel, csrc/cpu/swiglu.inl.cpp."""
-    y = gate.new_empty(gate.shape)
+    y = empty(gate, gate.shape)
     q, scale = fp8_outputs(y, quantize)
     gate, up = [matrix(gate), matrix(up)] if quantize else matrices(gate, up)
     _cpu.swiglu(
@@ -81,7 +82,7 @@ def swiglu_cpu(gate: Tensor, up: Tensor, quantize: str) -> tuple[Tensor, Tensor,
 
 def swiglu_backward_cpu(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """C++ kernel, csrc/cpu/swiglu.inl.cpp."""
-    dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
+    dgate, dup = empty(gate, gate.shape), empty(up, up.shape)
     grad, gate, up = matrices(grad, gate, up)
     _cpu.swiglu_backward(
         *map(rows_of, (grad, gate, up)),

@@ -43,6 +43,7 @@ from qirl_fast.ops._checks import (
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._gradient import scaled
 from qirl_fast.ops._loss_cuda import velocity_loss_cuda
+from qirl_fast.ops._recycled import New, empty
 from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 
@@ -81,7 +82,7 @@ def velocity_loss_cpu(
     """C++ kernel, csrc/cpu/velocity_loss.inl.cpp."""
     v, target = dense_rows(v), dense_rows(target)
     weight_B = None if weight_B is None else weight_B.contiguous()
-    loss, mse, dv = outputs = _empty_outputs(v, target, weight_B, want_grad)
+    loss, mse, dv = outputs = _empty_outputs(v, want_grad, empty)
     _cpu.velocity_loss(
         rows_of(v),
         rows_of(target),
@@ -95,12 +96,12 @@ def velocity_loss_cpu(
     return outputs
 
 
-def _empty_outputs(v: Tensor, target: Tensor, weight_B: Tensor | None, want_grad: bool) -> _Outputs:
+def _empty_outputs(v: Tensor, want_grad: bool, new: New = Tensor.new_empty) -> _Outputs:
     real = torch.promote_types(v.dtype, torch.float32)
     return (
         v.new_empty((), dtype=real),
         v.new_empty(v.shape[:1], dtype=real),
-        v.new_empty(v.shape if want_grad else 0),
+        new(v, v.shape if want_grad else 0),
     )
 
 
@@ -124,7 +125,7 @@ OP = Op(
 
 _velocity_loss = OP.register(
     "(Tensor v, Tensor target, Tensor? weight_B, bool want_grad) -> (Tensor, Tensor, Tensor)",
-    _empty_outputs,
+    lambda v, *rest: _empty_outputs(v, rest[-1]),
     large=(0, 1),
 )
 

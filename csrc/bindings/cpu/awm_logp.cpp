@@ -48,7 +48,7 @@ void awm_logp_backward(uintptr_t grad_B, uintptr_t slope_B, const Inputs& inputs
   args.grad_B = as_pointer<float>(grad_B);
   args.slope_B = as_pointer<float>(slope_B);
   args.dv = as_pointer(dv);
-  args.stream = stream_to(args.dv, row_size * dtype_bytes(args.v.dtype), rows);
+  args.stream = worth_streaming(args.dv, row_size * dtype_bytes(args.v.dtype), rows);
 
   py::gil_scoped_release released;
   run_kernel(awm_logp_backward_kernels, &args, rows * blocks_per_row(row_size), kRowGrain, threads);

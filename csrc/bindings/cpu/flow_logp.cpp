@@ -37,8 +37,8 @@ void flow_logp_backward(uintptr_t grad_B, const Rows& x, const Rows& x_next, con
   args.x_next_stride = stride_of(x_next);
   args.dx = as_pointer(dx);
   args.dv = as_pointer(dv);
-  args.stream = (dx == 0 || stream_to(args.dx, row_size * dtype_bytes(args.x_dtype), rows)) &&
-                (dv == 0 || stream_to(args.dv, row_size * dtype_bytes(args.v_dtype), rows));
+  args.stream = (dx == 0 || worth_streaming(args.dx, row_size * dtype_bytes(args.x_dtype), rows)) &&
+                (dv == 0 || worth_streaming(args.dv, row_size * dtype_bytes(args.v_dtype), rows));
 
   py::gil_scoped_release released;
   run_kernel(flow_logp_backward_kernels, &args, flow_tasks(rows, row_size), kFlowGrain, threads);

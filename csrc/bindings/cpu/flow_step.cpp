@@ -59,7 +59,7 @@ void flow_step(
   args.seed_B = as_pointer<int64_t>(seed_B);
   args.offset = offset;
   args.x_next_out = as_pointer(x_next);
-  args.stream = stream_to(args.x_next_out, row_size * dtype_bytes(args.x_dtype), rows);
+  args.stream = worth_streaming(args.x_next_out, row_size * dtype_bytes(args.x_dtype), rows);
   const int64_t tasks = flow_tasks(rows, row_size);
   std::vector<float> sums(tasks);
   args.sums = sums.data();

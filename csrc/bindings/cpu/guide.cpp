@@ -25,8 +25,8 @@ void run(const Kernel (&table)[kIsaCount], GuideArgs& a, int64_t rows, int threa
   require_finite("guide", "scale", a.scale_B, rows);
   const int64_t unit = a.rescale ? a.width : kGuideBlock;
   const int64_t row_bytes = a.row_size * dtype_bytes(a.dtype);
-  a.stream = unit * dtype_bytes(a.dtype) % 64 == 0 && stream_to(a.out, row_bytes, rows) &&
-             (a.out2 == nullptr || stream_to(a.out2, row_bytes, rows));
+  a.stream = unit * dtype_bytes(a.dtype) % 64 == 0 && worth_streaming(a.out, row_bytes, rows) &&
+             (a.out2 == nullptr || worth_streaming(a.out2, row_bytes, rows));
   const int64_t tasks = rows * ((a.row_size + unit - 1) / unit);
   const int64_t grain = 4 * ((kGuideBlock + unit - 1) / unit);
   py::gil_scoped_release released;

@@ -30,8 +30,8 @@ void guide_step(
   g.flow.offset = offset;
   g.flow.x_next_out = as_pointer(x_next);
   const int64_t row_bytes = row_size * dtype_bytes(g.flow.x_dtype);
-  g.flow.stream = stream_to(g.flow.x_next_out, row_bytes, rows) &&
-                  (g.delta_out == nullptr || stream_to(g.delta_out, row_bytes, rows));
+  g.flow.stream = worth_streaming(g.flow.x_next_out, row_bytes, rows) &&
+                  (g.delta_out == nullptr || worth_streaming(g.delta_out, row_bytes, rows));
   g.flow.sums = as_pointer<float>(sums);
 
   py::gil_scoped_release released;

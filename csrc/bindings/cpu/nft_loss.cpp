@@ -42,7 +42,7 @@ void nft_loss(const Inputs& inputs, const std::tuple<uintptr_t, uintptr_t>& coef
   args.beta = options.beta;
   args.dv = as_pointer(dv);
   args.row_size = row_size;
-  args.stream = dv != 0 && stream_to(args.dv, row_size * dtype_bytes(args.v.dtype), rows);
+  args.stream = dv != 0 && worth_streaming(args.dv, row_size * dtype_bytes(args.v.dtype), rows);
   const int64_t blocks = blocks_per_row(row_size);
   const int64_t group = std::clamp<int64_t>(kGroupBytes / (row_size * 20), 1, rows);
   std::vector<float> sums(group * blocks * kNftSums);

@@ -10,8 +10,8 @@ namespace {
 void run(const Kernel (&table)[kIsaCount], NormArgs& a, int out_dtype, int threads) {
   const int64_t count = a.samples * a.tokens, y_bytes = a.width * dtype_bytes(a.x_dtype);
   const int64_t out_bytes = a.width * dtype_bytes(out_dtype);
-  a.stream = (a.y == nullptr || stream_to(a.y, y_bytes, count)) &&
-             (a.out == nullptr || stream_to(a.out, out_bytes, count));
+  a.stream = (a.y == nullptr || worth_streaming(a.y, y_bytes, count)) &&
+             (a.out == nullptr || worth_streaming(a.out, out_bytes, count));
   const int64_t chunk = a.width * (a.tokens < a.chunk ? a.tokens : a.chunk);
   const int64_t grain = 1 + 16384 / chunk;
   run_kernel(table, &a, a.samples * norm_chunks(a), grain, threads);

@@ -23,7 +23,7 @@ bool streamed(const QkArgs& a, void* const* outputs, int count, int64_t tokens) 
   bool all = line % 64 == 0;
   for (int i = 0; i < count; ++i) {
     if (outputs[i] == nullptr) continue;
-    all = all && stream_to(outputs[i], a.heads[i > 0] * line, a.batch * tokens);
+    all = all && worth_streaming(outputs[i], a.heads[i > 0] * line, a.batch * tokens);
   }
   return all;
 }

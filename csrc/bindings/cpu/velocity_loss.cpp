@@ -18,7 +18,7 @@ void velocity_loss(const Rows& v, const Rows& target, uintptr_t weight_B, uintpt
   args.dv = as_pointer(dv);
   args.rows = rows;
   args.row_size = row_size;
-  args.stream = dv != 0 && stream_to(args.dv, row_size * dtype_bytes(args.v.dtype), rows);
+  args.stream = dv != 0 && worth_streaming(args.dv, row_size * dtype_bytes(args.v.dtype), rows);
   const int64_t blocks = blocks_per_row(row_size);
   std::vector<float> sums(rows * blocks);
   args.sums = sums.data();
