@@ -28,7 +28,7 @@ inline void run_pointwise(const Kernel (&table)[kIsaCount], std::initializer_lis
   count = 0;
   for (const uintptr_t out : outputs) {
     a.out[count] = as_pointer(out);
-    a.stream = a.stream && stream_to(a.out[count++], width * dtype_bytes(a.dtype), rows);
+    a.stream = a.stream && worth_streaming(a.out[count++], width * dtype_bytes(a.dtype), rows);
   }
   const int64_t tasks = rows * ((width + a.block - 1) / a.block);
   const int64_t task_size = width < a.block ? width : a.block;
