@@ -77,14 +77,67 @@ QIRL_HD void backward_span(const Span<T>& s, bool rescale) {
   });
 }
 
+// A rescaled token of kShort elements, the width of most models' latents, stays in registers between
+// its two passes: the operations and bits of forward_span() and backward_span().
+constexpr int kShort = 64, kShortVectors = kShort / kLanes;
+
+template <class T>
+QIRL_HD void forward_short(const Span<T>& s) {
+  const F w = splat(s.scale);
+  F g[kShortVectors];
+  Sum16 c2, g2;
+#pragma GCC unroll 8
+  for (int k = 0; k < kShortVectors; ++k) {
+    const F c = load(s.c + k * kLanes);
+    g[k] = guide_combine(c, load(s.u + k * kLanes), w);
+    c2.add(k, c * c);
+    g2.add(k, g[k] * g[k]);
+  }
+  const float factor = guide_factor(c2.total(), g2.total(), scalar_sqrt);
+#pragma GCC unroll 8
+  for (int k = 0; k < kShortVectors; ++k) {
+    store(s.out + k * kLanes, round_own(s.out, g[k] * factor), s.stream);
+  }
+}
+
+template <class T>
+QIRL_HD void backward_short(const Span<T>& s) {
+  const F w = splat(s.scale);
+  F c[kShortVectors], g[kShortVectors], dy[kShortVectors];
+  Sum16 c2, g2, gdy;
+#pragma GCC unroll 8
+  for (int k = 0; k < kShortVectors; ++k) {
+    c[k] = load(s.c + k * kLanes);
+    g[k] = guide_combine(c[k], load(s.u + k * kLanes), w);
+    dy[k] = load(s.dy + k * kLanes);
+    c2.add(k, c[k] * c[k]);
+    g2.add(k, g[k] * g[k]);
+    gdy.add(k, g[k] * dy[k]);
+  }
+  const float factor = guide_factor(c2.total(), g2.total(), scalar_sqrt);
+  const float by = guide_grad_k(factor, gdy.total(), g2.total());
+  const float m = guide_grad_m(factor, gdy.total(), c2.total());
+#pragma GCC unroll 8
+  for (int k = 0; k < kShortVectors; ++k) {
+    const F dg = factor * dy[k] - by * g[k], dc = w * dg + m * c[k];
+    store(s.out + k * kLanes, round_own(s.out, dc), s.stream);
+    store(s.out2 + k * kLanes, round_own(s.out2, dg - w * dg), s.stream);
+  }
+}
+
 template <class T>
 QIRL_HD void all_spans(const GuideArgs& a, int64_t begin, int64_t end, bool backward) {
   const int64_t unit = a.rescale ? a.width : kGuideBlock;
   const int64_t per_row = (a.row_size + unit - 1) / unit;
+  const bool in_registers = a.rescale && a.width == kShort && kShortVectors <= 8;
   int64_t row = begin / per_row, start = (begin % per_row) * unit;
   for (int64_t task = begin; task < end; ++task) {
     const Span<T> s = span_of<T>(a, row, start, unit);
-    backward ? backward_span(s, a.rescale) : forward_span(s, a.rescale);
+    if (in_registers) {
+      backward ? backward_short(s) : forward_short(s);
+    } else {
+      backward ? backward_span(s, a.rescale) : forward_span(s, a.rescale);
+    }
     start += unit;
     if (start >= a.row_size) {
       start = 0;
