@@ -1,10 +1,10 @@
 """`python -m bench algorithms`: every recipe of configs/algorithms for the same seconds.
 
 A recipe runs as a user runs it, in a process of its own, one for each core and each on one, until
-its updates have taken `seconds`; held-out evaluations run between them and are not counted. What is compared is
-the held-out reward under each recipe's own evaluation: ODE, averaged weights, the same prompts and
-seeds, guidance as in its rollout. Rewards of rollouts are drawn too, but noise on the way costs
-some of them, and an ODE rollout none.
+its updates have taken `seconds`; held-out evaluations run between them and are not counted. What
+is compared is the held-out reward under each recipe's own evaluation: ODE, averaged weights, the
+same prompts and seeds, guidance as in its rollout. Rewards of rollouts are drawn too, but noise on
+the way costs some of them, and an ODE rollout none.
 
     {"seconds": s, "runs": {recipe: {"updates": n, "seconds": [n], "reward": [n],
                                      "heldout": [[seconds, reward], ...]}}}
@@ -152,8 +152,8 @@ def markdown(result: dict[str, Any]) -> str:
     machine = ", ".join(f"{k} {v}" for k, v in result["machine"].items())
     lines = [
         f"Commit {result['commit'][:12]}, {result['date']}; {machine}; load {result['load']:.1f} "
-        f"at the start. {result['seconds']:g} s of updates each on one core, {result['side_by_side']} at a "
-        "time, without evaluations; one seed.",
+        f"at the start. {result['seconds']:g} s of updates each on one core, "
+        f"{result['side_by_side']} at a time, without evaluations; one seed.",
         "",
         "| recipe | updates | s / update | held out before | last | at s | rollouts, last tenth |",
         "|---|---|---|---|---|---|---|",

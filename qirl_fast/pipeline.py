@@ -6,10 +6,10 @@
     draw the held-out prompts with base, teachers, baseline and student; compare
 
 Every stage is a command of its own, printed before it runs, in a process of its own; with
-`side_by_side` the teachers and the baseline, which need nothing of each other, run so many at a
-time. The same command goes on where it was killed, between stages and inside one. <output> then
-holds a folder a stage, mixed-train.jsonl and mixed-heldout.jsonl (all tasks' rows),
-evaluation/<model>.npz, comparison.json, comparison.md and comparison.png.
+`side_by_side` so many run at a time: the teachers and the baseline need nothing of each other, and
+the student only the teachers. The same command goes on where it was killed, between stages and
+inside one. <output> then holds a folder a stage, mixed-train.jsonl and mixed-heldout.jsonl (all
+tasks' rows), evaluation/<model>.npz, comparison.json, comparison.md and comparison.png.
 """
 
 import json
@@ -47,6 +47,7 @@ from qirl_fast.whole import write_text
 DEFAULT = "tiny_pipeline.yaml"
 LORA = Path("checkpoints", "latest", "lora")
 SHOWN = 5  # prompts of each task in the picture
+Chain = Callable[[], None]
 
 
 class StageFailed(RuntimeError):
@@ -74,11 +75,13 @@ def pipeline(cfg: PipelineConfig) -> Path:
             "baseline", "train", [*common(cfg, cfg.baseline, "baseline"), *mixed], "baseline"
         )
 
-    stages.all([baseline, *(partial(teacher, task) for task in cfg.tasks)])  # the longest first
-    teachers = [f"algorithm.teachers.{t}.path={folder / t / LORA}" for t in cfg.tasks]
-    words = [*common(cfg, cfg.student, "student"), *mixed, *teachers]
-    last = Stages(folder, 1)
-    last.all([lambda: last.run("student", "train", words, "student")])
+    def student() -> None:
+        loras = [f"algorithm.teachers.{t}.path={folder / t / LORA}" for t in cfg.tasks]
+        words = [*common(cfg, cfg.student, "student"), *mixed, *loras]
+        stages.run("student", "train", words, "student")
+
+    teachers = [partial(teacher, task) for task in cfg.tasks]
+    stages.all([baseline, *teachers], student, after=teachers)  # the longest first
     compare(cfg, folder, recipes)
     return folder
 
@@ -114,13 +117,22 @@ class Stages:
         self._stopped = False
         self._lock = threading.Lock()  # of the two above
 
-    def all(self, chains: Sequence[Callable[[], None]]) -> None:
-        """Each chain runs stages one after the other. An error or Ctrl-C has all that run stopped,
-        their state saved, and no other started; it is raised when they have ended.
+    def all(self, chains: Sequence[Chain], last: Chain, *, after: Sequence[Chain]) -> None:
+        """Run chains of stages in their order, and `last` when those of `after` have ended.
+
+        An error or Ctrl-C has all that run stopped, their state saved, and no other started; it is
+        raised when they have ended.
         """
         with ThreadPoolExecutor(self.side_by_side) as pool, self._stopping():
-            for chain in as_completed([pool.submit(self._stopping()(chain)) for chain in chains]):
-                chain.result()
+            started = {chain: pool.submit(self._stopping()(chain)) for chain in chains}
+
+            def waiting() -> None:
+                for chain in after:
+                    started[chain].result()
+                last()
+
+            for done in as_completed([*started.values(), pool.submit(waiting)]):
+                done.result()
 
     @contextmanager
     def _stopping(self) -> Iterator[None]:

@@ -53,6 +53,7 @@ def test_table_and_picture(folder: Path, tmp_path: Path) -> None:
         "machine": {"cpu": "one"},
         "load": 0.0,
         "seconds": 40.0,
+        "side_by_side": 2,
         "runs": {"nft": algorithms.measured(folder, 40.0)},
     }
     text = algorithms.markdown(result)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -117,11 +118,30 @@ def test_a_stage_that_fails_stops_those_beside_it(tmp_path: Path, capfd) -> None
         done.append("it ran")
 
     with pytest.raises(StageFailed, match="wrong did not come to its end"):
-        stages.all([long, fails, last])
+        stages.all([long, fails, last], last, after=[fails])
     said = capfd.readouterr().out
     assert "wrong        | error: nowhere.yaml" in said and "last  " not in said and not done
     assert "long         | stopped by SIGTERM" in said
     assert (tmp_path / "long" / "checkpoints" / "latest").exists()
+
+
+@pytest.mark.parametrize("side_by_side", [1, 2, 3])
+def test_the_last_stage_starts_when_those_it_needs_have_ended(
+    side_by_side: int, tmp_path: Path
+) -> None:
+    ended: list[str] = []
+
+    def chain(name: str, seconds: float) -> None:
+        time.sleep(seconds)
+        ended.append(name)
+
+    needed = [partial(chain, "a", 0.2), partial(chain, "b", 0.3)]
+    other = partial(chain, "other", 0.0 if side_by_side == 1 else 1.5)
+    Stages(tmp_path, side_by_side).all([other, *needed], partial(chain, "last", 0), after=needed)
+    if side_by_side == 1:
+        assert ended == ["other", "a", "b", "last"]
+    else:
+        assert ended.index("last") == 2 and set(ended[:2]) == {"a", "b"}
 
 
 @pytest.mark.slow

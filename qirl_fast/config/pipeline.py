@@ -32,7 +32,7 @@ class PipelineConfig(Section):
     seed: Seed = Field(default=0, description="seed of every stage")
     side_by_side: Count = Field(
         default=1,
-        description="so many of teachers and baseline run at a time and share the CPU's threads; "
+        description="so many stages run at a time where they can, and share the CPU's threads; "
         "the numbers are the same",
     )
     tasks: Annotated[dict[str, TaskConfig], Field(min_length=2)] = Field(
