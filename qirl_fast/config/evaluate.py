@@ -13,9 +13,18 @@ from qirl_fast.config.schema import FailureConfig
 from qirl_fast.rewards.judges import JUDGES, resolve
 from qirl_fast.rewards.kinds import JudgeSettings
 from qirl_fast.rewards.vlm import checklist
-from qirl_fast.section import Count, Level, NonNegative, Pixels, Positive, Problem, Section
+from qirl_fast.section import (
+    Count,
+    Level,
+    NonNegative,
+    Pixels,
+    Positive,
+    Problem,
+    Section,
+    Size,
+    Text,
+)
 from qirl_fast.section import Seed as SeedNumber
-from qirl_fast.section import Size, Text
 
 FACETS = "facets"
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -65,7 +74,9 @@ class FacetsConfig(Section):
 class EvaluateConfig(Section):
     """An evaluation of several models on one prompt file."""
 
-    output: Text = Field(description="folder of the tables; not of another evaluation")
+    output: Text = Field(
+        description="folder of tables, images, embeddings; tables there are written anew"
+    )
     models: Annotated[dict[Name, ContenderConfig], Field(min_length=1)] = Field(
         description="what is compared, by name"
     )

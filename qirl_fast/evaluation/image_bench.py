@@ -91,7 +91,7 @@ IMAGE_BENCH: Taxonomy = {
         "Design Applications": {
             "Graphic Design": "Does poster or page have a clear order of information?",
             "Product Design": "Could the product be made and used?",
-            "Spatial Design": "Do rooms and buildings keep perspective, proportion, building sense?",
+            "Spatial Design": "Do rooms and buildings keep perspective and proportion?",
             "Fashion Styling": "Do cut, silhouette and make-up suit the style asked for?",
             "Game Design": "Would props and interface work in a game?",
             "Art Design": "Is the artistic language asked for there, and consistent?",

@@ -4,7 +4,7 @@
          <key of a chunk>.json          {"files": {name: sha256}}, written after them
 
 A chunk is what one forward draws: its key says all that decides its pixels beside the model's
-fingerprint, which names the folder. A chunk whose files are missing, cut short or changed in one bit
+fingerprint, which names the folder. A chunk whose files are missing, cut short or changed in a bit
 is not given back: it is to be drawn again, and `damaged` says why. One without its .json was being
 written when the process ended.
 """
@@ -29,20 +29,30 @@ class KeptImages:
         self.folder = folder
         self.damaged: list[str] = []
 
-    def get(self, key: str, rows: int) -> np.ndarray | None:
-        """uint8 [rows, H, W, 3] of a chunk, None where it is to be drawn."""
+    def sound(self, key: str, rows: int) -> bool:
+        """Whether a chunk is there, every file as it was written."""
         index = self.folder / f"{key}.json"
         if not index.exists():
-            return None
+            return False
         try:
             files = json.loads(index.read_text(encoding="utf-8"))["files"]
             if list(files) != [self._name(key, i) for i in range(rows)]:
-                raise ValueError(f"it names {len(files)} images; wanted {rows}")
-            return np.stack([_read(self.folder / name, sha) for name, sha in files.items()])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{index} names {len(files)} images; wanted {rows}")
+            for name, sha256 in files.items():
+                _require(self.folder / name, sha256)
+        except (OSError, ValueError, KeyError, TypeError) as error:
             what = error if str(error).startswith(str(self.folder)) else f"{index}: {error!r}"
             self.damaged.append(f"{what}; its chunk of {rows} images is drawn again")
-            return None
+            return False
+        return True
+
+    def get(self, key: str, rows: int) -> np.ndarray:
+        """uint8 [rows, H, W, 3] of a sound chunk."""
+        found = []
+        for i in range(rows):
+            with Image.open(self.folder / self._name(key, i)) as image:
+                found.append(np.array(image.convert("RGB")))
+        return np.stack(found)
 
     def put(self, key: str, images: np.ndarray) -> None:
         """Keep a chunk, uint8 [rows, H, W, 3]."""
@@ -67,12 +77,9 @@ class KeptImages:
         return f"{key}-{row:03d}.png"
 
 
-def _read(path: Path, sha256: str) -> np.ndarray:
-    """The pixels of a file of this SHA-256; ValueError for another."""
+def _require(path: Path, sha256: str) -> None:
+    """ValueError unless the file has this SHA-256."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != sha256:
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise ValueError(f"{path} is damaged (SHA-256 differs)")
-    with Image.open(io.BytesIO(data)) as image:
-        return np.array(image.convert("RGB"))

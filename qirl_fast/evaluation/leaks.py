@@ -27,7 +27,7 @@ from qirl_fast.data.prompts import Prompt
 from qirl_fast.data.sources import ImageError
 from qirl_fast.rewards.vlm.rows import normalised
 
-WORDS = 5
+WORDS = 8
 BLOCK = 256  # evaluated prompts compared at once: bounds the memory, 8 bytes a pair
 WORD = re.compile(r"\w+")
 
@@ -60,7 +60,9 @@ def find_leaks(
     if not 0 < near <= 1:
         raise ValueError(f"got near {near}; wanted a number above 0, at most 1")
     return [
-        leak for source, rows in trained.items() for leak in _of_source(evaluated, rows, source, near)
+        leak
+        for source, rows in trained.items()
+        for leak in _of_source(evaluated, rows, source, near)
     ]
 
 

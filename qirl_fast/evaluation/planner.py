@@ -3,7 +3,7 @@
 For n differences of standard deviation s around a mean of delta, the two-sided t-test at level
 alpha has the power
 
-    P(|T| > t_{1 - alpha/2, n-1}),  T noncentral t with n - 1 degrees, noncentrality delta sqrt(n) / s
+    P(|T| > t_{1 - alpha/2, n-1}),  T noncentral t, n - 1 degrees, noncentrality delta sqrt(n) / s
 
 (Cohen 1988, 2.3; exact for normal differences, and nearly so for the mean of many others). The
 number needed is the least n whose power reaches the wanted one; the least visible effect of n is

@@ -2,7 +2,7 @@
 
 d_i = model_i - base_i over n prompts, which both drew from the same initial noise.
 
-- sign test: of the m differences that are not 0, k are positive; two-sided binomial p at 1/2, exact.
+- sign test: of the m differences that are not 0, k are positive; exact two-sided binomial p at 1/2.
   It asks nothing of the scores but their order (Conover 1999, 3.4).
 - Holm: of M p-values in ascending order, adjusted p_(j) = max_{i <= j} min(1, (M - i + 1) p_(i)).
   Reject where it is below alpha: the chance of any false rejection is at most alpha, however the

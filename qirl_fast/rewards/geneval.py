@@ -1,4 +1,4 @@
-"""GenEval's verdict on an image of flat coloured shapes: 1 where all its row asks for is there, or 0.
+"""GenEval's verdict on flat coloured shapes: 1 where it shows all its row asks for, or 0.
 
 The rules of GenEval (arXiv 2310.11513, evaluation/evaluate_images.py) on what `alignment` finds in
 the image: every entry of `include` has its `count` objects, each of the class and, where one is

@@ -1,4 +1,4 @@
-"""A vision-language model answers a checklist about an image: 0 | 1 | 2 | N/A for each item, as JSON.
+"""A vision-language model answers a checklist about an image, 0 | 1 | 2 | N/A an item, as JSON.
 
 One question a checklist: the image, the prompt it was made from, the items; wanted is
 
@@ -107,8 +107,12 @@ class Checklist:
             for group, items in self.items.items()
             for line in (f"## {group}", *(f"- {item}: {q}" for item, q in items.items()))
         ]
-        form = {g: {item: {"score": '0 | 1 | 2 | "N/A"'} for item in i} for g, i in self.items.items()}
-        shape = json.dumps(form, ensure_ascii=False).replace('"0 | 1 | 2 | \\"N/A\\""', '0|1|2|"N/A"')
+        form = {
+            g: {item: {"score": '0 | 1 | 2 | "N/A"'} for item in i} for g, i in self.items.items()
+        }
+        shape = json.dumps(form, ensure_ascii=False).replace(
+            '"0 | 1 | 2 | \\"N/A\\""', '0|1|2|"N/A"'
+        )
         return QUESTION.format(
             prompt=self.prompt, title=self.title, items="\n".join(listed), form=shape
         )
@@ -118,9 +122,7 @@ class Malformed(ValueError):
     """An answer that cannot be read; the message says what is wrong with it."""
 
 
-def ask_checklists(
-    engine: Engine, lists: Sequence[Checklist], tries: int
-) -> list[Given | str]:
+def ask_checklists(engine: Engine, lists: Sequence[Checklist], tries: int) -> list[Given | str]:
     """For each checklist its answers, or the reason why there are none. tries >= 1."""
     results: list[Given | str] = [""] * len(lists)
     asks: dict[int, Ask] = {}
