@@ -136,8 +136,8 @@ def checked_prompts(
         yield (
             f"{len(other)} of {len(edits)} edits have a source of another aspect ratio than "
             f"{size[0]} x {size[1]} (row {other[0] + 1}: {h} x {w}, height x width); all are drawn "
-            "at that one size, and judges see the source stretched to it: set buckets to draw each at "
-            "its own"
+            "at that one size, and judges see the source stretched to it: set buckets to draw each "
+            "at its own"
         )
 
 

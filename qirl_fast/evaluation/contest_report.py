@@ -75,7 +75,8 @@ def _what(found: Mapping[str, Any]) -> list[str]:
     sizes = ", ".join(f"{n} at {size}" for size, n in prompts["sizes"].items())
     lines = [
         f"- Prompts: {prompts['count']} of {cell(prompts['file'])}, split "
-        f"{cell(prompts['split'])}, SHA-256 of the file {prompts['sha256'][:16]}; drawn (height x width): {sizes}.",
+        f"{cell(prompts['split'])}, SHA-256 of the file {prompts['sha256'][:16]}; drawn "
+        f"(height x width): {sizes}.",
         f"- Images: {seeds['samples_per_prompt']} a prompt, seed {seeds['seed']}, ODE steps; every "
         "model starts from the same noise.",
         *(f"- {cell(note)}" for note in prompts["notes"]),
