@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +37,7 @@ from qirl_fast.rewards.judges import Judges
 from qirl_fast.rewards.verdict import BadReward, Pending, Verdict
 from qirl_fast.rollout.guidance import Guidance
 from qirl_fast.rollout.sample import Sampling, sample_then
+from qirl_fast.rollout.schedule import make_sigmas
 from qirl_fast.rollout.workers import Workers
 from qirl_fast.whole import write_text
 
@@ -98,6 +99,7 @@ class Artist:
                 parts = [
                     [i for i, s in enumerate(sizes) if s == size] for size in dict.fromkeys(sizes)
                 ]
+                self._require_sizes(contender, dict.fromkeys(sizes))
                 found = [self._of_one_size(contender, conditioning, part) for part in parts]
         except ImageError as error:
             raise ConfigError([f"prompts: {error}; mend it, or take the row out"]) from error
@@ -136,6 +138,16 @@ class Artist:
             yield
         finally:
             transformer.unload_lora()
+
+    def _require_sizes(self, contender: Contender, sizes: Iterable[tuple[int, int]]) -> None:
+        """ConfigError for a size or a number of steps that the model has no noise levels for."""
+        for height, width in sizes:
+            try:
+                tokens, _ = self.model.latent_shape(height, width)
+                make_sigmas(contender.steps, tokens, dict(self.model.pipeline.scheduler.config))
+            except ValueError as error:
+                key = "height, width" if self.cfg.buckets is None else "buckets"
+                raise ConfigError([f"{key}: models.{contender.name}: {error}"]) from error
 
     def _of_one_size(
         self, contender: Contender, conditioning: Conditioning, part: Sequence[int]

@@ -1,4 +1,4 @@
-"""`python -m qirl_fast.evaluate`: the whole command, its cache, being killed, and every bad input."""
+"""`python -m qirl_fast.evaluate`: the whole command, its cache, being killed, bad input."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_killed_half_way_it_goes_on(command: list[str], tmp_path: Path, capsys: 
     out = tmp_path / "out"
     process = subprocess.Popen(words, cwd=ROOT, env=os.environ, stdout=subprocess.DEVNULL)
     try:
-        for _ in range(6000):
+        for _ in range(50_000):
             if len(list(out.rglob("images/*/*.json"))) >= 2 or process.poll() is not None:
                 break
             time.sleep(0.01)
@@ -230,9 +230,7 @@ BAD = {
     "no common words": (["near=0"], "near: got 0"),
     "alpha above power": (["alpha=0.9"], "alpha 0.9 is not below power 0.8"),
     "facets of a rubric": (
-        [
-            "facets={judge: {kind: openai, url: 'http://127.0.0.1:9/v1', model: m}, rubric: none.yaml}"
-        ],
+        ["facets={judge: {kind: openai, url: 'http://x', model: m}, rubric: none.yaml}"],
         "none.yaml: cannot be read",
     ),
     "an image of none": (["prompts=tiny:heldout", "images=docs", "score=[x:y]"], "judge 'x:y'"),
