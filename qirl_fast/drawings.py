@@ -43,6 +43,7 @@ from qirl_fast.whole import write_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ADAPTER = "evaluated"
+PICTURED = 8  # prompts whose first image is kept in memory, for the picture
 AHEAD = 2  # chunks drawn for each worker, and judged, before something is waited for
 
 
@@ -51,16 +52,12 @@ class Judged:
     """One model's images as they were judged. Rows: prompt by prompt, B = P * samples.
 
     verdict: of the judges. answers: of the facets' judge, [] without one. first: uint8 [H, W, 3],
-    the first image of each prompt. drawn, kept: images made now, images that were there.
-    damaged: what was wrong with some of those.
+    the first image of some prompts, by number.
     """
 
     verdict: Verdict
     answers: list[Answers]
-    first: list[np.ndarray]
-    drawn: int
-    kept: int
-    damaged: list[str]
+    first: dict[int, np.ndarray]
 
 
 @dataclass
@@ -171,7 +168,7 @@ class Artist:
         )
         new = self._draw(given, how, missing)
         asked: list[tuple[Pending, Future[list[Answers]] | None]] = []
-        first: list[np.ndarray] = []
+        first: dict[int, np.ndarray] = {}
         for k, chunk in enumerate(chunks):
             if k in missing:
                 images = next(new)
@@ -181,12 +178,16 @@ class Artist:
             metadata = [given.rows[i] for i, _ in chunk]
             facets = self._asked(kept, keys[k], images, metadata)
             asked.append((self.judges.submit(images, metadata), facets))
-            first += [images[j].copy() for j, (_, s) in enumerate(chunk) if s == 0]
+            for image, (i, s) in zip(images, chunk, strict=True):
+                if s == 0 and part[i] < PICTURED:
+                    first[part[i]] = image.copy()
             if k >= AHEAD:  # else images would pile up before a slow judge
-                asked[k - AHEAD][0].result()
+                for one in asked[k - AHEAD]:
+                    if one is not None:
+                        one.result()
         verdict = Verdict.of([own.result() for own, _ in asked])
         answers = [a for _, own in asked if own is not None for a in own.result()]
-        return Judged(verdict, answers, first, total, len(rows) - total, list(kept.damaged))
+        return Judged(verdict, answers, first)
 
     def _draw(self, given: Given, how: Sampling, chunks: Sequence[int]) -> Iterator[np.ndarray]:
         """uint8 [rows, H, W, 3] of each of these chunks."""
@@ -287,12 +288,8 @@ def _together(found: Sequence[Judged], parts: Sequence[Sequence[int]], samples: 
     place = {row: i for i, row in enumerate(rows)}
     reasons = {(place[row], name): reason for (row, name), reason in whole.reasons.items()}
     answers = [a for part in found for a in part.answers]
-    first = [image for part in found for image in part.first]
     return Judged(
         Verdict(whole.scores[rows], whole.status[rows], reasons),
         [answers[row] for row in rows] if answers else [],
-        [first[int(p)] for p in prompts],
-        sum(part.drawn for part in found),
-        sum(part.kept for part in found),
-        [line for part in found for line in part.damaged],
+        {i: image for part in found for i, image in part.first.items()},
     )

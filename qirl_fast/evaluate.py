@@ -35,7 +35,7 @@ from qirl_fast.contest_results import Columns, columns, leaks_told, results
 from qirl_fast.data.buckets import bucket_of
 from qirl_fast.data.prompts import Prompt, PromptError, load_prompts
 from qirl_fast.data.sources import ImageError
-from qirl_fast.drawings import Artist, Judged
+from qirl_fast.drawings import PICTURED, Artist, Judged
 from qirl_fast.evaluation.contest_report import csv_text, leak_lines, markdown, plan_lines, tables
 from qirl_fast.evaluation.facet_judge import FacetJudge, taxonomy_of
 from qirl_fast.evaluation.grid import image_grid
@@ -50,17 +50,19 @@ from qirl_fast.tiny import packaged
 from qirl_fast.whole import write_text
 
 DEFAULT = "tiny_evaluate.yaml"
-SHOWN = 8  # prompts in the picture
 WIDTH = 140  # columns of the widest table
 BLANK = np.zeros((64, 64, 3), np.uint8)  # in place of condition images, which no row check reads
 
 
 def evaluate(cfg: EvaluateConfig) -> Path:
     """Evaluate by the settings and return the folder of the tables."""
-    prompts = load_prompts(packaged(cfg.prompts), cfg.images)[: cfg.count]
+    prompts = load_prompts(packaged(cfg.prompts), cfg.images)
+    if cfg.count is not None and cfg.count > len(prompts):
+        raise ConfigError([f"count: got {cfg.count}; {cfg.prompts} has {len(prompts)} prompts"])
+    prompts = prompts[: cfg.count]
     models = contenders(cfg)
     size = size_of(cfg, models)
-    notes = list(checked_prompts(cfg, models, prompts, size))
+    notes = [*alike(models), *checked_prompts(cfg, models, prompts, size)]
     device = device_of(cfg)
     try:
         judges = Judges(cfg.asked, cfg.judges, device, cfg.failures.reask)
@@ -86,6 +88,15 @@ def evaluate(cfg: EvaluateConfig) -> Path:
         "settings": cfg.model_dump(mode="json", exclude={"threads", "output", "cache"}),
     }
     return write(Path(cfg.output), told, prompts, judged, found)
+
+
+def alike(models: Sequence[Contender]) -> Iterator[str]:
+    """Models that are one under two names."""
+    seen: dict[tuple[str, float, int], str] = {}
+    for model in models:
+        first = seen.setdefault((model.weights, model.guidance, model.steps), model.name)
+        if first != model.name:
+            yield f"{model.name} and {first} are the same weights, guidance and steps"
 
 
 def device_of(cfg: EvaluateConfig) -> str:
@@ -230,11 +241,11 @@ def write(
     write_text(folder / "evaluation.json", json.dumps(told, indent=1, allow_nan=False) + "\n")
     write_text(folder / "evaluation.md", markdown(told))
     write_text(folder / "evaluation.csv", csv_text(prompts, found.scores, found.states))
-    first = next(iter(found.scores.values()))
+    first, shown = next(iter(found.scores.values())), range(min(PICTURED, len(prompts)))
     image_grid(
-        {model: own.first[:SHOWN] for model, own in judged.items()},
-        [p.prompt for p in prompts[:SHOWN]],
-        {model: first[model][:SHOWN, 0] for model in judged},
+        {model: [own.first[i] for i in shown] for model, own in judged.items()},
+        [prompts[i].prompt for i in shown],
+        {model: first[model][: len(shown), 0] for model in judged},
         folder / "evaluation.png",
     )
     show(told)

@@ -28,7 +28,7 @@ from qirl_fast.section import Seed as SeedNumber
 
 FACETS = "facets"
 Share = Annotated[float, Field(gt=0, lt=1)]
-Name = Annotated[str, Field(pattern=r"^\S(.*\S)?$", max_length=100)]
+LONGEST = 100  # characters of a model's name
 
 
 class ContenderConfig(Section):
@@ -77,7 +77,7 @@ class EvaluateConfig(Section):
     output: Text = Field(
         description="folder of tables, images, embeddings; tables there are written anew"
     )
-    models: Annotated[dict[Name, ContenderConfig], Field(min_length=1)] = Field(
+    models: Annotated[dict[str, ContenderConfig], Field(min_length=1)] = Field(
         description="what is compared, by name"
     )
     base: Text = Field(default="tiny", description="model folder that `path: base` stands for")
@@ -173,6 +173,10 @@ def _judge_problems(cfg: EvaluateConfig) -> Iterator[Problem]:
 
 
 def _other_problems(cfg: EvaluateConfig) -> Iterator[Problem]:
+    for name in cfg.models:
+        if not name.isprintable() or name != name.strip() or not 0 < len(name) <= LONGEST:
+            text = f"models: got the name {name!r}; wanted 1 to {LONGEST} printable characters, "
+            yield ("models",), text + "no space around them"
     if cfg.baseline is not None and cfg.baseline not in cfg.models:
         text = f"baseline: got {cfg.baseline!r}; the models are {', '.join(cfg.models)}"
         yield ("baseline", "models"), text
