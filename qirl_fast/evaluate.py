@@ -50,7 +50,7 @@ from qirl_fast.tiny import packaged
 from qirl_fast.whole import write_text
 
 DEFAULT = "tiny_evaluate.yaml"
-WIDTH = 140  # columns of the widest table
+WIDTH = 150  # columns of the widest table
 BLANK = np.zeros((64, 64, 3), np.uint8)  # in place of condition images, which no row check reads
 
 
