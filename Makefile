@@ -13,12 +13,13 @@ KEY := $(CURDIR) PYTHON=$(PYTHON) QIRL_CUDA=$(QIRL_CUDA)
 WORKERS := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup train train-edit pipeline test chaos fuzz soak lint format clean cuda-check asan FORCE
+.PHONY: help setup train train-edit pipeline evaluate test chaos fuzz soak lint format clean cuda-check asan FORCE
 
 help:
 	@echo 'make train       train the packaged tiny model on the CPU   ARGS="key=value ..."'
 	@echo 'make train-edit  the same for editing: recolour, add, remove, move  ARGS="key=value ..."'
 	@echo 'make pipeline    curate, two teachers, one student, compared      ARGS="key=value ..."'
+	@echo 'make evaluate    the tiny model against the last make train       ARGS="key=value ..."'
 	@echo 'make test        run the fast tests                         ARGS="pytest arguments"'
 	@echo 'make chaos       kill, starve and mislead runs; a table at the end'
 	@echo 'make fuzz        120,000 strange inputs: prompts, recipes, images, checkpoints, requests'
@@ -48,6 +49,9 @@ train-edit: $(READY)
 
 pipeline: $(READY)
 	$(BIN)/python -m qirl_fast.pipeline $(ARGS)
+
+evaluate: $(READY)
+	$(BIN)/python -m qirl_fast.evaluate $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(WORKERS) -m 'not slow' $(ARGS)

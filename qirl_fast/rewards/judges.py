@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from qirl_fast.rewards import aesthetics, alignment, editing, monitors
+from qirl_fast.rewards import aesthetics, alignment, editing, geneval, monitors
 from qirl_fast.rewards.judge import FAILED, MISSING, SCORED, Judge, Row, RowsWith, Scored, Stateful
 from qirl_fast.rewards.kinds import JudgeSettings, build
 from qirl_fast.rewards.verdict import BadReward, Pending, Span, Verdict
@@ -37,6 +37,7 @@ from qirl_fast.rewards.verdict import BadReward, Pending, Span, Verdict
 JUDGES: dict[str, Judge] = {
     "alignment": RowsWith("include", alignment.score, alignment.check_row),
     "aesthetics": aesthetics.score,
+    "geneval": RowsWith("include", geneval.score, alignment.check_row),
     "edit_accuracy": RowsWith("target", editing.score, editing.check_row),
     "sharpness": monitors.sharpness,
     "grid_artefacts": monitors.grid_artefacts,
