@@ -1,4 +1,4 @@
-"""The evaluation before training, sample grids, and the report a run ends with."""
+"""What a run ends with: the before -> after table, summary.json, pictures, and report.html."""
 
 import json
 import platform
@@ -11,73 +11,25 @@ import numpy as np
 from rich.console import Console
 
 from qirl_fast import _cpu
-from qirl_fast.config import ConfigError
 from qirl_fast.evaluation.curves import reward_curves
-from qirl_fast.evaluation.grid import before_after_grid
 from qirl_fast.evaluation.heldout import Evaluation
 from qirl_fast.evaluation.paired import paired_bootstrap
+from qirl_fast.report.kept import GRID, draw_grid, keep_after
+from qirl_fast.report.page import write_page
 from qirl_fast.tracking import Tracker, summary_table
 from qirl_fast.trainer import Trainer
 from qirl_fast.whole import write_text
 
-GRID = 16  # prompts in a picture
 PACKAGES = ("qirl_fast", "torch", "diffusers", "transformers", "peft", "numpy")
-
-
-def before_evaluation(trainer: Trainer, run_dir: Path) -> Evaluation:
-    """The untrained policy on the held-out prompts; kept in the run folder for resuming.
-
-    Process 0 reads and writes it; what the others get is for nobody.
-    """
-    path, world = run_dir / "samples" / "before.npz", trainer.world
-    ids = np.array([p.id for p in trainer.heldout])
-    with world.agreed():
-        kept = _kept(trainer, path, ids, run_dir) if world.rank == 0 else None
-    if world.gather(kept is not None)[0]:
-        return kept or Evaluation({}, [])
-    with trainer.model.reference():
-        before = trainer.evaluate_weights()
-    if world.rank == 0:
-        path.parent.mkdir(exist_ok=True)
-        beside = path.with_name(".before.npz")
-        arrays: dict[str, Any] = {f"score_{name}": values for name, values in before.scores.items()}
-        arrays |= {f"image_{i}": image for i, image in enumerate(before.images)}
-        np.savez(beside, prompts=ids, **arrays)
-        beside.replace(path)
-    return before
-
-
-def _kept(trainer: Trainer, path: Path, ids: np.ndarray, run_dir: Path) -> Evaluation | None:
-    """The evaluation in this file, of prompts of these ids; None without a file."""
-    if not path.exists():
-        return None
-    with np.load(path, allow_pickle=False) as saved:
-        if not np.array_equal(saved["prompts"], ids):
-            raise ConfigError(
-                [
-                    f"data.heldout: {trainer.cfg.data.heldout} has changed since {run_dir} was "
-                    "begun, and before and after are compared on the same prompts; put the "
-                    "file back, or start anew under run=NAME"
-                ]
-            )
-        scores = {n.removeprefix("score_"): saved[n] for n in saved if n.startswith("score_")}
-        # One array, in runs begun before images could differ in size.
-        own = saved.get("images", ())
-        images = list(own) or [saved[f"image_{i}"] for i in range(len(ids))]
-        return Evaluation(scores, images)
-
-
-def draw_samples(trainer: Trainer, run_dir: Path, update: int) -> None:
-    """samples/step-N.png: before and now, the same prompts and seeds all through the run."""
-    before, now = before_evaluation(trainer, run_dir), trainer.evaluate(GRID)
-    if trainer.world.rank == 0:
-        _grid(trainer, before, now, run_dir / "samples" / f"step-{update}.png", list(range(GRID)))
 
 
 def write_report(
     trainer: Trainer, tracker: Tracker, run_dir: Path, before: Evaluation, after: Evaluation
 ) -> None:
-    """Print the before -> after table; write summary.json and two pictures in samples/."""
+    """Print the before -> after table; write summary.json, samples/after.npz, two pictures beside
+    it, and report.html.
+    """
+    keep_after(trainer, run_dir, after)
     judges: dict[str, dict[str, float]] = {}
     for name in trainer.judges.names:
         pairs = np.isfinite(before.scores[name]) & np.isfinite(after.scores[name])
@@ -102,7 +54,7 @@ def write_report(
     tags = [p.category for p in trainer.heldout]
     order = sorted(range(len(tags)), key=lambda i: (tags[:i].count(tags[i]), i))[:GRID]
     picture = run_dir / "samples" / "before_after.png"
-    _grid(trainer, before, after, picture, order)
+    draw_grid(trainer, before, after, picture, order)
     curves = run_dir / "samples" / "rewards.png"
     console = Console()
     if judges:
@@ -112,27 +64,8 @@ def write_report(
     if trainer.judges.names:
         reward_curves(_lines(run_dir, "metrics"), trainer.cfg.rewards, trainer.cfg.watch, curves)
         said += f"\ncurves  {curves}"
+    said += f"\nreport  {write_page(run_dir)}"
     console.print(said, highlight=False, soft_wrap=True)
-
-
-def _grid(
-    trainer: Trainer, before: Evaluation, after: Evaluation, path: Path, order: list[int]
-) -> None:
-    order = [i for i in order if i < len(after.images)]
-    before_after_grid(
-        [before.images[i] for i in order],
-        [after.images[i] for i in order],
-        [trainer.heldout[i].prompt for i in order],
-        [(_shown(before, i), _shown(after, i)) for i in order],
-        path,
-        trainer.conditioning.sources([trainer.heldout[i] for i in order]),
-    )
-
-
-def _shown(evaluation: Evaluation, i: int) -> float:
-    """A prompt's score by the first judge that has one; NaN without."""
-    found = [float(scores[i]) for scores in evaluation.scores.values()]
-    return next((score for score in found if np.isfinite(score)), float("nan"))
 
 
 def _lines(run_dir: Path, name: str) -> list[dict[str, Any]]:
@@ -187,7 +120,7 @@ def _versions() -> dict[str, str]:
 
 def _commit() -> str:
     """The commit of the checkout this package runs from; 'unknown' for an installed wheel."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[1]
     result = subprocess.run(
         ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
         capture_output=True,
