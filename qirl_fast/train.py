@@ -44,8 +44,8 @@ from qirl_fast.interruption import Interrupted, Interruption
 from qirl_fast.memory import describe_plan, fp8_plan, plan
 from qirl_fast.models.fp8 import describe as describe_layers
 from qirl_fast.models.fp8.te import Unavailable
-from qirl_fast.report.kept import before_evaluation, draw_samples, draw_strip, strip_updates
-from qirl_fast.report.summary import write_report
+from qirl_fast.reporting.kept import before_evaluation, draw_samples, draw_strip, strip_updates
+from qirl_fast.reporting.summary import write_report
 from qirl_fast.tracking import Tracker, prepare_run_dir, profiled
 from qirl_fast.trainer import Trainer
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from qirl_fast.evaluation.curves import SMOOTH, running_mean
-from qirl_fast.report.charts import Line, chart, stack
-from qirl_fast.report.run import Floats, Run, column
+from qirl_fast.reporting.charts import Line, chart, stack
+from qirl_fast.reporting.run import Floats, Run, column
 
 # Metrics that have a chart of their own, by its title; each chart holds what there is of them.
 POLICY = {

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from qirl_fast.report.album import Album, embedded
-from qirl_fast.report.charts import interval
-from qirl_fast.report.checks import changes, checks
-from qirl_fast.report.curves import curves
-from qirl_fast.report.markup import document, esc, notes, picture, section, short, table, tiles
-from qirl_fast.report.run import Floats, Held, Image_, Run, read_run
+from qirl_fast.reporting.album import Album, embedded
+from qirl_fast.reporting.charts import interval
+from qirl_fast.reporting.checks import changes, checks
+from qirl_fast.reporting.curves import curves
+from qirl_fast.reporting.markup import document, esc, notes, picture, section, short, table, tiles
+from qirl_fast.reporting.run import Floats, Held, Image_, Run, read_run
 from qirl_fast.whole import write_text
 
 NAME = "report.html"

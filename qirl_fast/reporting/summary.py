@@ -14,8 +14,8 @@ from qirl_fast import _cpu
 from qirl_fast.evaluation.curves import reward_curves
 from qirl_fast.evaluation.heldout import Evaluation
 from qirl_fast.evaluation.paired import paired_bootstrap
-from qirl_fast.report.kept import GRID, draw_grid, keep_after
-from qirl_fast.report.page import write_page
+from qirl_fast.reporting.kept import GRID, draw_grid, keep_after
+from qirl_fast.reporting.page import write_page
 from qirl_fast.tracking import Tracker, summary_table
 from qirl_fast.trainer import Trainer
 from qirl_fast.whole import write_text

@@ -18,7 +18,7 @@ import numpy as np
 
 from qirl_fast.evaluation.gridness import gridness
 from qirl_fast.evaluation.paired import PairedResult, paired_bootstrap
-from qirl_fast.report.run import Floats, Run
+from qirl_fast.reporting.run import Floats, Run
 
 TREND = 20  # updates, below which there is no trend to speak of
 Z = 3.0

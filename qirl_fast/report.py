@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from qirl_fast.report.page import write_page
-from qirl_fast.report.run import RunError
+from qirl_fast.reporting.page import write_page
+from qirl_fast.reporting.run import RunError
 
 
 def main(argv: list[str] | None = None) -> int:
