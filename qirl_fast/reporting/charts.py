@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from qirl_fast.reporting.markup import esc
 
 WIDTH, HEIGHT = 360, 190
-LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 32  # of the plot's edges, from the picture's
+LEFT, RIGHT, TOP, BOTTOM = 46, 14, 8, 32  # of the plot's edges, from the picture's
 BINS = 150
 COLORS = 8
 
@@ -210,7 +210,7 @@ def _figure(
             f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         )
         axes.append(f'<text x="{LEFT - 5}" y="{y + 3.5:.1f}" class="end">{number(value)}</text>')
-    for value in ticks(*scale.x):
+    for value in ticks(*scale.x, count=6):
         x = scale.across(value)
         axes.append(f'<text x="{x:.1f}" y="{bottom + 14}" class="mid">{number(value)}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2

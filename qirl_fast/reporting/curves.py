@@ -6,6 +6,7 @@ import numpy as np
 
 from qirl_fast.evaluation.curves import SMOOTH, running_mean
 from qirl_fast.reporting.charts import Line, chart, stack
+from qirl_fast.reporting.markup import esc
 from qirl_fast.reporting.run import Floats, Run, column
 
 # Metrics that have a chart of their own, by its title; each chart holds what there is of them.
@@ -87,21 +88,27 @@ def verdicts(run: Run) -> list[str]:
 
 
 def policy(run: Run) -> list[str]:
-    """What the update did."""
-    x, found = run.column("step"), []
+    """What the update did; what never changed stands in a list, without a chart."""
+    x, found, still = run.column("step"), [], []
     for title, names in POLICY.items():
-        there = [(name, run.column(name)) for name in names]
-        lines = [Line(n, x, y, i) for i, (n, y) in enumerate(there) if np.isfinite(y).any()]
-        note = _constant(lines[0].y) if len(lines) == 1 else ""
-        found.append(chart(title, lines, note=note))
+        there = {name: run.column(name) for name in names}
+        there = {name: y for name, y in there.items() if np.isfinite(y).any()}
+        if there and all(_constant(y) for y in there.values()) and run.done > 1:
+            values = [f"{y[np.isfinite(y)][0]:g}" for y in there.values()]
+            still += [f"{title}: {' and '.join(dict.fromkeys(values))}"]
+            continue
+        lines = [Line(name, x, y, i) for i, (name, y) in enumerate(there.items())]
+        last = [line.y[np.isfinite(line.y)][-1] for line in lines]
+        found.append(chart(title, lines, note=f"last {last[0]:.3g}" if len(last) == 1 else ""))
+    if still:
+        lines_ = "".join(f"<li>{esc(text)}</li>" for text in still)
+        found.append(f'<div class="card"><b>The same in every update</b><ul>{lines_}</ul></div>')
     return found
 
 
-def _constant(values: Floats) -> str:
+def _constant(values: Floats) -> bool:
     known = values[np.isfinite(values)]
-    if (known == known[0]).all():
-        return f"{known[0]:g} in all {len(known)} updates"
-    return f"last {known[-1]:.3g}"
+    return bool((known == known[0]).all())
 
 
 def clock(run: Run) -> list[str]:

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+# What a page ends with; \1 stands for what is known when all else is written.
+FOOT = "<footer>Written by qirl_fast from the run's own files; nothing is loaded.\1</footer>"
 LONGEST = 300  # characters of a prompt that are shown
 # Not characters of HTML; NUL marks pictures, see album.py. Lone surrogates are not UTF-8.
 STRANGE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")

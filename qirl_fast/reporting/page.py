@@ -19,7 +19,17 @@ from qirl_fast.reporting.album import Album, embedded
 from qirl_fast.reporting.charts import interval
 from qirl_fast.reporting.checks import changes, checks
 from qirl_fast.reporting.curves import curves
-from qirl_fast.reporting.markup import document, esc, notes, picture, section, short, table, tiles
+from qirl_fast.reporting.markup import (
+    FOOT,
+    document,
+    esc,
+    notes,
+    picture,
+    section,
+    short,
+    table,
+    tiles,
+)
 from qirl_fast.reporting.run import Floats, Held, Image_, Run, read_run
 from qirl_fast.whole import write_text
 
@@ -54,12 +64,8 @@ def page(run: Run) -> str:
             section("Settings", settings(run)),
         ]
     )
-    text, form = embedded(document(run.name, body + "<footer>\1</footer>"), album)
-    told = (
-        "Written by qirl_fast from the files of the run's folder; nothing is loaded from elsewhere."
-    )
-    shown = f" Pictures: {form}." if album.images else ""
-    return text.replace("\1", told + shown)
+    text, form = embedded(document(run.name, body + FOOT), album)
+    return text.replace("\1", f" Pictures: {form}." if album.images else "")
 
 
 def heading(run: Run) -> str:
@@ -124,23 +130,25 @@ def held_out(run: Run) -> str:
     if not found:
         return before_only(run)
     reach = max((max(abs(r["low"]), abs(r["high"])) for r in found.values()), default=0.0)
-    rows = [(name, *changed(r, role(run, name), reach)) for name, r in found.items()]
-    head = ("judge", "", "before", "after", "change", "95 % interval", "", "prompts")
+    rows = [
+        (f"{esc(n)}<br><small>{esc(role(run, n))}</small>", *changed(r, reach))
+        for n, r in found.items()
+    ]
+    head = ("judge", "before", "after", "change", "95 % interval", "", "prompts")
     how = run.settings.get("evaluation") or {}
     told = (
         f"{how.get('samples_per_prompt', 1)} image(s) a prompt, {how.get('steps')} steps, guidance "
         f"{how.get('guidance')}, fixed seeds; paired bootstrap over prompts."
     )
-    cells = [(esc(name), *rest) for name, *rest in rows]
-    return f'{table(head, cells)}<p class="pale">{esc(told)}</p>'
+    return f'{table(head, rows)}<p class="pale">{esc(told)}</p>'
 
 
-def changed(r: dict[str, float], what: str, reach: float) -> tuple[str, ...]:
+def changed(r: dict[str, float], reach: float) -> tuple[str, ...]:
     """Cells of a judge's row, after its name."""
     kind = "up" if r["low"] > 0 else "down" if r["high"] < 0 else ""
     bar = interval(r["low"], r["diff"], r["high"], reach)
     return (
-        f'<span class="pale">{esc(what)}</span>', f"{r['before']:.3f}", f"{r['after']:.3f}",
+        f"{r['before']:.3f}", f"{r['after']:.3f}",
         f'<span class="{kind}">{r["diff"]:+.3f}</span>', f"{r['low']:+.3f} to {r['high']:+.3f}",
         bar, f"{int(r['n'])}",
     )  # fmt: skip
@@ -190,7 +198,7 @@ def strips(run: Run, album: Album) -> str:
     scores = {"before": run.reward(run.before)}
     if run.after is not None:
         scores["after"] = run.reward(run.after)
-    cards = [card(run, run.before.texts[i], i, columns, scores, album) for i in which]
+    cards = [card(run.before.texts[i], i, columns, scores, album) for i in which]
     return f'<p class="pale">{told}</p><div class="rows">{"".join(cards)}</div>'
 
 
@@ -200,7 +208,6 @@ def evenly(count: int, most: int) -> list[int]:
 
 
 def card(
-    run: Run,
     text: str | None,
     i: int,
     columns: dict[str, Sequence[Image_ | None]],
@@ -252,7 +259,7 @@ def _card_of(run: Run, before: Held, after: Held, i: int, album: Album) -> str:
     }
     scores = {"before": run.reward(before)[[i]], "after": run.reward(after)[[i]]}
     text = after.texts[i] if before.texts[i] is None else before.texts[i]
-    return card(run, text, 0, columns, scores, album)
+    return card(text, 0, columns, scores, album)
 
 
 def settings(run: Run) -> str:
