@@ -134,7 +134,7 @@ def held_out(run: Run) -> str:
         (f"{esc(n)}<br><small>{esc(role(run, n))}</small>", *changed(r, reach))
         for n, r in found.items()
     ]
-    head = ("judge", "before", "after", "change", "95 % interval", "", "prompts")
+    head = ("judge", "change", "95 % interval", "", "before", "after", "prompts")
     how = run.settings.get("evaluation") or {}
     told = (
         f"{how.get('samples_per_prompt', 1)} image(s) a prompt, {how.get('steps')} steps, guidance "
@@ -148,9 +148,8 @@ def changed(r: dict[str, float], reach: float) -> tuple[str, ...]:
     kind = "up" if r["low"] > 0 else "down" if r["high"] < 0 else ""
     bar = interval(r["low"], r["diff"], r["high"], reach)
     return (
-        f"{r['before']:.3f}", f"{r['after']:.3f}",
         f'<span class="{kind}">{r["diff"]:+.3f}</span>', f"{r['low']:+.3f} to {r['high']:+.3f}",
-        bar, f"{int(r['n'])}",
+        bar, f"{r['before']:.3f}", f"{r['after']:.3f}", f"{int(r['n'])}",
     )  # fmt: skip
 
 

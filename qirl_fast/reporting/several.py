@@ -93,13 +93,13 @@ def held_out(both: Common) -> str:
                 span = f"{r.low:+.3f} to {r.high:+.3f}"
                 cells = [f'<span class="{kind}">{r.diff:+.3f}</span>', span, bar, f"{r.n}"]
             rows.append(
-                (esc(judge) if not i else "", esc(label), *_means(both, run, i, judge), *cells)
+                (esc(judge) if not i else "", esc(label), *cells, *_means(both, run, i, judge))
             )
     told = (
         f"{len(both.prompts[0])} prompts in common. The difference is to {esc(both.labels[0])}, "
         "both after training, over the prompts both could be judged on; paired bootstrap, 95 %."
     )
-    head = ("judge", "run", "before", "after", "difference", "95 % interval", "", "prompts")
+    head = ("judge", "run", "difference", "95 % interval", "", "prompts", "before", "after")
     return f'{table(head, rows)}<p class="pale">{told}</p>'
 
 

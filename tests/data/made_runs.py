@@ -91,7 +91,9 @@ def make(
     """A finished run; more: sections of its settings. `lift`: of every judge's held-out scores."""
     (folder / "samples").mkdir(parents=True)
     recipe = settings(folder.name, updates, **more)
-    (folder / "config.resolved.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True))
+    (folder / "config.resolved.yaml").write_text(
+        yaml.safe_dump(recipe, allow_unicode=True, sort_keys=False)
+    )
     write_rows(folder / "metrics.jsonl", rows or metric_rows(updates, names))
     clock = {"phases_s": {"rollout": 1.0, "update": 0.5}, "seconds": 1.5, "images_per_s": 20.0}
     clock |= {"memory_mib": {"process": 512.0}}
