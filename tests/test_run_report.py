@@ -340,12 +340,10 @@ def test_diversity_is_that_of_all_pairs() -> None:
     assert lab(np.array([255.0, 255, 255])) == pytest.approx([100, 0, 0], abs=1e-9)
 
 
-def test_diversity_does_not_depend_on_the_chunk(monkeypatch) -> None:
+def test_diversity_does_not_depend_on_the_chunk() -> None:
     images = made_runs.pictures(10, 40)
     whole = coarse_lab(images)
     assert whole.shape == (10, 192) and whole.dtype == np.float32
-    monkeypatch.setattr("qirl_fast.evaluation.diversity.BLOCK", 1)
-    assert np.array_equal(coarse_lab(images), whole)
     assert np.array_equal(np.concatenate([coarse_lab(i[None]) for i in images]), whole)
     assert coarse_lab(np.empty((5, 0, 0, 3), np.uint8)).shape == (5, 0)
 

@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 SIDE = 8
-BLOCK = 1 << 24  # bytes of pixels added up at a time: the sums are four times as large
 # Linear sRGB to XYZ relative to the white of D65 (IEC 61966-2-1); rows sum to 1.
 TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
 TO_XYZ /= TO_XYZ.sum(1, keepdims=True)
@@ -30,13 +29,14 @@ def coarse_lab(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     if not rows * columns:
         return np.empty((count, 0), np.float32)
     tops, lefts = (np.arange(n) * size // n for n, size in ((rows, height), (columns, width)))
-    each = max(1, BLOCK // (height * width * 3))
-    sums = [np.empty((0, rows, columns, 3), np.uint32)]
-    for first in range(0, count, each):
-        block = images[first : first + each].astype(np.uint32)
-        sums.append(np.add.reduceat(np.add.reduceat(block, tops, axis=1), lefts, axis=2))
-    areas = np.diff(tops, append=height)[:, None] * np.diff(lefts, append=width)
-    return lab(np.concatenate(sums) / areas[:, :, None]).reshape(count, -1).astype(np.float32)
+    heights, widths = np.diff(tops, append=height), np.diff(lefts, append=width)
+    down = [
+        images[:, top : top + size].sum(1, dtype=np.uint32)
+        for top, size in zip(tops, heights, strict=True)
+    ]
+    sums = np.add.reduceat(np.stack(down, axis=1), lefts, axis=2)
+    areas = heights[:, None] * widths
+    return lab(sums / areas[:, :, None]).reshape(count, -1).astype(np.float32)
 
 
 def lab(colours: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -165,8 +165,8 @@ def _circumstances(runs: Sequence[Run], labels: Sequence[str]) -> list[str]:
     for what, keys, means in (
         ("Resolutions", ("rollout.height", "rollout.width", "data.buckets"),
          "scores are of pictures of different sizes"),
-        ("Settings of held-out sampling", ("evaluation.steps", "evaluation.guidance", "evaluation.seed",
-         "evaluation.samples_per_prompt"), "pairs do not share their noise or their steps"),
+        ("Settings of held-out sampling", ("evaluation.steps", "evaluation.guidance",
+         "evaluation.seed", "evaluation.samples_per_prompt"), "pairs do not share their noise or their steps"),
         ("Base models", ("model.path",), "the runs did not start from the same weights"),
         ("Training prompts", ("data.train",), "means over rollouts are of different prompts"),
         ("Judges' weights", ("rewards", "category_weights", "tiers", "edit"),
