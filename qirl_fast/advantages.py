@@ -1,11 +1,14 @@
 """From an update's scores to advantages and metrics."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qirl_fast import ops
 from qirl_fast.batch import Batch, StepFailed
 from qirl_fast.config import Config
+from qirl_fast.distributed import World
+from qirl_fast.evaluation.diversity import coarse_lab, mean_distance
 from qirl_fast.rewards.composite import shaped, weights_for, without_missing
 from qirl_fast.rewards.judge import FAILED, MISSING, SCORED
 
@@ -86,3 +89,16 @@ def spread_metrics(cfg: Config, batch: Batch) -> dict[str, float]:
         for what, state in (("failed", FAILED), ("missing", MISSING)):
             metrics[f"{what}/{name}"] = (batch.status[:, i] == state).double().mean().item()
     return metrics
+
+
+def diversity(batch: Batch, world: World) -> dict[str, float]:
+    """All: how far the images of one prompt lie apart, see `evaluation.diversity`.
+
+    Nothing where images were not decoded, or there is one of each prompt.
+    """
+    if batch.group < 2 or not batch.images.shape[1]:
+        return {}
+    rows = [r for chunk in batch.trajectories for r in chunk.rows]
+    features = world.concatenated(coarse_lab(batch.images))
+    order = np.argsort(world.concatenated(np.array(rows, np.int64)))
+    return {"diversity": mean_distance(features[order], batch.group)}

@@ -18,7 +18,7 @@ from qirl_fast.models.adapter import NotFinite
 from qirl_fast.rewards.judge import FAILED
 from qirl_fast.rewards.judges import Judges
 from qirl_fast.rewards.verdict import BadReward, Verdict
-from qirl_fast.rollout.sample import Sampling
+from qirl_fast.rollout.sample import Sampling, sample_then
 from qirl_fast.rollout.workers import Workers
 
 
@@ -81,6 +81,49 @@ class HeldoutSamples:
         told = [v for found in self.world.gather(own) for v in found]
         scores = self._scores(Verdict.of([Verdict.from_json(v, len(names)) for v in told]))
         return Evaluation.of_samples(scores, self.world.concatenated(images), samples)
+
+    def first_images(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
+        """The images, uint8 [H, W, 3] each, that an `evaluate` of these prompts would have, without
+        asking a judge. Generators are left as they were.
+        """
+        generators = rng_state()
+        sizes = [self.conditioning.target(p) for p in prompts]
+        found: list[np.ndarray] = [np.empty(0)] * len(prompts)
+        try:
+            for size in dict.fromkeys(sizes):
+                part = [i for i, own in enumerate(sizes) if own == size]
+                drawn = self._drawn([prompts[i] for i in part])
+                for i, image in zip(part, drawn, strict=True):
+                    found[i] = image
+        finally:
+            set_rng_state(generators)
+        return found
+
+    def _drawn(self, prompts: list[Prompt]) -> np.ndarray:
+        """The first image of each prompt, uint8 [P, H, W, 3]."""
+        samples = self.cfg.evaluation.samples_per_prompt
+        with self.world.agreed(EvaluationFailed):
+            try:
+                given = self.conditioning.of(prompts)
+                how = replace(self.how, height=given.height, width=given.width)
+                chunks = sample_then(
+                    lambda chunk: self.model.decode(chunk.latents, how.height, how.width),
+                    self.workers,
+                    self.model,
+                    given.embeddings,
+                    given.null,
+                    how,
+                    self.scheduler,
+                    group_size=samples,
+                    seed=self.cfg.evaluation.seed,
+                    update=0,
+                    samples=range(0, len(prompts) * samples, samples),
+                    chunks=self.world.own(-(-len(prompts) // how.max_rows)),
+                )
+                own = [np.empty((0, how.height, how.width, 3), np.uint8), *chunks]
+            except (NotFinite, ImageError) as error:
+                raise EvaluationFailed(f"held-out images: {error}") from error
+        return self.world.concatenated(np.concatenate(own))
 
     def _scores(self, found: Verdict) -> dict[str, np.ndarray]:
         """Scores of each judge; NaN where there was nothing to judge, or it failed within its

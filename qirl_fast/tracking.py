@@ -3,7 +3,8 @@
     <output>/<run>/config.resolved.yaml  the whole recipe
                    metrics.jsonl         one JSON object a step: numbers only, equal bit for bit in
                                          runs that compute the same
-                   timings.jsonl         the clock: seconds by phase, images/s; differs every time
+                   timings.jsonl         the clock: seconds by phase, images/s, memory; other every
+                                         time
                    log.txt               backends chosen, graphs recorded, checkpoints skipped
                    tb/  samples/  checkpoints/  summary.json
 
@@ -171,6 +172,7 @@ class Tracker:
         clock: dict[str, Any] = {"step": step, "phases_s": self.phase_s, "seconds": seconds}
         if self.beside_s:
             clock["beside_s"] = self.beside_s
+        clock["memory_mib"] = memory_mib()
         if images and seconds:
             clock["images_per_s"] = images / seconds
         self.phase_s, self.beside_s = {}, {}
@@ -275,7 +277,17 @@ def _flat_clock(clock: Mapping[str, Any]) -> dict[str, float]:
     flat |= {f"time/{name}_beside_s": v for name, v in clock.get("beside_s", {}).items()}
     if "images_per_s" in clock:
         flat["time/images_per_s"] = clock["images_per_s"]
-    return flat
+    return flat | {f"memory/{name}_mib": v for name, v in clock.get("memory_mib", {}).items()}
+
+
+def memory_mib() -> dict[str, float]:
+    """MiB: `process`, resident now; `gpu`, the most that PyTorch held on this GPU so far."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    found = {"process": pages * os.sysconf("SC_PAGE_SIZE") / 2**20}
+    torch = sys.modules.get("torch")  # a process that never imported it holds no GPU memory
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        found["gpu"] = torch.cuda.max_memory_allocated() / 2**20
+    return found
 
 
 def _start_wandb(run_dir: Path, cfg: Config | RewardConfig) -> Any:

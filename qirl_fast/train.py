@@ -44,7 +44,8 @@ from qirl_fast.interruption import Interrupted, Interruption
 from qirl_fast.memory import describe_plan, fp8_plan, plan
 from qirl_fast.models.fp8 import describe as describe_layers
 from qirl_fast.models.fp8.te import Unavailable
-from qirl_fast.report import before_evaluation, draw_samples, write_report
+from qirl_fast.reporting.kept import before_evaluation, draw_samples, draw_strip, strip_updates
+from qirl_fast.reporting.summary import write_report
 from qirl_fast.tracking import Tracker, prepare_run_dir, profiled
 from qirl_fast.trainer import Trainer
 
@@ -136,6 +137,9 @@ def loop(trainer: Trainer, step: int, cfg: Config, run_dir: Path) -> Path:
             try:
                 with interruption.allowed():
                     metrics |= heldout_means(trainer, tracker, update, cfg)
+                    if update in strip_updates(cfg):
+                        with tracker.phase("evaluate"):
+                            draw_strip(trainer, run_dir, update)
                 tracker.log(update, metrics, images=images)
                 samples_every = cfg.tracking.samples_every
                 if samples_every and due(update, samples_every, cfg.train.steps):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qirl_fast import ops
-from qirl_fast.advantages import advantages, mean_scores, spread_metrics
+from qirl_fast.advantages import advantages, diversity, mean_scores, spread_metrics
 from qirl_fast.batch import Batch, StepFailed
 from qirl_fast.checkpoint import lora_state, rng_state, set_rng_state
 from qirl_fast.conditioning import Conditioning
@@ -213,10 +213,11 @@ class Trainer:
     def reward_metrics(
         self, batch: Batch, advantage: ops.GroupAdvantage | None
     ) -> dict[str, float]:
-        """Mean score and in-group spread of each judge, where it failed, and the share of rows
-        that train.
+        """Mean score and in-group spread of each judge, where it failed, how much images of a
+        prompt differ, and the share of rows that train.
         """
         metrics = mean_scores(self.cfg, batch) | batch.metrics | spread_metrics(self.cfg, batch)
+        metrics |= diversity(batch, self.world)
         if advantage is not None:
             metrics["kept_groups"] = advantage.keep.double().mean().item()
         return metrics
@@ -247,6 +248,11 @@ class Trainer:
         is a LoRA on the model's own weights.
         """
         return self.heldout_samples.evaluate(self.heldout[:count])
+
+    def strip(self, count: int) -> list[np.ndarray]:
+        """One image of each of the first `count` held-out prompts, as `evaluate` draws them."""
+        with self.learner.averaged():
+            return self.heldout_samples.first_images(self.heldout[:count])
 
     def require_same_weights(self) -> None:
         """StepFailed where another process holds other weights than this one: a fault of memory, or

@@ -39,6 +39,7 @@ METRICS = {
     "failed/alignment",
     "failed/aesthetics",
     "kept_groups",
+    "diversity",
 }
 
 # Everything that is optional at once: a course that no other run of these tests takes.
@@ -103,7 +104,10 @@ def test_the_output_folder(cold: Path) -> None:
         "timings.jsonl",
         "log.txt",
         "summary.json",
+        "report.html",
         "samples/before.npz",
+        "samples/strip-1.npz",
+        "samples/after.npz",
         "samples/before_after.png",
         "samples/rewards.png",
         *(f"checkpoints/checkpoint-{n}/{name}" for n in (1, 2) for name in checkpoint),

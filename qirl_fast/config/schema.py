@@ -209,6 +209,11 @@ class TrackingConfig(Section):
     )
     keep_checkpoints: Count = Field(default=2, description="newest checkpoints kept")
     samples_every: Natural = Field(default=0, description="updates between sample images; 0: none")
+    strips: Natural = Field(
+        default=6,
+        description="times in the run at which eight held-out prompts are drawn for report.html, "
+        "one image each, unjudged; 0: none",
+    )
     profile: list[Count] = Field(
         default=[],
         description="updates of which a trace of PyTorch's profiler is written to profile/",
