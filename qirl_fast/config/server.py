@@ -49,7 +49,8 @@ class ServerConfig(Section):
 
     @model_validator(mode="after")
     def _cross(self) -> ServerConfig:
-        found = [*self._judge_problems(), *self._host_problems()]
+        found = self._judge_problems()
+        found += host_problems(self.host, bool(self.token_env), self.allow_unauthenticated)
         if found:
             raise CrossError(found)
         return self
@@ -69,14 +70,16 @@ class ServerConfig(Section):
                 problems.append((("serve",), f"serve: {error}"))
         return list(dict.fromkeys(problems))
 
-    def _host_problems(self) -> list[Problem]:
-        if self.token_env or self.allow_unauthenticated or is_loopback(self.host):
-            return []
-        text = (
-            f"host: {self.host} can be reached from other machines, and no token is asked for; set "
-            "token_env, or allow_unauthenticated=true where the network itself keeps strangers out"
-        )
-        return [(("host", "token_env", "allow_unauthenticated"), text)]
+
+def host_problems(host: str, has_token: bool, allow_unauthenticated: bool) -> list[Problem]:
+    """What is wrong with listening on an address without a token."""
+    if has_token or allow_unauthenticated or is_loopback(host):
+        return []
+    text = (
+        f"host: {host} can be reached from other machines, and no token is asked for; set "
+        "token_env, or allow_unauthenticated=true where the network itself keeps strangers out"
+    )
+    return [(("host", "token_env", "allow_unauthenticated"), text)]
 
 
 def is_loopback(host: str) -> bool:
