@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from qirl_fast.arena.study import Item, Prompt, Study
-from qirl_fast.data.images import Decoder, header, over_white
+from qirl_fast.data.images import Decoder, Size, header, over_white
 from qirl_fast.data.sources import ImageError, Source
 
 CACHED = 256
@@ -86,6 +86,14 @@ class Pictures:
         if source is prompt.source:
             head = header(source)  # refuses what is too large before it is decoded
             size = (head.height, head.width)
+        return self._decoded(source, size)
+
+    def source_for_judges(self, prompt: Prompt) -> np.ndarray:
+        """uint8 [h, w, 3]: what was edited, at the size of what was drawn."""
+        assert prompt.source is not None
+        return self._decoded(prompt.source, prompt.size)
+
+    def _decoded(self, source: Source, size: Size) -> np.ndarray:
         found = self._decoder([source], [[size]])[0]
         if isinstance(found, ImageError):
             raise found

@@ -35,7 +35,8 @@ TOO_FAST_S = 0.5  # nobody compares two pictures in that time: the second half o
 SCHEMA = (
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
     """CREATE TABLE raters (
-      name TEXT PRIMARY KEY, kind TEXT NOT NULL CHECK (kind IN ('person', 'model')), since REAL NOT NULL
+      name TEXT PRIMARY KEY, kind TEXT NOT NULL CHECK (kind IN ('person', 'model')),
+      since REAL NOT NULL
     ) WITHOUT ROWID""",
     """CREATE TABLE pictures (
       prompt TEXT, model TEXT, sha256 TEXT NOT NULL, PRIMARY KEY (prompt, model)
@@ -265,6 +266,10 @@ class Store:
     def changes(self) -> int:
         """How often a vote was changed."""
         return int(self._one("SELECT count(*) - count(DISTINCT vote) FROM history"))
+
+    def stamp(self) -> int:
+        """Another number after every vote."""
+        return int(self._one("SELECT coalesce(max(id), 0) FROM history"))
 
     def look(self, rater: str) -> None:
         """Note that a rater has asked for the results."""

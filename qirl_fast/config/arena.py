@@ -51,7 +51,8 @@ class ArenaConfig(Section):
         default=False, description="accept to serve whoever reaches `host` without a token"
     )
     judge: Text | None = Field(
-        default=None, description="judge that votes beside people with `python -m qirl_fast.arena judge`"
+        default=None,
+        description="judge that votes beside people with `python -m qirl_fast.arena judge`",
     )
     judges: dict[str, JudgeSettings] = Field(
         default={}, description="judges with settings, by name"

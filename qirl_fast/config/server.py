@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
+import os
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from qirl_fast.config.rules import CrossError
+from qirl_fast.config.wording import ConfigError
 from qirl_fast.rewards.judges import JUDGES, resolve
 from qirl_fast.rewards.kinds import JudgeSettings
 from qirl_fast.rewards.wire import Limits
@@ -88,3 +91,18 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def token_of(token_env: str | None) -> str | None:
+    """The token in the environment variable of that name; None where none is asked for."""
+    if token_env is None:
+        return None
+    token = os.environ.get(token_env, "")
+    if not re.fullmatch(r"[!-~]{16,}", token):
+        raise ConfigError(
+            [
+                f"token_env: the environment variable {token_env} is not set or no token; wanted "
+                "16 or more visible ASCII characters, as `openssl rand -hex 32` makes"
+            ]
+        )
+    return token

@@ -1,4 +1,4 @@
-"""Krippendorff's alpha of nominal labels: how far raters agree beyond chance, labels may be missing.
+"""Krippendorff's alpha of nominal labels: how far raters agree beyond chance; some may be missing.
 
 Unit u has m_u labels, n_uc of them c; units with fewer than two are left out; N = sum m_u and
 n_c = sum n_uc over the others (Krippendorff, "Computing Krippendorff's Alpha-Reliability", 2011):

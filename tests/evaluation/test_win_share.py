@@ -25,7 +25,7 @@ def test_raters_who_share_a_prompt_are_averaged_and_still_cover():
 
 
 def test_an_interval_for_one_look_is_wrong_at_some_look_far_more_often():
-    """Why this file is there: the usual interval, looked at every 10 prompts up to 300: 29 % here."""
+    """Why this file is there: the usual one, looked at every 10 prompts up to 300: 29 % here."""
     y = votes(150, 300, 0.5, 0.0, seed=2)
     looks = range(20, 301, 10)
     half = np.zeros(300)
