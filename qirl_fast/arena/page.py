@@ -48,12 +48,10 @@ def build(desk: Desk) -> tuple[Any, dict[str, Any]]:
                         for side in SIDES
                     }
                 with gr.Row(elem_id="arena-moves"):
-                    back = gr.Button("Back", elem_id="arena-back", size="sm", min_width=90)
-                    forward = gr.Button("Forward", elem_id="arena-forward", size="sm", min_width=90)
-                    leave = gr.Button(
-                        "Another rater", elem_id="arena-leave", size="sm", min_width=90
-                    )
-                    go = gr.Button("Go", elem_id="arena-go")  # page.js presses it
+                    back = small("Back", "back")
+                    forward = small("Forward", "forward")
+                    leave = small("Another rater", "leave")
+                    go = small("Go", "go")  # page.js presses it
                 gr.HTML(HELP)
             with gr.Tab("Results", elem_id="arena-show"):
                 _results(desk, wire, plain)
@@ -76,6 +74,11 @@ def build(desk: Desk) -> tuple[Any, dict[str, Any]]:
         "ssr_mode": False,
     }
     return page, how
+
+
+def small(text: str, word: str) -> Any:
+    """A button of page.js's `word`."""
+    return gr.Button(text, elem_id=f"arena-{word}", size="sm", min_width=90)
 
 
 def _results(desk: Desk, wire: Any, plain: dict[str, Any]) -> None:

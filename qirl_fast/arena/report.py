@@ -59,12 +59,14 @@ def verdict_line(found: Verdict, level: float) -> str:
 
 def _verdict(found: Verdict, cfg: ArenaConfig, prompts: int, models: int) -> Part:
     for_model, for_other, ties, bad = found.counts
+    raters = some(found.raters, "person", "people")
+    votes = some(cfg.votes_per_prompt, "vote", "votes")
     lines = [
         verdict_line(found, cfg.level),
-        f"Votes of {some(found.raters, 'person', 'people')}: {for_model} for {found.model}, {for_other} for "
-        f"{found.other}, {ties} ties, {bad} both bad; a tie or both bad is half a win for each.",
-        f"A prompt is decided by its first {some(cfg.votes_per_prompt, 'vote', 'votes')}: {found.share.n} of "
-        f"{prompts} are, {found.waiting} wait for more.",
+        f"Votes of {raters}: {for_model} for {found.model}, {for_other} for {found.other}, {ties} "
+        f"tied, {bad} both bad; a tie or both bad is half a win for each.",
+        f"A prompt is decided by its first {votes}: {found.share.n} of {prompts} are, "
+        f"{found.waiting} wait for more.",
         "The interval holds at every moment at once (a confidence sequence): you may look after "
         "every vote and stop when it excludes 50 %, and are wrong in at most "
         f"{100 * (1 - cfg.level):.3g} % of studies.",
@@ -105,13 +107,8 @@ def _ratings(study: Study, found: dict[str, Ratings], level: float) -> Part:
 
 def _people(found: Alpha, votes: int, changes: int) -> Part:
     text = f"Krippendorff's alpha (nominal: which model, tie, both bad): {_alpha(found)}."
-    return Part(
-        "Agreement of people",
-        [
-            text,
-            f"{some(votes, 'vote', 'votes')} in all, {some(changes, 'change', 'changes')} of a vote.",
-        ],
-    )
+    counted = f"{some(votes, 'vote', 'votes')} in all, {some(changes, 'change', 'changes')} of one."
+    return Part("Agreement of people", [text, counted])
 
 
 def _judges(found: Sequence[Judged], model: str, other: str) -> Part:

@@ -47,7 +47,7 @@ def pictures(page):
 def test_a_vote_for_a_side_is_a_vote_for_the_model_that_stood_there(desk, store, study):
     page = desk.show(send())
     while "data-item" in page:
-        left = dict((side, name) for name, side in pictures(page))["left"]
+        left = {side: name for name, side in pictures(page)}["left"]
         shade = int(np.asarray(Image.open(io.BytesIO(desk.pictures.png(left)))).flat[0])
         before = len(store.votes())
         page = desk.vote(send(item=data(page, "item"), choice="left"))

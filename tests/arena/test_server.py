@@ -134,9 +134,9 @@ def test_a_second_arena_on_one_database_is_refused_naming_the_first(tmp_path):
     )
     try:
         assert first.stdout.readline() == "held\n"
-        with pytest.raises(ConfigError, match=f"is served by process {first.pid} already"):
-            with only_one(database):
-                pass
+        said = f"is served by process {first.pid} already"
+        with pytest.raises(ConfigError, match=said), only_one(database):
+            pass
     finally:
         first.kill()
         first.wait()

@@ -134,7 +134,7 @@ def test_votes_after_a_look_at_the_results_are_marked(store):
 def test_other_pictures_or_settings_are_another_study(store):
     store.know({("p1", "base"): "11", ("p1", "rl"): "22"})
     store.know({("p1", "base"): "11", ("p2", "base"): "33"})  # more, or fewer, is the same study
-    with pytest.raises(StoreError, match="1 pictures are not those .* rl's of 'p1'"):
+    with pytest.raises(StoreError, match=r"1 pictures are not those .* rl's of 'p1'"):
         store.know({("p1", "rl"): "other"})
     store.agree("votes_per_prompt", "1")
     with pytest.raises(StoreError, match="begun with votes_per_prompt=1, not 2"):

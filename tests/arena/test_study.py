@@ -67,7 +67,7 @@ def test_other_sizes_are_refused_or_shown_at_the_smallest(folders):
     large = Path(folders["rl"]).with_name("large")
     write_model(large, 50, size=(16, 16), edits=2)
     models = folders | {"large": str(large)}
-    with pytest.raises(ConfigError, match="base 8x8, rl 8x8, large 16x16.*sizes=scale.*6 prompts"):
+    with pytest.raises(ConfigError, match=r"base 8x8, rl 8x8, large 16x16.*sizes=scale.*6 prompts"):
         load_study(models)
     assert {p.size for p in load_study(models, "scale").prompts.values()} == {(8, 8)}
 
