@@ -8,7 +8,6 @@ proxy that speaks TLS before it.
 
 import logging
 import os
-import re
 import signal
 import socket
 import sys
@@ -16,7 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 from qirl_fast.config import ConfigError, load_settings
-from qirl_fast.config.server import ServerConfig
+from qirl_fast.config.server import ServerConfig, token_of
 from qirl_fast.rewards.judges import Judges
 from qirl_fast.rewards.served import Served
 
@@ -31,7 +30,7 @@ logger = logging.getLogger("qirl_fast.reward_server")
 def serve(cfg: ServerConfig) -> int:
     """Serve until a signal comes: 0, or 1 where a judge was still busy after grace_s."""
     uvicorn, app_type = _libraries()
-    token = _token(cfg.token_env)
+    token = token_of(cfg.token_env)
     listening = _listen(cfg)
     judges = _load(cfg)
     app = app_type(judges, token, cfg.limits, cfg.requests, cfg.body_s)
@@ -74,20 +73,6 @@ def _libraries() -> tuple[Any, Any]:
             [f"{error.name} is not installed; `pip install 'qirl-fast[server]'` brings it"]
         ) from error
     return uvicorn, App
-
-
-def _token(token_env: str | None) -> str | None:
-    if token_env is None:
-        return None
-    token = os.environ.get(token_env, "")
-    if not re.fullmatch(r"[!-~]{16,}", token):
-        raise ConfigError(
-            [
-                f"token_env: the environment variable {token_env} is not set or no token; wanted "
-                "16 or more visible ASCII characters, as `openssl rand -hex 32` makes"
-            ]
-        )
-    return token
 
 
 def _listen(cfg: ServerConfig) -> socket.socket:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
+import os
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from qirl_fast.config.rules import CrossError
+from qirl_fast.config.wording import ConfigError
 from qirl_fast.rewards.judges import JUDGES, resolve
 from qirl_fast.rewards.kinds import JudgeSettings
 from qirl_fast.rewards.wire import Limits
@@ -49,7 +52,8 @@ class ServerConfig(Section):
 
     @model_validator(mode="after")
     def _cross(self) -> ServerConfig:
-        found = [*self._judge_problems(), *self._host_problems()]
+        found = self._judge_problems()
+        found += host_problems(self.host, bool(self.token_env), self.allow_unauthenticated)
         if found:
             raise CrossError(found)
         return self
@@ -69,14 +73,16 @@ class ServerConfig(Section):
                 problems.append((("serve",), f"serve: {error}"))
         return list(dict.fromkeys(problems))
 
-    def _host_problems(self) -> list[Problem]:
-        if self.token_env or self.allow_unauthenticated or is_loopback(self.host):
-            return []
-        text = (
-            f"host: {self.host} can be reached from other machines, and no token is asked for; set "
-            "token_env, or allow_unauthenticated=true where the network itself keeps strangers out"
-        )
-        return [(("host", "token_env", "allow_unauthenticated"), text)]
+
+def host_problems(host: str, has_token: bool, allow_unauthenticated: bool) -> list[Problem]:
+    """What is wrong with listening on an address without a token."""
+    if has_token or allow_unauthenticated or is_loopback(host):
+        return []
+    text = (
+        f"host: {host} can be reached from other machines, and no token is asked for; set "
+        "token_env, or allow_unauthenticated=true where the network itself keeps strangers out"
+    )
+    return [(("host", "token_env", "allow_unauthenticated"), text)]
 
 
 def is_loopback(host: str) -> bool:
@@ -85,3 +91,18 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def token_of(token_env: str | None) -> str | None:
+    """The token in the environment variable of that name; None where none is asked for."""
+    if token_env is None:
+        return None
+    token = os.environ.get(token_env, "")
+    if not re.fullmatch(r"[!-~]{16,}", token):
+        raise ConfigError(
+            [
+                f"token_env: the environment variable {token_env} is not set or no token; wanted "
+                "16 or more visible ASCII characters, as `openssl rand -hex 32` makes"
+            ]
+        )
+    return token

@@ -20,7 +20,7 @@ from typing import Any
 from qirl_fast.data.grouped import Group, folder_groups, shard_groups, side_text, source_in
 from qirl_fast.data.sources import PromptError, Source
 
-__all__ = ["Prompt", "PromptError", "load_prompts"]
+__all__ = ["Prompt", "PromptError", "load_prompts", "row_id"]
 
 ROW_FILE = "metadata.jsonl"  # in a folder, as Hugging Face's imagefolder
 
@@ -209,9 +209,13 @@ def _prompt(data: dict[str, Any], where: str, images: tuple[Source, ...] = ()) -
         _want(row, name, list, "a list of objects", where)
         for index, item in enumerate(row.get(name, ())):
             _check_object(item, len(row[name]), f"{where}: {name}[{index}]")
-    text = json.dumps(data, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    return Prompt(digest, row["prompt"], category, row, images)
+    return Prompt(row_id(data), row["prompt"], category, row, images)
+
+
+def row_id(row: dict[str, Any]) -> str:
+    """The id of a row as it stands in its file."""
+    text = json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def _check_object(item: Any, objects: int, where: str) -> None:

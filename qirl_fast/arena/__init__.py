@@ -1,0 +1,1 @@
+"""Blind votes of people between models, side by side: see docs/arena.md."""
