@@ -13,7 +13,8 @@ KEY := $(CURDIR) PYTHON=$(PYTHON) QIRL_CUDA=$(QIRL_CUDA)
 WORKERS := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup train train-edit pipeline evaluate test chaos fuzz soak lint format clean cuda-check asan FORCE
+.PHONY: help setup train train-edit pipeline evaluate test chaos fuzz soak lint format docs wheel \
+  clean cuda-check asan FORCE
 
 help:
 	@echo 'make train       train the packaged tiny model on the CPU   ARGS="key=value ..."'
@@ -26,6 +27,8 @@ help:
 	@echo 'make soak        2,000 small steps: do memory, open files, step time stay flat?'
 	@echo 'make lint        ruff, mypy, clang-format; changes nothing'
 	@echo 'make format      let ruff and clang-format rewrite the files'
+	@echo 'make docs        the site of these pages, in build/site'
+	@echo 'make wheel       the package in dist/, installed and used in a new environment'
 	@echo 'make cuda-check  compile the CUDA code, where nvcc is found; needs no GPU'
 	@echo 'make asan        test the kernels under AddressSanitizer and UBSan   ARGS="pytest arguments"'
 	@echo 'make setup       only what the others do first: .venv, dependencies, C++ kernels'
@@ -76,6 +79,14 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+docs: $(READY)
+	@$(BIN)/python -c 'import material' 2>/dev/null || $(BIN)/python -m pip install --quiet -c constraints.txt mkdocs-material
+	$(BIN)/python .ci/site.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict -f .ci/mkdocs.yml
+
+wheel: $(READY)
+	@.ci/wheel $(ARGS)
 
 cuda-check: $(READY)
 	@.ci/cuda-check

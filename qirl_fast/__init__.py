@@ -4,10 +4,11 @@
 into a diffusers model; ``python -m qirl_fast.train`` trains.
 """
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = version("qirl-fast")  # it stands in pyproject.toml alone
 
 
 def configs_dir() -> Path:

@@ -181,7 +181,8 @@ class Schema:
             items = full.get("items") or (full.get("prefixItems") or [{}])[0]
             text = f"a list of {self.words(items)}"
         elif full.get("type") == "object":
-            text = f"a mapping of names to {self.words(full.get('additionalProperties', {}))}"
+            more = full.get("additionalProperties")
+            text = f"a mapping of names to {self.words(more if isinstance(more, dict) else {})}"
         else:
             text = TYPE_WORDS.get(str(full.get("type")), "a value")
         return f"{text} {limits}" if limits else text
