@@ -82,7 +82,7 @@ format: $(READY)
 
 docs: $(READY)
 	@$(BIN)/python -c 'import material' 2>/dev/null || $(BIN)/python -m pip install --quiet -c constraints.txt mkdocs-material
-	$(BIN)/python .ci/site.py
+	$(BIN)/python .ci/site_pages.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict -f .ci/mkdocs.yml
 
 wheel: $(READY)

@@ -1,7 +1,7 @@
 """Makes build/docs, what mkdocs reads: the pages as they lie in the repository, and two more.
 
-python .ci/site.py; then mkdocs build --strict -f .ci/mkdocs.yml (make docs does both). Pages keep
-their places, so links between them are those of the repository. Made here, not committed:
+python .ci/site_pages.py; then mkdocs build --strict -f .ci/mkdocs.yml (make docs does both). Pages
+keep their places, so links between them are those of the repository. Made here, not committed:
 docs/config.md (settings_page.py) and the tables in docs/performance.md, which has a line
 `<!-- results: KIND -->` where those of bench/results/KIND-*.md belong, `*` for all other kinds.
 """
