@@ -70,7 +70,8 @@ def test_one_prompt_has_no_interval():
 
 def test_intervals_cover():
     """95 % intervals of both distances hold the truth 278 times of 300, in 150 simulations with a
-    fixed seed; 90 % is three standard deviations below 95 % were the 300 independent 150 (1.8 % each).
+    fixed seed; 90 % is three standard deviations below 95 % were the 300 independent 150 (1.8 %
+    each).
     Prompts have effects of their own, so votes of one prompt are not independent.
     """
     rng, truth, held = np.random.default_rng(0), np.array([0.0, 0.5, 1.0]), []
