@@ -143,6 +143,7 @@ def test_tensorboard_holds_the_metrics(tmp_path: Path) -> None:
         "time/rollout_s",
         "time/reward_s",
         "time/images_per_s",
+        "memory/process_mib",
     }
     assert set(events.Tags()["scalars"]) == names
     assert [event.value for event in events.Scalars("reward")] == [
