@@ -148,9 +148,13 @@ def title(section: type[Section]) -> str:
 def settings_page() -> str:
     """The whole page."""
     lines = [HEAD]
+    seen: set[str] = set()
     for root in roots():
         command = COMMANDS.get(root.__module__)
         for key, section in parts(root):
+            if anchor(root, key, section) in seen:  # a section that two kinds share
+                continue
+            seen.add(anchor(root, key, section))
             kind = "" if title(section) == "keys" else f", {title(section)}".replace("\\|", "or")
             name = f"### `{key}`{kind}" if key else f"## {command or first_line(root)}"
             lines += [f"{name} {{#{anchor(root, key, section)}}}", "", first_line(section), ""]
