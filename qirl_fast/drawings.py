@@ -28,8 +28,8 @@ from qirl_fast.data.sources import ImageError
 from qirl_fast.distributed import World
 from qirl_fast.evaluation.facet_judge import FacetJudge, as_json, from_json, identity
 from qirl_fast.evaluation.facets import Answers
-from qirl_fast.kept_images import KeptImages
 from qirl_fast.heldout import EvaluationFailed
+from qirl_fast.kept_images import KeptImages
 from qirl_fast.models import load_model
 from qirl_fast.models.adapter import NotFinite
 from qirl_fast.models.teachers import add_lora
