@@ -19,7 +19,7 @@ from qirl_fast.arena.study import Item, Prompt, Study
 from qirl_fast.data.images import Decoder, Size, header, over_white
 from qirl_fast.data.sources import ImageError, Source
 
-CACHED = 256
+CACHED = 64  # PNG files held in memory
 
 log = logging.getLogger(__name__)
 

@@ -51,11 +51,12 @@ def question(
     """The rater's question number `place`; without one, or where it cannot be had, their first
     that has no vote, or a new one. None: they have answered all.
     """
-    had = [shown for shown in store.shown(rater) if usable(shown.item)]
+    had, compared = store.shown(rater), set(items)
     asked = [shown for shown in had if shown.place == place]
-    open_ones = [shown for shown in had if shown.choice is None and shown.item in set(items)]
-    if asked or open_ones:
-        return (asked or open_ones)[0]
+    asked += [shown for shown in had if shown.choice is None and shown.item in compared]
+    for shown in asked:
+        if usable(shown.item):
+            return shown
     counts = Counter(vote.item for vote in store.votes())
-    item = next_item(items, counts, store.shown(rater), seed, rater, usable)
+    item = next_item(items, counts, had, seed, rater, usable)
     return None if item is None else store.show(rater, item, side(seed, rater, item))
