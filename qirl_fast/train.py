@@ -139,7 +139,7 @@ def loop(trainer: Trainer, step: int, cfg: Config, run_dir: Path) -> Path:
                     metrics |= heldout_means(trainer, tracker, update, cfg)
                     if update in strip_updates(cfg):
                         with tracker.phase("evaluate"):
-                            draw_strip(trainer, run_dir, update)
+                            draw_strip(trainer, tracker, run_dir, update)
                 tracker.log(update, metrics, images=images)
                 samples_every = cfg.tracking.samples_every
                 if samples_every and due(update, samples_every, cfg.train.steps):

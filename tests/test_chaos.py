@@ -176,8 +176,8 @@ def test_a_clock_that_jumps(start: Start, small, finished, read_jsonl, tmp_path:
 def test_latents_that_are_no_numbers(start: Start, small, finished, meddle, tmp_path) -> None:
     own = [*small, "train.steps=3", f"output={tmp_path}", "run=r"]
     nan = "found.latents[1, 2, 3] = float('nan')"
-    # Chunks 1 and 2: the evaluation before, the first update.
-    run = start(own, hook=meddle("rollout.sample._sample_chunk", 3, nan))
+    # Chunks 1 to 3: the evaluation before, the first update, its pictures for the report.
+    run = start(own, hook=meddle("rollout.sample._sample_chunk", 4, nan))
     assert run.wait() == 1
     assert "step 2 is stopped" in run.output() and "latents are not finite" in run.output()
     assert (tmp_path / "r/failed/step-2/batch.npz").exists()

@@ -424,6 +424,18 @@ def test_a_resumed_run_has_the_same_report(
             assert one == other, title[1]
 
 
+def test_pictures_that_cannot_be_drawn_are_said_and_stop_nothing(
+    start: Callable[..., Any], small: list[str], meddle: Callable[..., str], tmp_path: Path
+) -> None:
+    # Chunks 1 to 3: the evaluation before, the first update, its pictures.
+    nan = meddle("rollout.sample._sample_chunk", 3, "found.latents[1, 2, 3] = float('nan')")
+    run = start([*small, "train.steps=2", f"output={tmp_path}", "run=x"], hook=nan)
+    assert run.wait() == 0, run.output()
+    assert "no pictures of update 1 for report.html: held-out images: latents" in run.output()
+    assert not (tmp_path / "x" / "samples" / "strip-1.npz").exists()
+    assert (tmp_path / "x" / "report.html").exists()
+
+
 def test_a_strip_has_the_pictures_of_the_evaluation(small, tmp_path: Path) -> None:
     from qirl_fast.config import load_config
     from qirl_fast.trainer import Trainer

@@ -23,6 +23,8 @@ from qirl_fast.config import Config, ConfigError
 from qirl_fast.data.prompts import Prompt
 from qirl_fast.evaluation.grid import before_after_grid
 from qirl_fast.evaluation.heldout import Evaluation
+from qirl_fast.heldout import EvaluationFailed
+from qirl_fast.tracking import Tracker
 from qirl_fast.trainer import Trainer
 
 GRID = 16  # prompts in a picture
@@ -111,9 +113,17 @@ def strip_updates(cfg: Config) -> set[int]:
     return {round(steps * k / parts) for k in range(1, parts)} - {0, steps}
 
 
-def draw_strip(trainer: Trainer, run_dir: Path, update: int) -> None:
-    """samples/strip-N.npz: the first held-out prompts as the policy draws them now."""
-    images = trainer.strip(STRIP)
+def draw_strip(trainer: Trainer, tracker: Tracker, run_dir: Path, update: int) -> None:
+    """samples/strip-N.npz: the first held-out prompts as the policy draws them now.
+
+    One that cannot be drawn is said and left out: if the weights are to blame, the next step stops
+    the run and says more.
+    """
+    try:
+        images = trainer.strip(STRIP)
+    except EvaluationFailed as error:
+        tracker.say(f"no pictures of update {update} for report.html: {error}")
+        return
     if trainer.world.rank == 0:
         arrays = {f"image_{i}": small(image) for i, image in enumerate(images)}
         _write(run_dir / "samples" / f"strip-{update}.npz", arrays)

@@ -13,6 +13,7 @@ from yaml import safe_load
 
 from qirl_fast.algorithms import ALGORITHMS
 from qirl_fast.config import ConfigError, load_config, load_settings
+from qirl_fast.config.evaluate import EvaluateConfig
 from qirl_fast.config.pipeline import PipelineConfig
 from qirl_fast.config.reward import RewardConfig
 from qirl_fast.config.server import ServerConfig
@@ -22,6 +23,7 @@ ALGORITHM_RECIPES = sorted((CONFIGS / "algorithms").glob("*.yaml"))
 OTHERS: dict[str, Any] = {
     "reward_server.yaml": ServerConfig,
     "tiny_pipeline.yaml": PipelineConfig,
+    "tiny_evaluate.yaml": EvaluateConfig,
 }
 TRAINING = sorted(
     [path for path in CONFIGS.glob("tiny_*.yaml") if path.name not in OTHERS] + ALGORITHM_RECIPES
