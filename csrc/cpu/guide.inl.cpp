@@ -77,8 +77,8 @@ QIRL_HD void backward_span(const Span<T>& s, bool rescale) {
   });
 }
 
-// A rescaled token of kShort elements, the width of most models' latents, stays in registers between
-// its two passes: the operations and bits of forward_span() and backward_span().
+// A rescaled token of kShort elements, the width of most models' latents, stays in registers
+// between its two passes: the operations and bits of forward_span() and backward_span().
 constexpr int kShort = 64, kShortVectors = kShort / kLanes;
 
 template <class T>
