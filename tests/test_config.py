@@ -144,6 +144,11 @@ def test_wrong_value_names_key_what_came_and_what_is_allowed(override: str, line
     assert found.startswith(line)
 
 
+def test_a_mapping_of_any_values_is_named_so() -> None:
+    line = problems("judges={mine: {kind: python, path: 'm:J', arguments: 3}}", "watch=[mine]")[0]
+    assert line.startswith("judges.mine.arguments: got 3 (whole number); wanted a mapping of names")
+
+
 def test_missing_keys_are_named(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("model: {path: tiny}\n")
