@@ -136,10 +136,7 @@ def loop(trainer: Trainer, step: int, cfg: Config, run_dir: Path) -> Path:
             images = len(batch.scores) + batch.explored
             try:
                 with interruption.allowed():
-                    metrics |= heldout_means(trainer, tracker, update, cfg)
-                    if update in strip_updates(cfg):
-                        with tracker.phase("evaluate"):
-                            draw_strip(trainer, tracker, run_dir, update)
+                    metrics |= held_out(trainer, tracker, run_dir, update, cfg)
                 tracker.log(update, metrics, images=images)
                 samples_every = cfg.tracking.samples_every
                 if samples_every and due(update, samples_every, cfg.train.steps):
@@ -160,6 +157,19 @@ def loop(trainer: Trainer, step: int, cfg: Config, run_dir: Path) -> Path:
     if world.rank == 0:
         write_report(trainer, tracker, run_dir, before, after)
     return run_dir
+
+
+def held_out(
+    trainer: Trainer, tracker: Tracker, run_dir: Path, update: int, cfg: Config
+) -> dict[str, float]:
+    """What is drawn of the held-out prompts after an update: their mean scores, and the pictures of
+    report.html, where they are due.
+    """
+    metrics = heldout_means(trainer, tracker, update, cfg)
+    if update in strip_updates(cfg):
+        with tracker.phase("evaluate"):
+            draw_strip(trainer, tracker, run_dir, update)
+    return metrics
 
 
 def heldout_means(trainer: Trainer, tracker: Tracker, update: int, cfg: Config) -> dict[str, float]:
