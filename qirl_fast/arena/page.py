@@ -64,9 +64,10 @@ def build(desk: Desk) -> tuple[Any, dict[str, Any]]:
             event(desk.show, wire, view, js="() => arena.start()", **plain)
         page.load(desk.show, wire, view, js="() => arena.load()", **plain)
     script = (HERE / "page.js").read_text(encoding="utf-8")
+    style = (HERE / "page.css").read_text(encoding="utf-8")
     how = {
-        "css": (HERE / "page.css").read_text(encoding="utf-8"),
-        "head": f"<script>{script}</script>",
+        # in the head, as Gradio would confine `css` to what lies inside its margins
+        "head": f"<script>{script}</script><style>{style}</style>",
         # fonts of the system: the page asks no other server for anything
         "theme": gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         "footer_links": [],

@@ -11,7 +11,7 @@ from qirl_fast.arena.results import ALL, Judged, Verdict, agreement, judged, rat
 from qirl_fast.arena.store import Store
 from qirl_fast.arena.study import Study
 from qirl_fast.config.arena import ArenaConfig
-from qirl_fast.evaluation.bradley_terry import ANCHOR, Ratings
+from qirl_fast.evaluation.bradley_terry import ANCHOR, FEWEST, Ratings
 from qirl_fast.evaluation.krippendorff import Alpha
 from qirl_fast.evaluation.win_share import Share
 
@@ -100,7 +100,7 @@ def _ratings(study: Study, found: dict[str, Ratings], level: float) -> Part:
         f"Bradley-Terry strengths on Elo's scale; {first} stands at {ANCHOR:.0f} and the interval "
         f"({100 * level:.4g} %, bootstrap over prompts) is that of the distance to it. These "
         "intervals are for one look at the planned end, not for stopping early; categories were "
-        "not corrected for how many they are."
+        f"not corrected for how many they are, and fewer than {FEWEST} prompts have no interval."
     )
     return Part("Elo by category", [text] if found else ["There are no votes yet."], table)
 

@@ -16,7 +16,7 @@ and the interval of another is that of its distance to it. Percentile bootstrap 
 unit is the prompt, drawn with its votes of all pairs and raters. It is for one look at the planned
 end; a share that is looked at while votes come in is win_share.py's. Where every resample gives the
 same number (all prompts went one way) there is no interval: resampling knows nothing of what it did
-not see.
+not see. Fewer than FEWEST prompts have none either.
 
 Shapes: n prompts, M models, R resamples.
 """
@@ -33,6 +33,7 @@ PRIOR = 0.5
 ANCHOR = 1000.0
 SCALE = 400 / np.log(10)
 MOST_STEPS = 200
+FEWEST = 10  # prompts; resamples of fewer give intervals that are far too short
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def rate(wins_nMM: Floats, *, n_boot: int = 2000, seed: int = 0, level: float = 
     flat = wins_nMM.reshape(n, m * m)
     theta = elo(strengths(flat.sum(0).reshape(m, m)))
     low, high = np.full((2, m), np.nan)
-    if n > 1:
+    if n >= FEWEST:
         draws = np.concatenate(
             [elo(strengths((c @ flat).reshape(-1, m, m))) for c in resamples(n, n_boot, seed)]
         )

@@ -216,7 +216,21 @@ def test_several_raters_results_and_a_small_screen(browser, settings):
             page.set_viewport_size({"width": 390, "height": 844})
             page.wait_for_timeout(500)
             assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        for place in range(2, PROMPTS + 1):  # the edits are among them
+            assert widths(ben.page, "figure:not(.source)") == pytest.approx([184, 184], abs=25)
+            assert all(100 < width < 200 for width in widths(ben.page, "figure.source"))
+            ben.press("3", place + 1 if place < PROMPTS else "")
         assert all(rater.foreign == [] for rater in raters)
+
+
+def widths(page, which: str) -> list[float]:
+    """Of the pictures on the screen, in pixels."""
+    found = page.evaluate(
+        """(which) => [...document.querySelectorAll(`#arena-pair ${which} img`)].map(
+          (i) => i.getBoundingClientRect().width)""",
+        which,
+    )
+    return list(found)
 
 
 def brighter(page) -> str:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from qirl_fast.evaluation.bradley_terry import ANCHOR, PRIOR, SCALE, elo, rate, strengths
+from qirl_fast.evaluation.bradley_terry import ANCHOR, FEWEST, PRIOR, SCALE, elo, rate, strengths
 
 
 def one_pair(outcomes, models=2, a=0, b=1):
@@ -63,9 +63,11 @@ def test_equal_seeds_give_equal_intervals_that_hold_the_value():
     assert np.isnan(first.low[0]) and first.prompts == 60
 
 
-def test_one_prompt_has_no_interval():
-    found = rate(one_pair([1.0]))
-    assert np.isnan(found.low).all() and np.isfinite(found.elo).all()
+def test_few_prompts_have_no_interval():
+    for n in (1, FEWEST - 1):
+        found = rate(one_pair(np.arange(n) % 2))
+        assert np.isnan(found.low).all() and np.isfinite(found.elo).all()
+    assert np.isfinite(rate(one_pair(np.arange(FEWEST) % 2)).low[1])
 
 
 def test_intervals_cover():
