@@ -9,13 +9,13 @@ proxy that speaks TLS before it.
 import logging
 import os
 import signal
-import socket
 import sys
 from contextlib import suppress
 from typing import Any
 
 from qirl_fast.config import ConfigError, load_settings
 from qirl_fast.config.server import ServerConfig, token_of
+from qirl_fast.listening import listen
 from qirl_fast.rewards.judges import Judges
 from qirl_fast.rewards.served import Served
 
@@ -31,7 +31,7 @@ def serve(cfg: ServerConfig) -> int:
     """Serve until a signal comes: 0, or 1 where a judge was still busy after grace_s."""
     uvicorn, app_type = _libraries()
     token = token_of(cfg.token_env)
-    listening = _listen(cfg)
+    listening = listen(cfg.host, cfg.port)
     judges = _load(cfg)
     app = app_type(judges, token, cfg.limits, cfg.requests, cfg.body_s)
     server = uvicorn.Server(
@@ -73,21 +73,6 @@ def _libraries() -> tuple[Any, Any]:
             [f"{error.name} is not installed; `pip install 'qirl-fast[server]'` brings it"]
         ) from error
     return uvicorn, App
-
-
-def _listen(cfg: ServerConfig) -> socket.socket:
-    """The socket, taken before judges load: a port in use should not cost minutes."""
-    family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
-    try:
-        # asyncio turns off Nagle's delay of 40 ms an answer, where the protocol is named
-        found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind((cfg.host, cfg.port))
-    except OSError as error:
-        raise ConfigError(
-            [f"host, port: cannot listen on {cfg.host}:{cfg.port} ({error}); choose another"]
-        ) from error
-    return found
 
 
 def _load(cfg: ServerConfig) -> dict[str, Served]:

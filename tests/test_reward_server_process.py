@@ -16,6 +16,7 @@ import pytest
 from qirl_fast import configs_dir, reward_server
 from qirl_fast.config import ConfigError, load_settings
 from qirl_fast.config.server import ServerConfig
+from qirl_fast.listening import listen
 from qirl_fast.rewards.judge import SCORED
 from qirl_fast.rewards.remote import Remote, Settings
 
@@ -100,7 +101,8 @@ def test_a_port_in_use_is_told(settings_file, capsys):
 
 
 def test_answers_are_not_delayed(settings_file):
-    listening = reward_server._listen(load_settings([settings_file(port=0)], ServerConfig))
+    cfg = load_settings([settings_file(port=0)], ServerConfig)
+    listening = listen(cfg.host, cfg.port)
     listening.listen()
     host, port = listening.getsockname()
     with listening, socket.create_connection((host, port)), listening.accept()[0] as connection:

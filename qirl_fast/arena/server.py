@@ -17,7 +17,6 @@ import hmac
 import logging
 import os
 import signal
-import socket
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from http.cookies import CookieError, SimpleCookie
@@ -32,6 +31,7 @@ from qirl_fast.config.arena import ArenaConfig
 from qirl_fast.config.server import is_loopback, token_of
 from qirl_fast.config.wording import ConfigError
 from qirl_fast.data.sources import ImageError
+from qirl_fast.listening import listen
 
 GRACE_S = 5
 COOKIE = "arena"
@@ -57,7 +57,7 @@ def serve(cfg: ArenaConfig, study: Study) -> int:
     path = Path(cfg.database)
     with only_one(path):
         store = opened(cfg, study)
-        listening = _listen(cfg)
+        listening = listen(cfg.host, cfg.port)
         app = application(Desk(cfg, study, store), build, mount, fastapi)
         gate = Gate(app, token, local=is_loopback(cfg.host) and token is None)
         server = uvicorn.Server(
@@ -218,16 +218,3 @@ async def _answer(send: Send, status: int, body: bytes, *headers: tuple[bytes, b
     start = [(b"content-type", b"text/plain"), (b"cache-control", b"no-store"), *HEADERS, *headers]
     await send({"type": "http.response.start", "status": status, "headers": start})
     await send({"type": "http.response.body", "body": body})
-
-
-def _listen(cfg: ArenaConfig) -> socket.socket:
-    family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
-    try:
-        found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind((cfg.host, cfg.port))
-    except OSError as error:
-        raise ConfigError(
-            [f"host, port: cannot listen on {cfg.host}:{cfg.port} ({error}); choose another"]
-        ) from error
-    return found
