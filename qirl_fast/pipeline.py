@@ -3,7 +3,8 @@
     for each task: curate its prompts, train a teacher on those kept (GRPO)
     distil the teachers into one student that draws without guidance (OPD)
     train a baseline on all tasks and rewards at once
-    draw the held-out prompts with base, teachers, baseline and student; compare
+    draw the held-out prompts with base, teachers, baseline and student; compare (the baseline with
+    guidance, as it was trained, and without, at the student's price)
 
 Every stage is a command of its own, printed before it runs, in a process of its own; with
 `side_by_side` so many run at a time: the teachers and the baseline need nothing of each other, and
@@ -46,6 +47,7 @@ from qirl_fast.whole import write_text
 
 DEFAULT = "tiny_pipeline.yaml"
 LORA = Path("checkpoints", "latest", "lora")
+UNGUIDED = ("baseline unguided", "student")
 SHOWN = 5  # prompts of each task in the picture
 Chain = Callable[[], None]
 
@@ -234,7 +236,7 @@ def compare(cfg: PipelineConfig, folder: Path, recipes: Mapping[str, Config]) ->
     sources: dict[str, list[np.ndarray] | None] = {}
     guided = ["base", *(f"{task} teacher" for task in cfg.tasks), "baseline"]
     for task, stage in cfg.tasks.items():
-        for guidance, models in ((cfg.guidance, guided), (1.0, ["student"])):
+        for guidance, models in ((cfg.guidance, guided), (1.0, UNGUIDED)):
             words = [*stage.set, f"evaluation.guidance={guidance}", f"output={cfg.output}"]
             words += [f"evaluation.prompts={cfg.prompts}", f"seed={cfg.seed}"]
             words += [f"evaluation.samples_per_prompt={cfg.samples_per_prompt}"]
@@ -281,7 +283,7 @@ def weights(trainer: Trainer, folder: Path, model: str) -> AbstractContextManage
     """Inside, the trainer's model is the one that a stage made."""
     if model == "base":
         return trainer.model.reference()
-    name = model.removesuffix(" teacher")
+    name = model.removesuffix(" teacher").removesuffix(" unguided")
     return LoraTeacher(trainer.model, name, folder / name / LORA).active()
 
 
@@ -304,6 +306,8 @@ def report(
         for task in cfg.tasks
     }
     said["student above the baseline, sum of tasks"] = lead(student, baseline)
+    unguided = scores["baseline unguided"]
+    said["student above the baseline without guidance, sum of tasks"] = lead(student, unguided)
     said["student above the base, sum of tasks"] = lead(student, base)
     words = [f"{what}: {value or 'there is none'}" for what, value in said.items()]
     console, lines = Console(), []
@@ -316,8 +320,8 @@ def report(
         for model, tasks in rows.items():
             found = tasks[task]
             gained = "" if model == "base" else str(found["gain"])
-            guided = "none" if model == "student" else f"{cfg.guidance:g}"
-            cells = (model, guided, f"{found['mean']:.3f}", gained)
+            guided = "none" if model in UNGUIDED else f"{cfg.guidance:g}"
+            cells = (model.removesuffix(" unguided"), guided, f"{found['mean']:.3f}", gained)
             table.add_row(*cells)
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")

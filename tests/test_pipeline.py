@@ -169,7 +169,7 @@ def test_a_whole_run_goes_on_where_it_was_killed(tmp_path: Path) -> None:
         assert f"done before: {tmp_path / stage / 'summary.json'}" in again.stdout
     assert f"done before: {tmp_path / 'edit' / 'summary.json'}" not in again.stdout
     found = json.loads((tmp_path / "comparison.json").read_text())
-    models = ["base", "t2i teacher", "edit teacher", "baseline", "student"]
+    models = ["base", "t2i teacher", "edit teacher", "baseline", "baseline unguided", "student"]
     assert list(found["models"]) == models
     for model, tasks in found["models"].items():
         for task, kept in tasks.items():
