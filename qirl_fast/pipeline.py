@@ -307,7 +307,7 @@ def report(
     }
     said["student above the baseline, sum of tasks"] = lead(student, baseline)
     unguided = scores["baseline unguided"]
-    said["student above the baseline without guidance, sum of tasks"] = lead(student, unguided)
+    said["student above the unguided baseline, sum of tasks"] = lead(student, unguided)
     said["student above the base, sum of tasks"] = lead(student, base)
     words = [f"{what}: {value or 'there is none'}" for what, value in said.items()]
     console, lines = Console(), []
@@ -327,7 +327,7 @@ def report(
         lines.append("")
         console.print(table)
     for text in words:
-        console.print(text, highlight=False)
+        console.print(text, highlight=False, soft_wrap=True)
     lines += [f"- {text}" for text in words]
     plain = json.dumps({"models": rows, "statements": said}, default=vars, indent=2)
     write_text(folder / "comparison.json", plain + "\n")
