@@ -1,10 +1,14 @@
 """Interleaved timing: all variants run once a round, so a busy neighbour disturbs them alike.
 
+Each round has an order of its own, or one variant would always find the inputs in the cache that
+the one before it has read.
+
 On CUDA a variant is captured into a graph where it can be, so that device time is measured and not
 Python's; the L2 cache is overwritten before each run, and events are read once a round.
 """
 
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -43,9 +47,11 @@ def interleaved(
     """
     run = _cuda_round if device == "cuda" else _cpu_round
     times_ms: dict[str, list[float]] = {name: [] for name in variants}
+    shuffle, order = random.Random(0).shuffle, list(variants)
     start = time.perf_counter()
     for turn in range(20 * rounds + WARM_UP):
-        for name, value in run(variants).items():
+        shuffle(order)
+        for name, value in run({name: variants[name] for name in order}).items():
             if turn >= WARM_UP:
                 times_ms[name].append(value)
         spent = time.perf_counter() - start
