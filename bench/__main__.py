@@ -5,6 +5,7 @@ thousands of steps.
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -87,7 +88,7 @@ def _ops(options: argparse.Namespace) -> None:
             sweep=not options.no_sweep,
             out=options.out,
         ),
-        say=lambda text: print(text, flush=True),
+        say=partial(print, flush=True),  # goes to other processes
     )
     if options.base:
         base.compare(result, base.measure(options.base, options.device, _for_base(options)))

@@ -4,12 +4,17 @@ A case is checked against the op's reference backend first, values and gradients
 is reported and not timed. Then forward (without autograd), backward and both are timed, all
 providers and a copy of the bytes the job must move in the same rounds. `pct_copy` is that copy's
 time over the provider's; it can pass 100 where a job reads more than it writes or hits the cache.
+
+On a CPU each op has a process of its own: what eager PyTorch pays for the memory of its
+intermediates depends on what that process allocated before.
 """
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +61,22 @@ class Options:
 
 
 def run(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """The result, on a CPU by a process for each op; options.out as in measure()."""
+    if options.device != "cpu":
+        return measure(options, say)
+    result: dict[str, Any] = {}
+    for op in dict.fromkeys(name.split(",")[0] for name in _chosen(options)):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            alone = replace(options, only=[op], out=None)
+            part = process.submit(measure, alone, say).result()
+        for kind in ("rows", "wrong", "skipped"):
+            part[kind] = [*result.get(kind, ()), *part[kind]]
+        result = part | {k: v for k, v in result.items() if k not in ("rows", "wrong", "skipped")}
+        _keep(result, options)
+    return result
+
+
+def measure(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
     """The result. options.out is rewritten after each case: a stopped run leaves what it had."""
     torch._functorch.config.donated_buffer = False  # the backward pass is run many times
     result = about(options.device) | {"copy_gbps": copy_gbps(options.device)}
@@ -74,14 +95,25 @@ def run(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
         result["rows"] += rows
         for row in rows:
             say(_line(row))
-        if options.out is not None:
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+        _keep(result, options)
         torch._dynamo.reset()
     return result
 
 
+def _keep(result: dict[str, Any], options: Options) -> None:
+    if options.out is not None:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _chosen(options: Options) -> list[str]:
+    known = dict.fromkeys(name.split(",")[0] for name in CASES)
+    if unknown := [name for name in options.only or () if name not in known]:
+        raise ValueError(f"no op {', '.join(unknown)}; there are {', '.join(known)}")
+    return [n for n in CASES if options.only is None or n.split(",")[0] in options.only]
+
+
 def _jobs(options: Options) -> Iterator[tuple[str, Shape, torch.dtype, bool]]:
-    chosen = [n for n in CASES if options.only is None or n.split(",")[0] in options.only]
+    chosen = _chosen(options)
     for name in chosen:
         shape = CASES[name][1]
         for dtype in options.dtypes if shape in SWEEP else DTYPES[:1]:

@@ -63,7 +63,7 @@ def test_result_table_and_plot(tmp_path, monkeypatch):
     out = tmp_path / "r.json"
     chosen = ["guide", "flow_step"]
     options = bench.Options(only=chosen, out=out, **(QUICK | {"sweep": True}))
-    result = bench.run(options, say=lambda text: None)
+    result = bench.measure(options, say=lambda text: None)
     assert result["wrong"] == []
     written = json.loads(out.read_text())
     assert set(written) >= HEAD and written["rows"]
@@ -90,22 +90,33 @@ def test_a_wrong_op_is_reported_and_not_timed(monkeypatch):
 
     monkeypatch.setitem(bench.CASES, "gelu", (broken, (1, 8, 256)))
     options = bench.Options(only=["gelu"], dtypes=[torch.float32], **QUICK)
-    result = bench.run(options, say=lambda text: None)
+    result = bench.measure(options, say=lambda text: None)
     assert result["rows"] == []
     assert "WRONG" in result["wrong"][0] and "off by 1.0e-03" in result["wrong"][0]
 
 
 def test_a_missing_op_is_skipped_with_a_reason(monkeypatch):
     monkeypatch.setitem(bench.CASES, "no_such", (None, (2, 33, 16)))
-    result = bench.run(bench.Options(only=["no_such"], **QUICK), say=lambda text: None)
+    result = bench.measure(bench.Options(only=["no_such"], **QUICK), say=lambda text: None)
     assert result["skipped"] == ["no_such: this build has no such op"]
 
 
 def test_a_case_that_raises_does_not_lose_the_others(monkeypatch):
     monkeypatch.setitem(bench.CASES, "guide", (lambda *_: 1 / 0, (2, 33, 16)))
-    result = bench.run(bench.Options(only=["guide", "flow_step"], **QUICK), say=lambda text: None)
+    result = bench.measure(
+        bench.Options(only=["guide", "flow_step"], **QUICK), say=lambda text: None
+    )
     assert "ZeroDivisionError" in result["wrong"][0]
     assert {row["op"] for row in result["rows"]} == {"guide, rescaled", "flow_step"}
+
+
+def test_each_op_has_a_process_of_its_own(tmp_path):
+    out = tmp_path / "r.json"
+    options = bench.Options(only=["policy_loss", "group_advantage"], out=out, **QUICK)
+    result = bench.run(options)
+    assert set(result) >= HEAD and result["wrong"] == []
+    assert {row["op"] for row in result["rows"]} == {"policy_loss", "group_advantage"}
+    assert json.loads(out.read_text()) == result
 
 
 def test_fault_sees_nan_shape_and_dtype():
