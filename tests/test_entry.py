@@ -69,6 +69,7 @@ def test_work_and_help(capsys) -> None:
         code(raising(ZeroDivisionError()))
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_an_evaluation_is_no_traceback(tmp_path: Path) -> None:
     """While images are drawn; the same command then goes on."""
     settings = tmp_path / "evaluate.yaml"

@@ -25,13 +25,13 @@ def settings(tmp_path: Path, rows: list[dict[str, Any]], models: str, *more: str
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = tmp_path / "evaluate.yaml"
     path.write_text(f"output: {tmp_path / 'out'}\nmodels: {models}\nprompts: {prompts}\n")
-    return [str(path), "threads=1", "steps=1", *more]
+    return [str(path), "threads=1", "steps=2", *more]
 
 
 def written(text: str) -> np.ndarray:
-    """Dark text on white, uint8 [64, 256, 3]."""
-    image = Image.new("RGB", (256, 64), "white")
-    ImageDraw.Draw(image).text((16, 10), text, (20, 24, 30), ImageFont.load_default(36))
+    """Dark text on white, uint8 [128, 128, 3]."""
+    image = Image.new("RGB", (128, 128), "white")
+    ImageDraw.Draw(image).text((8, 48), text, (20, 24, 30), ImageFont.load_default(24))
     return np.array(image)
 
 
@@ -42,7 +42,7 @@ def test_text_is_read_from_the_images(tmp_path: Path, capsys: Any) -> None:
         {"prompt": "a poster", "text": "Open Now"},
         {"prompt": 'a board with "QUIET"'},
     ]
-    more = ["height=64", "width=256", "samples_per_prompt=2", "max_rows=6", "ocr={judge: reads}"]
+    more = ["height=128", "width=128", "samples_per_prompt=2", "max_rows=6", "ocr={judge: reads}"]
     more += ["judges.reads={kind: ocr}"]
     assert main(settings(tmp_path, rows, "{base: {}}", *more)) == 0
     (folder,) = (tmp_path / "out" / "images").iterdir()
@@ -70,7 +70,7 @@ def test_the_arena_opens_an_evaluation(tmp_path: Path, capsys: Any) -> None:
     rows = [{"prompt": f"a photo of {c} circles", "tag": "colors"} for c in ("red", "blue")]
     rows += [{"prompt": "make it red", "image": "in.png", "mine": [1]}, rows[0]]
     more = ["height=64", "width=64", "samples_per_prompt=2", "max_rows=3", "score=[aesthetics]"]
-    words = settings(tmp_path, rows, '{"a b": {}, base: {guidance: 2.0}, a/b: {steps: 2}}', *more)
+    words = settings(tmp_path, rows, '{"a b": {}, base: {guidance: 2.0}, a/b: {steps: 3}}', *more)
     out = tmp_path / "out"
     assert main([*words, "baseline=base"]) == 0
     assert f"python -m qirl_fast.arena {out}" in capsys.readouterr().out
