@@ -46,10 +46,10 @@ def run(
         console.print(f"stopped: {error}; {mend}", style="red", markup=False)
         return 1
     except (Interrupted, KeyboardInterrupt) as error:
-        asked = isinstance(error, Interrupted)  # else it came where nothing is saved
-        number = error.signal if asked else signal.SIGINT
+        number, done = signal.SIGINT, ""
+        if isinstance(error, Interrupted):
+            number, done = error.signal, ", all steps that were finished saved"
         name = "Ctrl-C" if number == signal.SIGINT else number.name
-        done = ", all steps that were finished saved" if asked else ""
         console.print(f"stopped by {name}{done}; to go on {again}", style="red", markup=False)
         return 128 + number
 

@@ -330,7 +330,7 @@ def summary_table(judges: Mapping[str, Mapping[str, float]], title: str) -> Tabl
     table.add_column("judge")
     for name in ("before", "after", "change", "95 % interval", "prompts"):
         table.add_column(name, justify="right")
-    table.add_column("so it is")
+    table.add_column("verdict")
     for name, row in judges.items():
         up, down = row["low"] > 0, row["high"] < 0
         table.add_row(

@@ -110,6 +110,8 @@ def loop(trainer: Trainer, step: int, cfg: Config, run_dir: Path) -> Path:
         tracker.say(in_short(cfg))
         for text in trainer.judges.warnings():
             tracker.say(f"warning: {text}")
+        if not (run_dir / "samples" / "before.npz").exists():
+            tracker.say("evaluating the untrained policy on the held-out prompts")
         with interruption.allowed():
             before = before_evaluation(trainer, run_dir)
         for update in range(step + 1, cfg.train.steps + 1):
@@ -163,11 +165,9 @@ def in_short(cfg: Config) -> str:
     size = derived(cfg)
     judges = ", ".join(f"{name} {weight:.2g}" for name, weight in cfg.rewards.items())
     rewarded = f", rewarded by {judges}" if judges else ""
-    drawn = f"{size.samples + size.explored} images of {cfg.data.prompts_per_step} prompts a step"
-    return (
-        f"{cfg.algorithm.name} on {cfg.model.path}: {drawn}{rewarded}; {size.evaluation_images} of "
-        "held-out prompts before and after. Ctrl-C stops it and saves"
-    )
+    images = size.samples + size.explored
+    drawn = f"{images} images of {cfg.data.prompts_per_step} prompts a step"
+    return f"{cfg.algorithm.name} on {cfg.model.path}: {drawn}{rewarded}; Ctrl-C saves and stops"
 
 
 def held_out(
