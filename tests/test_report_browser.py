@@ -43,7 +43,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         name = f"a-run-with-a-long-name-{k}"
         rewards = {JUDGES[0]: 0.7, JUDGES[1]: 0.3}
         more = {"names": JUDGES, "rewards": rewards, "lift": 0.1 * k, "seed": k}
-        runs.append(made_runs.make(folder / name, size=320, texts=[LONG] * 6, **more))
+        rows = made_runs.metric_rows(40, JUDGES)
+        rows = [row | {"grad_norm": 1.02e-3 + 2.5e-6 * u} for u, row in enumerate(rows)]
+        runs.append(made_runs.make(folder / name, rows=rows, size=320, texts=[LONG] * 6, **more))
     (folder / "compare.html").write_text(compared([read_run(run) for run in runs]), "utf-8")
     return {"report": write_page(runs[0]), "compare": folder / "compare.html"}
 
@@ -70,5 +72,11 @@ def test_a_page_fits_and_is_whole(
         .filter(([, height]) => height < 11)"""
     )
     assert small == []
+    cut = page.evaluate(
+        """() => [...document.querySelectorAll("svg text")]
+        .filter(e => e.getBoundingClientRect().left < e.closest("svg").getBoundingClientRect().left)
+        .map(e => e.textContent)"""
+    )
+    assert cut == [], "labels beside a chart"
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == [] == said
     context.close()
