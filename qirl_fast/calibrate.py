@@ -25,6 +25,7 @@ from rich.table import Table
 
 from qirl_fast.config import Config, ConfigError, load_config
 from qirl_fast.config.wording import schema_of
+from qirl_fast.entry import run
 from qirl_fast.evaluation.calibration import (
     Agreement,
     Limits,
@@ -185,18 +186,11 @@ def parse(args: Sequence[str]) -> tuple[Path, Settings]:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 2 what came is wrong."""
-    args = sys.argv[1:] if argv is None else argv
-    if "-h" in args or "--help" in args:
-        print(__doc__)
-        return 0
-    try:
+
+    def work(args: list[str]) -> None:
         calibrate(*parse(args))
-    except (ConfigError, RatingError) as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(
-            f"error: {error}", style="red", markup=False
-        )
-        return 2
-    return 0
+
+    return run(argv, __doc__, work, wrong=(ConfigError, RatingError))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ other thresholds decides anew without drawing anything.
 
 import hashlib
 import json
-import logging
 import shlex
 import sys
 import time
@@ -23,15 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from transformers.utils import logging as transformers_logging
 
 from qirl_fast.batch import StepFailed
 from qirl_fast.config import Config, ConfigError, load_config, save_resolved, settings
 from qirl_fast.data.prompts import Prompt, PromptError
+from qirl_fast.entry import run
 from qirl_fast.evaluation.curation import (
     FAILED,
     KEPT,
@@ -303,24 +301,18 @@ def _say_next(
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 1 stopped with its scores saved, 2 the settings are wrong."""
-    args = sys.argv[1:] if argv is None else argv
-    if "-h" in args or "--help" in args:
-        print(__doc__)
-        return 0
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    try:
+
+    def work(args: list[str]) -> None:
         curate(load_config(args), args)
-    except (ConfigError, PromptError) as error:
-        console.print(f"error: {error}", style="red", markup=False)
-        return 2
-    except StepFailed as error:
-        mend = "the scores so far are kept; after mending the cause run the same command again"
-        console.print(f"stopped: {error}; {mend}", style="red", markup=False)
-        return 1
-    return 0
+
+    return run(
+        argv,
+        __doc__,
+        work,
+        wrong=(ConfigError, PromptError),
+        stopped=StepFailed,
+        again="run the same command again: the scores so far are kept",
+    )
 
 
 if __name__ == "__main__":

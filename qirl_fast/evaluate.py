@@ -2,45 +2,43 @@
 
     refuse what cannot be compared; check the prompts against what the models were trained on
     for each model: draw what is not in the cache, judge every image
-    compare, correct, plan; write <output>/evaluation.json, .md, .csv and .png
+    compare, correct, plan; write <output>/evaluation.json, .md, .csv and .png, and <output>/arena
 
 Every model draws the same prompts from the same noise. The same command goes on where it was killed
 and, where nothing has changed, draws nothing. Settings: qirl_fast/config/evaluate.py; what the
 numbers mean: docs/evaluation.md.
 """
 
-import hashlib
 import json
-import logging
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.utils import logging as diffusers_logging
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers.utils import logging as transformers_logging
 
 from qirl_fast import configs_dir
+from qirl_fast.arena.folders import write_study
 from qirl_fast.conditioning import shown_size
 from qirl_fast.config import ConfigError, load_settings
 from qirl_fast.config.evaluate import EvaluateConfig
-from qirl_fast.contenders import Contender, contenders, size_of, training_files
-from qirl_fast.contest_results import Columns, columns, leaks_told, results
-from qirl_fast.data.buckets import bucket_of
+from qirl_fast.config.files import make_folder
+from qirl_fast.contest.contenders import Contender, contenders, size_of, training_files
+from qirl_fast.contest.drawings import Artist, Judged
+from qirl_fast.contest.results import Columns, columns, leaks_told, prompts_told, results
 from qirl_fast.data.prompts import Prompt, PromptError, load_prompts
 from qirl_fast.data.sources import ImageError
-from qirl_fast.drawings import PICTURED, Artist, Judged
+from qirl_fast.entry import run
 from qirl_fast.evaluation.contest_report import csv_text, leak_lines, markdown, plan_lines, tables
 from qirl_fast.evaluation.facet_judge import FacetJudge, taxonomy_of
 from qirl_fast.evaluation.grid import image_grid
 from qirl_fast.evaluation.leaks import EXACT, Leak, find_leaks
-from qirl_fast.heldout import EvaluationFailed
+from qirl_fast.heldout_samples import EvaluationFailed
 from qirl_fast.models import adapter_of
 from qirl_fast.rewards.judge import SOURCES, Sources
 from qirl_fast.rewards.judges import Judges
@@ -50,6 +48,7 @@ from qirl_fast.tiny import packaged
 from qirl_fast.whole import write_text
 
 DEFAULT = "tiny_evaluate.yaml"
+PICTURED = 8  # prompts in the picture
 WIDTH = 150  # columns of the widest table
 BLANK = np.zeros((64, 64, 3), np.uint8)  # in place of condition images, which no row check reads
 
@@ -71,6 +70,7 @@ def evaluate(cfg: EvaluateConfig) -> Path:
         raise ConfigError([str(error)]) from error
     require_rows(prompts, judges, facets)
     leaks = leaks_of(cfg, models, prompts)
+    make_folder(Path(cfg.output))
     for line in [*notes, *leak_lines(leaks)]:
         print(line)
     workers = cpu_workers(cfg.threads) if device == "cpu" else Workers(1)
@@ -87,7 +87,16 @@ def evaluate(cfg: EvaluateConfig) -> Path:
         **results(cfg, models, prompts, judged, found),
         "settings": cfg.model_dump(mode="json", exclude={"threads", "output", "cache"}),
     }
-    return write(Path(cfg.output), told, prompts, judged, found)
+    folder = Path(cfg.output)
+    write(folder, told, prompts, judged, found)
+    if len(models) > 1:
+        others = [model.name for model in models if model.name != cfg.reference]
+        drawn = {
+            name: [(p, own.first[i]) for i, p in enumerate(prompts)] for name, own in judged.items()
+        }
+        write_study(folder / "arena", drawn, [cfg.reference, *others])
+        print(f"for blind votes of people: python -m qirl_fast.arena {folder}")
+    return folder
 
 
 def alike(models: Sequence[Contender]) -> Iterator[str]:
@@ -208,42 +217,20 @@ def leaks_of(
     return leaks_told(found, checked, cfg.near)
 
 
-def prompts_told(
-    cfg: EvaluateConfig, prompts: Sequence[Prompt], size: tuple[int, int], notes: Sequence[str]
-) -> dict[str, Any]:
-    """The evaluated prompts as evaluation.json records them."""
-    path = packaged(cfg.prompts)
-    content = path.read_bytes() if path.is_file() else "".join(p.id for p in prompts).encode()
-    sizes = [
-        bucket_of(shown_size(p.images[-1]), cfg.buckets) if cfg.buckets and p.images else size
-        for p in prompts
-    ]
-    return {
-        "file": cfg.prompts,
-        "split": cfg.split,
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "count": len(prompts),
-        "ids": [p.id for p in prompts],
-        "categories": dict(sorted(Counter(p.category or "-" for p in prompts).items())),
-        "sizes": dict(Counter(f"{h} x {w}" for h, w in sizes)),
-        "notes": list(notes),
-    }
-
-
 def write(
     folder: Path,
     told: Mapping[str, Any],
     prompts: Sequence[Prompt],
     judged: Mapping[str, Judged],
     found: Columns,
-) -> Path:
+) -> None:
     """evaluation.json, .md, .csv and .png, each whole or not at all; the same is printed."""
     write_text(folder / "evaluation.json", json.dumps(told, indent=1, allow_nan=False) + "\n")
     write_text(folder / "evaluation.md", markdown(told))
     write_text(folder / "evaluation.csv", csv_text(prompts, found.scores, found.states))
     first, shown = next(iter(found.scores.values())), range(min(PICTURED, len(prompts)))
     image_grid(
-        {model: [own.first[i] for i in shown] for model, own in judged.items()},
+        {m: [np.array(Image.open(own.first[i])) for i in shown] for m, own in judged.items()},
         [prompts[i].prompt for i in shown],
         {model: first[model][: len(shown), 0] for model in judged},
         folder / "evaluation.png",
@@ -251,7 +238,6 @@ def write(
     show(told)
     for name in ("json", "md", "csv", "png"):
         print(folder / f"evaluation.{name}")
-    return folder
 
 
 def show(told: Mapping[str, Any]) -> None:
@@ -272,26 +258,18 @@ def show(told: Mapping[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 1 a judge or a model failed, 2 the settings are wrong."""
-    args = sys.argv[1:] if argv is None else argv
-    if "-h" in args or "--help" in args:
-        print(__doc__)
-        return 0
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    if not any(word.endswith((".yaml", ".yml")) and "=" not in word for word in args):
-        args = [str(configs_dir() / DEFAULT), *args]
-    try:
-        evaluate(load_settings(args, EvaluateConfig))
-    except (ConfigError, PromptError) as error:
-        console.print(f"error: {error}", style="red", markup=False)
-        return 2
-    except EvaluationFailed as error:
-        mend = "the images are kept; after mending the cause run the same command again"
-        console.print(f"stopped: {error}; {mend}", style="red", markup=False)
-        return 1
-    return 0
+
+    def work(args: list[str]) -> None:
+        evaluate(load_settings(args, EvaluateConfig, configs_dir() / DEFAULT))
+
+    return run(
+        argv,
+        __doc__,
+        work,
+        wrong=(ConfigError, PromptError),
+        stopped=(EvaluationFailed, OSError),
+        again="run the same command again: images that were drawn are kept",
+    )
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from qirl_fast.checkpoint import Checkpoint, CheckpointError, find_latest, load_checkpoint, unpack
+from qirl_fast.entry import run
 from qirl_fast.models import adapter_of
 from qirl_fast.models.loading import load_component
 from qirl_fast.models.teachers import add_lora
@@ -69,23 +69,20 @@ def fill(transformer: Any, found: Checkpoint) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 2 it could not be."""
-    args = sys.argv[1:] if argv is None else list(argv)
-    base = None
-    if "--model" in args[:-1]:
-        i = args.index("--model")
-        base = args[i + 1]
-        del args[i : i + 2]
-    if len(args) != 2 or any(arg.startswith("-") for arg in args):
-        print(__doc__)
-        return 0 if "-h" in args or "--help" in args else 2
-    try:
+
+    def work(args: list[str]) -> int:
+        base = None
+        if "--model" in args[:-1]:
+            i = args.index("--model")
+            base = args[i + 1]
+            del args[i : i + 2]
+        if len(args) != 2 or any(arg.startswith("-") for arg in args):
+            print(__doc__)
+            return 2
         print(export(Path(args[0]), Path(args[1]), base))
-    except (CheckpointError, ValueError, OSError) as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(
-            f"error: {error}", style="red", markup=False
-        )
-        return 2
-    return 0
+        return 0
+
+    return run(argv, __doc__, work, wrong=(CheckpointError, ValueError, OSError))
 
 
 if __name__ == "__main__":

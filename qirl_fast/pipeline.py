@@ -28,15 +28,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from diffusers.utils import logging as diffusers_logging
 from rich.console import Console
 from rich.table import Table
-from transformers.utils import logging as transformers_logging
 
 from qirl_fast import configs_dir
 from qirl_fast.config import Config, ConfigError, load_config, load_settings
+from qirl_fast.config.files import make_folder
 from qirl_fast.config.pipeline import PipelineConfig, StageConfig
 from qirl_fast.data.prompts import Prompt
+from qirl_fast.entry import run
 from qirl_fast.evaluation.comparison import Estimate, gain, lead, share
 from qirl_fast.evaluation.grid import image_grid
 from qirl_fast.evaluation.heldout import Evaluation
@@ -59,7 +59,7 @@ class StageFailed(RuntimeError):
 def pipeline(cfg: PipelineConfig) -> Path:
     """Run what is left of the pipeline and return its folder."""
     folder = Path(cfg.output)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     recipes = {task: checked(task, stage) for task, stage in cfg.tasks.items()}
     mixed = mix(folder, recipes)
     stages = Stages(folder, cfg.side_by_side)
@@ -363,29 +363,12 @@ def spread(rows: Sequence[Prompt]) -> Iterator[int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point: 0 done, 1 a stage failed, 2 the settings are wrong."""
-    args = sys.argv[1:] if argv is None else argv
-    if "-h" in args or "--help" in args:
-        print(__doc__)
-        return 0
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    if not any(word.endswith((".yaml", ".yml")) and "=" not in word for word in args):
-        args = [str(configs_dir() / DEFAULT), *args]
-    try:
-        pipeline(load_settings(args, PipelineConfig))
-    except StageFailed as error:
-        mend = "after mending the cause run the same command again"
-        console.print(f"stopped: {error}; {mend}", style="red", markup=False)
-        return 1
-    except ConfigError as error:
-        console.print(f"error: {error}", style="red", markup=False)
-        return 2
-    except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from here", style="red")
-        return 130
-    return 0
+    """Entry point: 0 done, 1 a stage failed, 2 the settings are wrong, 130 Ctrl-C."""
+
+    def work(args: list[str]) -> None:
+        pipeline(load_settings(args, PipelineConfig, configs_dir() / DEFAULT))
+
+    return run(argv, __doc__, work, wrong=ConfigError, stopped=StageFailed)
 
 
 if __name__ == "__main__":

@@ -6,27 +6,23 @@ A run may be finished, stopped half way or still running. Only files of its fold
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
+from qirl_fast.entry import run
 from qirl_fast.reporting.page import write_page
 from qirl_fast.reporting.run import RunError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 2 a folder is no run's."""
-    args = sys.argv[1:] if argv is None else list(argv)
-    if not args or any(arg.startswith("-") for arg in args):
-        print(__doc__)
-        return 0 if "-h" in args or "--help" in args else 2
-    try:
+
+    def work(args: list[str]) -> int:
+        if not args or any(arg.startswith("-") for arg in args):
+            print(__doc__)
+            return 2
         for arg in args:
             print(write_page(Path(arg)))
-    except (RunError, OSError) as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(
-            f"error: {error}", style="red", markup=False
-        )
-        return 2
-    return 0
+        return 0
+
+    return run(argv, __doc__, work, wrong=(RunError, OSError))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 
 from qirl_fast.config import ConfigError, load_settings
 from qirl_fast.config.server import ServerConfig, token_of
+from qirl_fast.entry import run
 from qirl_fast.listening import listen
 from qirl_fast.rewards.judges import Judges
 from qirl_fast.rewards.served import Served
@@ -106,17 +107,13 @@ def _device(cfg: ServerConfig) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 ended by a signal, 1 a judge was left busy, 2 the settings are wrong."""
-    args = sys.argv[1:] if argv is None else argv
-    if "-h" in args or "--help" in args:
-        print(USAGE)
-        return 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    try:
+
+    def work(args: list[str]) -> int:
         return serve(load_settings(args, ServerConfig))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+    return run(argv, USAGE, work, wrong=ConfigError)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from rich.table import Table
 
 from qirl_fast.checkpoint import truncate_metrics
 from qirl_fast.config import Config, ConfigError, refuse_changes, save_resolved
+from qirl_fast.config.files import make_folder
 from qirl_fast.config.reward import RewardConfig
 
 RESOLVED = "config.resolved.yaml"
@@ -46,24 +47,16 @@ def prepare_run_dir(cfg: Config | RewardConfig) -> Path:
     """
     assert cfg.run is not None, "load_config fills in run"
     run_dir = Path(cfg.output) / cfg.run
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if cfg.resume == "never" and any(run_dir.iterdir()):
-            raise ConfigError(
-                [
-                    f"run: {run_dir} already holds a run; go on with it by resume=auto, choose "
-                    "another name by run=NAME, or remove the folder"
-                ]
-            )
-        for name in FOLDERS:
-            (run_dir / name).mkdir(exist_ok=True)
-        probe = run_dir / ".writable"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
+    make_folder(run_dir)
+    if cfg.resume == "never" and any(run_dir.iterdir()):
         raise ConfigError(
-            [f"output: cannot write to {run_dir} ({error.strerror}); choose another by output=PATH"]
-        ) from error
+            [
+                f"run: {run_dir} already holds a run; go on with it by resume=auto, choose "
+                "another name by run=NAME, or remove the folder"
+            ]
+        )
+    for name in FOLDERS:
+        make_folder(run_dir / name)
     if (run_dir / RESOLVED).exists():
         old: Any = OmegaConf.to_container(OmegaConf.load(run_dir / RESOLVED))
         refuse_changes(old, cfg, str(run_dir))
@@ -331,13 +324,15 @@ def summary_table(judges: Mapping[str, Mapping[str, float]], title: str) -> Tabl
     """Return the before -> after table.
 
     judges: name -> {"before", "after", "diff", "low", "high", "n"} as in summary.json; low and high
-    bound the 95 % interval of diff.
+    bound the 95 % interval of diff; where it holds 0, neither better nor worse is shown.
     """
     table = Table(title=title)
     table.add_column("judge")
     for name in ("before", "after", "change", "95 % interval", "prompts"):
         table.add_column(name, justify="right")
+    table.add_column("verdict")
     for name, row in judges.items():
+        up, down = row["low"] > 0, row["high"] < 0
         table.add_row(
             name,
             f"{row['before']:.3f}",
@@ -345,5 +340,7 @@ def summary_table(judges: Mapping[str, Mapping[str, float]], title: str) -> Tabl
             f"{row['diff']:+.3f}",
             f"{row['low']:+.3f} to {row['high']:+.3f}",
             f"{row['n']:.0f}",
+            "better" if up else "worse" if down else "not shown to differ",
+            style="green" if up else "red" if down else "",
         )
     return table

@@ -7,7 +7,6 @@ a run killed at any moment resumes (`resume=auto`) with the same metrics and wei
 """
 
 import logging
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -16,9 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers.utils import logging as diffusers_logging
-from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
 from qirl_fast.batch import Batch, StepFailed, save_batch
 from qirl_fast.checkpoint import (
@@ -32,6 +28,7 @@ from qirl_fast.checkpoint import (
 from qirl_fast.config import (
     Config,
     ConfigError,
+    derived,
     describe,
     load_config,
     refuse_changes,
@@ -39,7 +36,8 @@ from qirl_fast.config import (
 )
 from qirl_fast.data.prompts import PromptError
 from qirl_fast.distributed import PeerFailed, World, joined
-from qirl_fast.heldout import EvaluationFailed
+from qirl_fast.entry import run
+from qirl_fast.heldout_samples import EvaluationFailed
 from qirl_fast.interruption import Interrupted, Interruption
 from qirl_fast.memory import describe_plan, fp8_plan, plan
 from qirl_fast.models.fp8 import describe as describe_layers
@@ -109,8 +107,11 @@ def loop(trainer: Trainer, step: int, cfg: Config, run_dir: Path) -> Path:
     ):
         several = f", {world.size} processes" if world.size > 1 else ""
         tracker.say(f"{run_dir}: from step {step} to {cfg.train.steps}{several}")
+        tracker.say(in_short(cfg))
         for text in trainer.judges.warnings():
             tracker.say(f"warning: {text}")
+        if not (run_dir / "samples" / "before.npz").exists():
+            tracker.say("evaluating the untrained policy on the held-out prompts")
         with interruption.allowed():
             before = before_evaluation(trainer, run_dir)
         for update in range(step + 1, cfg.train.steps + 1):
@@ -157,6 +158,16 @@ def loop(trainer: Trainer, step: int, cfg: Config, run_dir: Path) -> Path:
     if world.rank == 0:
         write_report(trainer, tracker, run_dir, before, after)
     return run_dir
+
+
+def in_short(cfg: Config) -> str:
+    """What a run does, in a line."""
+    size = derived(cfg)
+    judges = ", ".join(f"{name} {weight:.2g}" for name, weight in cfg.rewards.items())
+    rewarded = f", rewarded by {judges}" if judges else ""
+    images = size.samples + size.explored
+    drawn = f"{images} images of {cfg.data.prompts_per_step} prompts a step"
+    return f"{cfg.algorithm.name} on {cfg.model.path}: {drawn}{rewarded}; Ctrl-C saves and stops"
 
 
 def held_out(
@@ -251,52 +262,32 @@ def stopped(
     folder = run_dir / "failed" / f"step-{update}" / (f"process-{world.rank}" * (world.size > 1))
     found = world.gather(None if batch is None else str(save_batch(batch, folder)))
     where = ", ".join(path for path in found if path is not None)
-    kept = f"The batch is in {where}; after" if where else "After"
-    return StepFailed(
-        f"step {update} is stopped, its update not applied: {error}. {kept} mending the cause run "
-        "the same command with resume=auto"
-    )
+    kept = f". The batch is in {where}" if where else ""
+    return StepFailed(f"step {update} is stopped, its update not applied: {error}{kept}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 1 the run stopped, 2 the settings are wrong, 128 + n: signal n."""
-    args = sys.argv[1:] if argv is None else argv
-    if "-h" in args or "--help" in args:
-        print(USAGE)
-        return 0
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    for handler in logging.getLogger().handlers:
-        handler.setLevel(logging.WARNING)  # the rest is for the run's log.txt
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    if int(os.environ.get("RANK", "0")):  # all stop for the same reason
-        console.quiet = True
-    try:
+
+    def work(args: list[str]) -> None:
         cfg = load_config([arg for arg in args if arg != "--dry-run"])
-        if "--dry-run" in args:
-            print(describe(cfg))
-            print(describe_plan(plan(cfg)))
-            if cfg.model.fp8 is not None:
-                fp8 = cfg.model.fp8
-                print(describe_layers(fp8_plan(cfg), fp8.recipe, fp8.library))
-            return 0
-        train(cfg)
-    except (ConfigError, PromptError, CheckpointError, FileNotFoundError) as error:
-        console.print(f"error: {error}", style="red", markup=False)
-        return 2
-    except StepFailed as error:
-        console.print(f"stopped: {error}", style="red", markup=False)
-        return 1
-    except (EvaluationFailed, PeerFailed, OSError) as error:
-        mend = "after mending the cause run the same command with resume=auto"
-        console.print(f"stopped: {error}; {mend}", style="red", markup=False)
-        return 1
-    except Interrupted as error:
-        mend = "nothing of the steps before this one is lost: go on with resume=auto"
-        console.print(f"stopped by {error}; {mend}", style="red", markup=False)
-        return 128 + error.signal
-    return 0
+        if "--dry-run" not in args:
+            train(cfg)
+            return
+        print(describe(cfg))
+        print(describe_plan(plan(cfg)))
+        if cfg.model.fp8 is not None:
+            fp8 = cfg.model.fp8
+            print(describe_layers(fp8_plan(cfg), fp8.recipe, fp8.library))
+
+    return run(
+        argv,
+        USAGE,
+        work,
+        wrong=(ConfigError, PromptError, CheckpointError, FileNotFoundError),
+        stopped=(StepFailed, EvaluationFailed, PeerFailed, OSError),
+        again="run the same command with resume=auto",
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ validation.json: its agreement with people on held-out prompts. A run killed at 
 with resume=auto, bit for bit.
 """
 
-import logging
 import shutil
 import sys
 from collections import Counter
@@ -17,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from omegaconf import OmegaConf
-from rich.console import Console
 
 from qirl_fast.checkpoint import (
     find_latest,
@@ -29,6 +27,7 @@ from qirl_fast.checkpoint import (
 from qirl_fast.config import refuse_changes, settings
 from qirl_fast.config.load import load_settings
 from qirl_fast.config.reward import RewardConfig
+from qirl_fast.entry import run
 from qirl_fast.reward_trainer import (
     RewardTrainer,
     TrainingFailed,
@@ -224,29 +223,22 @@ def plan(cfg: RewardConfig) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 1 the run stopped, 2 the settings or the data are wrong."""
-    args = sys.argv[1:] if argv is None else argv
-    if "-h" in args or "--help" in args:
-        print(USAGE)
-        return 0
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    try:
+    def work(args: list[str]) -> None:
         cfg = load_settings([arg for arg in args if arg != "--dry-run"], RewardConfig)
         if "--dry-run" in args:
             print(plan(cfg))
-            return 0
-        train(cfg)
-    except (ValueError, FileNotFoundError) as error:
-        console.print(f"error: {error}", style="red", markup=False)
-        return 2
-    except TrainingFailed as error:
-        mend = "after mending the cause run the same command with resume=auto"
-        console.print(f"stopped: {error}; {mend}", style="red", markup=False)
-        return 1
-    return 0
+        else:
+            train(cfg)
+
+    return run(
+        argv,
+        USAGE,
+        work,
+        wrong=(ValueError, FileNotFoundError),
+        stopped=TrainingFailed,
+        again="run the same command with resume=auto",
+    )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from qirl_fast.data.prompts import Prompt, load_prompts
 from qirl_fast.data.sampler import PromptSampler
 from qirl_fast.distributed import World
 from qirl_fast.evaluation.heldout import Evaluation
-from qirl_fast.heldout import HeldoutSamples
+from qirl_fast.heldout_samples import HeldoutSamples
 from qirl_fast.learner import Learner
 from qirl_fast.models import load_model
 from qirl_fast.models.fp8 import Fp8, describe, plan_layers, use_fp8

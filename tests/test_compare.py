@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -36,6 +37,17 @@ def test_two_runs_of_the_same_prompts(tmp_path: Path, capsys) -> None:
     for part in ("Judges, by update", "Judges, by seconds in updates", "images/s", "KL"):
         assert part in found.text, part
     assert "note" not in [a.get("class") for _, a in found.tags], "nothing to remark on"
+
+
+def test_what_never_changed_is_a_line_and_no_flat_chart(tmp_path: Path) -> None:
+    one, two = (made_runs.make(tmp_path / name) for name in ("one", "two"))
+    rows = [json.loads(line) for line in (two / "metrics.jsonl").read_text().splitlines()]
+    made_runs.write_rows(two / "metrics.jsonl", [row | {"clip_fraction": 0.2} for row in rows])
+    text = compared([read_run(folder) for folder in (one, two)])
+    lines = "<li>diversity of a prompt&#x27;s images (Delta E): 20</li><li>loss: 0</li></ul>"
+    assert f"<b>The same in every update</b><ul>{lines}" in text
+    assert 'aria-label="loss"' not in text and 'aria-label="KL"' in text
+    assert 'aria-label="clip fraction"' in text, "flat, but not the same in both"
 
 
 def test_the_page_goes_where_it_is_wanted(tmp_path: Path, capsys) -> None:

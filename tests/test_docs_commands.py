@@ -17,8 +17,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from yaml import safe_load
+from yaml import dump, safe_load
 
+from qirl_fast.config import load_settings
+from qirl_fast.config.arena import ArenaConfig
+from qirl_fast.config.evaluate import EvaluateConfig
 from qirl_fast.tiny import packaged
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,6 +98,19 @@ def test_extras_named_in_the_pages_exist() -> None:
     assert {"rewards", "dali", "ocr"} <= named <= extras
     asked = {"fp8", "dali", "flash", "xformers", "rewards", "arena", "dev"}
     assert asked <= extras
+
+
+@pytest.mark.parametrize(
+    ("page", "model"), [("evaluation", EvaluateConfig), ("arena", ArenaConfig)]
+)
+def test_settings_shown_are_valid(page: str, model: type[Any], tmp_path: Path) -> None:
+    """Whole, or a further part of the first block of the page."""
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    shown = [safe_load(body) for language, body in BLOCK.findall(text) if language == "yaml"]
+    assert len(shown) == 2
+    for own in shown:
+        (tmp_path / "x.yaml").write_text(dump(shown[0] | own if page == "arena" else own))
+        load_settings([str(tmp_path / "x.yaml")], model)
 
 
 @pytest.fixture

@@ -331,7 +331,7 @@ def test_a_judge_that_fails(command: list[str], capsys: Any, monkeypatch: Any) -
     assert main([*command, "score=['test_evaluate:failing']"]) == 1
     said = " ".join(capsys.readouterr().err.split())
     assert "failed on 100% of the images of 'base'" in said and "no light" in said
-    assert "the images are kept" in said
+    assert "images that were drawn are kept" in said
 
 
 def test_facets_over_a_server_and_text(command: list[str], tmp_path: Path, capsys: Any) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qirl_fast.kept_images import KeptImages
+from qirl_fast.contest.kept_images import KeptImages
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 16, 24, 3), np.uint8)
 

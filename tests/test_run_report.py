@@ -15,12 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qirl_fast.data.prompts import Prompt
 from qirl_fast.evaluation.diversity import coarse_lab, lab, mean_distance
 from qirl_fast.evaluation.gridness import gridness
+from qirl_fast.evaluation.heldout import Evaluation
 from qirl_fast.report import main
 from qirl_fast.reporting import checks
 from qirl_fast.reporting.album import FORMS, LIMIT, Album, embedded
 from qirl_fast.reporting.charts import Line, chart, thinned, ticks
+from qirl_fast.reporting.kept import keep
 from qirl_fast.reporting.page import page
 from qirl_fast.reporting.run import RunError, read_run
 
@@ -305,6 +308,23 @@ def test_grid_artefacts_fire_on_a_grid_and_not_on_noise(tmp_path: Path) -> None:
     made_runs.write_held(folder / "samples/after.npz", gridded, scores, update=np.array(40))
     found = checks.grid_artefacts(read_run(folder))
     assert found.state == "warning" and "8 prompts" in found.text
+
+
+def test_large_pictures_are_kept_small_with_the_grid_they_were_drawn_with(tmp_path: Path) -> None:
+    folder = made_runs.make(tmp_path / "one")
+    noise = made_runs.pictures(2, 1024)[:, :, :768] // 8 + 100
+    gridded = np.stack([blocky(image, 60) for image in noise])
+    prompts = [Prompt(f"{i:016x}", f"prompt {i}", None, {}) for i in range(2)]
+    for name, images, more in (("before", noise, {}), ("after", gridded, {"update": np.array(40)})):
+        found = Evaluation({"alignment": np.full(2, 0.5)}, list(images))
+        keep(folder / f"samples/{name}.npz", found, prompts, more)
+    with np.load(folder / "samples/after.npz") as saved:
+        assert saved["image_1"].shape == (512, 384, 3)
+    run = read_run(folder)
+    assert run.after is not None
+    assert run.after.gridness(32).tolist() == [gridness(image) for image in gridded]
+    found = checks.grid_artefacts(run)
+    assert found.state == "warning" and "2 prompts" in found.text
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (128, 96), (50, 333)])

@@ -298,6 +298,7 @@ def test_summary_table() -> None:
         "alignment": {"before": 0.45, "after": 0.7525, "diff": 0.3025, "low": 0.25, "high": 0.35},
         "aesthetics": {"before": 0.9, "after": 0.89, "diff": -0.01, "low": -0.02, "high": 0.001},
     }
+    judges["sharpness"] = judges["aesthetics"] | {"high": -0.001}
     table = summary_table({name: row | {"n": 96} for name, row in judges.items()}, "held-out")
     console = Console(width=100, file=io.StringIO())
     console.print(table)
@@ -305,6 +306,8 @@ def test_summary_table() -> None:
     lines = [
         " ".join(re.findall(r"[\w.+%-]+", line)) for line in console.file.getvalue().split("\n")
     ]
-    assert "judge before after change 95 % interval prompts" in lines
-    assert "alignment 0.450 0.752 +0.302 +0.250 to +0.350 96" in lines
-    assert "aesthetics 0.900 0.890 -0.010 -0.020 to +0.001 96" in lines
+    assert "judge before after change 95 % interval prompts verdict" in lines
+    assert "alignment 0.450 0.752 +0.302 +0.250 to +0.350 96 better" in lines
+    differ = "not shown to differ"
+    assert f"aesthetics 0.900 0.890 -0.010 -0.020 to +0.001 96 {differ}" in lines
+    assert "sharpness 0.900 0.890 -0.010 -0.020 to -0.001 96 worse" in lines

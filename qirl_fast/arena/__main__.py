@@ -1,8 +1,9 @@
 """`python -m qirl_fast.arena`: blind votes between models, side by side, in the browser.
 
   python -m qirl_fast.arena SETTINGS.yaml [key=value ...]          serve the page
-  python -m qirl_fast.arena PIPELINE_DIR [key=value ...]           the same for a finished pipeline
-  python -m qirl_fast.arena export PIPELINE_DIR OUT [MODEL ...]    only write its folders
+  python -m qirl_fast.arena FOLDER [key=value ...]                 the same of what `make evaluate`
+                                                                   or `make pipeline` has left
+  python -m qirl_fast.arena export PIPELINE OUT [MODEL ...]        other models of a pipeline
   python -m qirl_fast.arena judge SETTINGS.yaml judge=NAME         let a judge vote, kept apart
   python -m qirl_fast.arena results SETTINGS.yaml                  print what the votes say
   python -m qirl_fast.arena plan                                   how many prompts a study needs
@@ -25,6 +26,7 @@ from qirl_fast.arena.store import StoreError
 from qirl_fast.arena.study import Study, load_study
 from qirl_fast.config import ConfigError, load_settings
 from qirl_fast.config.arena import ArenaConfig
+from qirl_fast.entry import run
 from qirl_fast.evaluation.win_share import needed
 
 SHARES = (0.55, 0.6, 0.65, 0.7, 0.75, 0.8)
@@ -34,19 +36,15 @@ MOST = 3000
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 1 a judge could not judge everything, 2 the settings are wrong."""
-    args = sys.argv[1:] if argv is None else argv
-    if not args or "-h" in args or "--help" in args:
-        print(__doc__)
-        return 0 if args else 2
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
-    try:
-        return _run(args[0], args[1:])
-    except (ConfigError, StoreError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    return run(argv, __doc__, _work, wrong=(ConfigError, StoreError))
+
+
+def _work(args: list[str]) -> int:
+    if not args:
+        print(__doc__)
         return 2
-
-
-def _run(word: str, rest: Sequence[str]) -> int:
+    word, rest = args[0], args[1:]
     if word == "export":
         if len(rest) < 2:
             raise ConfigError(["export: wanted the pipeline's folder and a new one"])
@@ -69,15 +67,16 @@ def _run(word: str, rest: Sequence[str]) -> int:
         finally:
             store.close()
         return 0
-    if Path(word).is_dir():
-        settings = Path(word) / "arena" / "arena.yaml"
-        word = str(settings if settings.exists() else export(Path(word), settings.parent))
-    cfg, study = _load([word, *rest])
-    return serve(cfg, study)
+    return serve(*_load(args))
 
 
 def _load(args: Sequence[str]) -> tuple[ArenaConfig, Study]:
-    cfg = load_settings(args, ArenaConfig)
+    """The settings, or those that lie in a folder, and the study that they name."""
+    words = list(args)
+    if words and Path(words[0]).is_dir():
+        settings = Path(words[0]) / "arena" / "arena.yaml"
+        words[0] = str(settings if settings.exists() else export(Path(words[0]), settings.parent))
+    cfg = load_settings(words, ArenaConfig)
     study = load_study(cfg.models, cfg.sizes)
     for note in study.notes:
         print(f"note: {note}", file=sys.stderr)

@@ -2,8 +2,9 @@
 
 A judge of `rewards` scores each picture by itself: the higher score is its vote, scores within
 judge_margin are its tie. A judge with `compare(first, second, rows) -> [B]` (how far it prefers the
-first, 0..1) is asked in both orders and their mean taken, as such judges favour a position; where
-the orders contradict each other the mean is near 1/2, and within judge_margin of it a tie.
+first, 0..1, NaN: not said) is asked in both orders and their mean taken, as such judges favour a
+position; where the orders contradict each other the mean is near 1/2, and within judge_margin of it
+a tie.
 
 What a judge cannot score is not voted on, and said. Votes that are there are not asked for again.
 """
@@ -88,7 +89,7 @@ def _asked(
         there = np.asarray(compare(of_a, of_b, rows), np.float64)
         back = np.asarray(compare(of_b, of_a, rows), np.float64)
         for found in (there, back):
-            if found.shape != (len(batch),) or not ((found >= 0) & (found <= 1)).all():
+            if found.shape != (len(batch),) or ((found < 0) | (found > 1)).any():
                 raise ConfigError([f"judge {name!r}: compare gave {found!r}; wanted [B] in 0..1"])
         return (there - back) / 2
     said = judges.score(np.concatenate([of_a, of_b]), rows + rows)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qirl_fast.config.wording import ConfigError
+
 SPLITS = ("train", "validation", "heldout")
 PACKAGED = tuple(f"tiny:{kind}{name}" for kind in ("", "edit-") for name in SPLITS)
 WEIGHTLESS = ("scheduler", "processor", "tokenizer", "feature_extractor", "image_processor")
@@ -48,6 +50,19 @@ def missing_files(plain: Mapping[str, Any]) -> list[str]:
             f"resume: no such checkpoint folder: {resume!r}; wanted 'never', 'auto' or a folder"
         )
     return lines
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder that `output` leads to, and see that it can be written to; ConfigError."""
+    probe = folder / ".writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            [f"output: cannot write to {folder} ({error.strerror}); choose another by output=PATH"]
+        ) from error
 
 
 def _teacher_problems(folder: Path) -> list[str]:

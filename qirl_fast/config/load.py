@@ -63,12 +63,13 @@ def load_config(argv: Sequence[str]) -> Config:
     return final
 
 
-def load_settings(argv: Sequence[str], model: type[S]) -> S:
+def load_settings(argv: Sequence[str], model: type[S], default: Path | None = None) -> S:
     """Read and check the settings of another program: one .yaml file and dotted overrides.
 
-    As `load_config`, for any model; rules that tie several keys raise CrossError in its validator.
+    default: the file where none is named; None: one must be. As `load_config`, for any model; rules
+    that tie several keys raise CrossError in its validator.
     """
-    raw, _ = _read(argv, schema_of(model), None)
+    raw, _ = _read(argv, schema_of(model), default)
     cfg, problems = _validate(raw, model, {})
     if cfg is None:
         raise ConfigError(problems)

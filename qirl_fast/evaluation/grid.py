@@ -85,7 +85,9 @@ def image_grid(
                 canvas.paste(enlarge(pixels), (left, top))
                 draw.rectangle((left - 1, top - 1, left + TILE, top + TILE), outline=PALE)
             if name in scores:
-                first, score = (float(s[row]) for s in (next(iter(scores.values())), scores[name]))
+                # as they are shown: what differs in the third digit has no colour
+                both = (next(iter(scores.values())), scores[name])
+                first, score = (round(float(s[row]), 2) for s in both)
                 text = "-" if score != score else f"{score:.2f}"
                 color = UP if score > first else DOWN if score < first else INK
                 spot = (left + TILE / 2, top + TILE + SCORE_HEIGHT / 2)

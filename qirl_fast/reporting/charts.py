@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from qirl_fast.reporting.markup import esc
 
 WIDTH, HEIGHT = 360, 190
-LEFT, RIGHT, TOP, BOTTOM = 46, 14, 8, 32  # of the plot's edges, from the picture's
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 8, 32  # of the plot's edges, from the picture's
 BINS = 150
 COLORS = 8
 
@@ -135,10 +135,12 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def number(value: float) -> str:
-    """A number of three or so digits, short."""
+    """A number of three or so digits, of no more characters than fit beside a chart."""
     size = abs(value)
     if size >= 1e9 or 0 < size < 1e-3:
         return f"{value:.2g}"
+    if 0 < size < 1e-2 and len(f"{value:.4g}") > 7:
+        return f"{value * 1e3:.4g}e-3"
     for bound, name in ((1e6, "M"), (1e4, "k")):
         if size >= bound:
             return f"{value / (1e6 if name == 'M' else 1e3):.4g}{name}"

@@ -16,7 +16,6 @@ from typing import Literal
 
 import numpy as np
 
-from qirl_fast.evaluation.gridness import gridness
 from qirl_fast.evaluation.paired import PairedResult, paired_bootstrap
 from qirl_fast.reporting.run import Floats, Run
 
@@ -144,10 +143,8 @@ def grid_artefacts(run: Run) -> Check:
     name = "grid artefacts"
     if run.before is None or run.after is None or run.before.ids != run.after.ids:
         return Check(name, "not checked", "There are no held-out pictures of before and after.")
-    which = range(min(GRID_PICTURES, len(run.before.ids)))
-    pairs = zip(run.before.images(which), run.after.images(which), strict=True)
-    logs = np.log([[gridness(a), gridness(b)] for a, b in pairs if a is not None and b is not None])
-    logs = logs.reshape(-1, 2)[np.isfinite(logs.reshape(-1, 2)).all(1)]
+    logs = np.log([held.gridness(GRID_PICTURES) for held in (run.before, run.after)]).T
+    logs = logs[np.isfinite(logs).all(1)]
     if len(logs) < 2:
         return Check(name, "not checked", "The pictures are under 32 pixels, or fewer than two.")
     r = paired_bootstrap(logs[:, 0], logs[:, 1])

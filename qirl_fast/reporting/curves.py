@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from qirl_fast.evaluation.curves import SMOOTH, running_mean
@@ -93,22 +95,27 @@ def policy(run: Run) -> list[str]:
     for title, names in POLICY.items():
         there = {name: run.column(name) for name in names}
         there = {name: y for name, y in there.items() if np.isfinite(y).any()}
-        if there and all(_constant(y) for y in there.values()) and run.done > 1:
+        if there and all(constant(y) for y in there.values()) and run.done > 1:
             values = [f"{y[np.isfinite(y)][0]:g}" for y in there.values()]
             still += [f"{title}: {' and '.join(dict.fromkeys(values))}"]
             continue
         lines = [Line(name, x, y, i) for i, (name, y) in enumerate(there.items())]
         last = [line.y[np.isfinite(line.y)][-1] for line in lines]
         found.append(chart(title, lines, note=f"last {last[0]:.3g}" if len(last) == 1 else ""))
-    if still:
-        lines_ = "".join(f"<li>{esc(text)}</li>" for text in still)
-        found.append(f'<div class="card"><b>The same in every update</b><ul>{lines_}</ul></div>')
-    return found
+    return found + unchanged(still)
 
 
-def _constant(values: Floats) -> bool:
+def constant(values: Floats) -> bool:
+    """Whether the finite values, of which there are some, are all one."""
     known = values[np.isfinite(values)]
     return bool((known == known[0]).all())
+
+
+def unchanged(texts: Sequence[str]) -> list[str]:
+    """A card of metrics that have no chart as they never changed; none without any."""
+    lines = "".join(f"<li>{esc(text)}</li>" for text in texts)
+    card = f'<div class="card"><b>The same in every update</b><ul>{lines}</ul></div>'
+    return [card] if texts else []
 
 
 def clock(run: Run) -> list[str]:

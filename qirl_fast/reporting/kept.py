@@ -1,9 +1,11 @@
 """What a run keeps of its held-out prompts: before, after, and small pictures on the way.
 
     samples/before.npz    of each prompt the score by each judge (`score_<judge>`, float64 [P]),
-                          the first image (`image_<i>`, uint8 [H, W, 3]) and, of an edit, what is
-                          edited (`source_<i>`, no side over STRIP_SIDE pixels); ids (`prompts`),
-                          texts and categories (`rows`, JSON as bytes)
+                          the first image (`image_<i>`, uint8 [h, w, 3], no side over KEPT_SIDE
+                          pixels) and, of an edit, what is edited (`source_<i>`, no side over
+                          STRIP_SIDE); ids (`prompts`), texts and categories (`rows`, JSON as
+                          bytes); of the first GRID_PICTURES images the `gridness` they were drawn
+                          with (float64), which a smaller picture no longer has
     samples/after.npz     the same without sources, and `update`, after which it was taken
     samples/strip-<N>.npz the first STRIP prompts as drawn after update N (`image_<i>`), from the
                           noise they have in the others; small, not judged
@@ -22,14 +24,17 @@ from PIL import Image
 from qirl_fast.config import Config, ConfigError
 from qirl_fast.data.prompts import Prompt
 from qirl_fast.evaluation.grid import before_after_grid
+from qirl_fast.evaluation.gridness import gridness
 from qirl_fast.evaluation.heldout import Evaluation
-from qirl_fast.heldout import EvaluationFailed
+from qirl_fast.heldout_samples import EvaluationFailed
+from qirl_fast.reporting.checks import GRID_PICTURES
 from qirl_fast.tracking import Tracker
 from qirl_fast.trainer import Trainer
 
 GRID = 16  # prompts in a picture
 STRIP = 8  # prompts in a strip
 STRIP_SIDE = 256  # pixels of its images' longer side, at most
+KEPT_SIDE = 512  # and of those before and after: as large as report.html shows any
 
 
 def before_evaluation(trainer: Trainer, run_dir: Path) -> Evaluation:
@@ -48,7 +53,9 @@ def before_evaluation(trainer: Trainer, run_dir: Path) -> Evaluation:
     if world.rank == 0:
         sources = trainer.conditioning.sources(trainer.heldout) or []
         edited = [i for i, prompt in enumerate(trainer.heldout) if prompt.images]
-        keep(path, before, trainer.heldout, {f"source_{i}": small(sources[i]) for i in edited})
+        more = {f"source_{i}": small(sources[i], STRIP_SIDE) for i in edited}
+        keep(path, before, trainer.heldout, more)
+        return _kept(trainer, path, ids, run_dir) or before  # as a resumed run has it
     return before
 
 
@@ -64,7 +71,8 @@ def keep(
     """Write an evaluation, and what else belongs to it, as .npz."""
     rows = json.dumps([{"prompt": p.prompt, "category": p.category} for p in prompts])
     arrays: dict[str, Any] = {f"score_{name}": values for name, values in found.scores.items()}
-    arrays |= {f"image_{i}": image for i, image in enumerate(found.images)}
+    arrays |= {f"image_{i}": small(image, KEPT_SIDE) for i, image in enumerate(found.images)}
+    arrays |= {"gridness": np.array([gridness(image) for image in found.images[:GRID_PICTURES]])}
     arrays |= {"prompts": np.array([p.id for p in prompts])}
     _write(path, arrays | {"rows": np.frombuffer(rows.encode(), np.uint8)} | more)
 
@@ -76,12 +84,12 @@ def _write(path: Path, arrays: dict[str, Any]) -> None:
     beside.replace(path)
 
 
-def small(image: np.ndarray) -> np.ndarray:
-    """The image with no side over STRIP_SIDE, uint8 [h, w, 3]."""
-    if max(image.shape[:2]) <= STRIP_SIDE:
+def small(image: np.ndarray, side: int) -> np.ndarray:
+    """The image with no side over `side`, uint8 [h, w, 3]."""
+    if max(image.shape[:2]) <= side:
         return image
     picture = Image.fromarray(image)
-    picture.thumbnail((STRIP_SIDE, STRIP_SIDE), Image.Resampling.LANCZOS)
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     return np.asarray(picture)
 
 
@@ -125,7 +133,7 @@ def draw_strip(trainer: Trainer, tracker: Tracker, run_dir: Path, update: int) -
         tracker.say(f"no pictures of update {update} for report.html: {error}")
         return
     if trainer.world.rank == 0:
-        arrays = {f"image_{i}": small(image) for i, image in enumerate(images)}
+        arrays = {f"image_{i}": small(image, STRIP_SIDE) for i, image in enumerate(images)}
         _write(run_dir / "samples" / f"strip-{update}.npz", arrays)
 
 

@@ -21,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
+from qirl_fast.evaluation.gridness import gridness
+
 Floats = NDArray[np.float64]
 Image_ = NDArray[np.uint8]
 SETTINGS = "config.resolved.yaml"
@@ -54,6 +56,14 @@ class Held:
                 return [saved["images"][i] for i in numbers]
             keys = [f"{name}_{i}" for i in numbers]
             return [saved.get(key) for key in keys]
+
+    def gridness(self, count: int) -> Floats:
+        """`evaluation.gridness` of the first images, `count` at most, as they were drawn."""
+        with np.load(self.path, allow_pickle=False) as saved:
+            if "gridness" in saved:
+                return np.asarray(saved["gridness"][:count], np.float64)
+        images = self.images(range(min(count, len(self.ids))))  # an earlier version's: whole
+        return np.array([np.nan if image is None else gridness(image) for image in images])
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from qirl_fast.reporting.common import (
     same_reward,
     scores,
 )
-from qirl_fast.reporting.curves import smooth
+from qirl_fast.reporting.curves import constant, smooth, unchanged
 from qirl_fast.reporting.markup import FOOT, document, esc, notes, section, table
 from qirl_fast.reporting.page import card, duration, hidden, memory
 from qirl_fast.reporting.run import Floats, Image_, Run, RunError, column
@@ -131,7 +131,7 @@ def curves(both: Common) -> str:
     groups = {
         "Judges, by update": [_over(both, t, n, update, "update") for t, n in judges],
         "Judges, by seconds in updates": [_over(both, t, n, seconds, "seconds") for t, n in judges],
-        "Policy": [_over(both, t, n, update, "update") for t, n in CURVES.items()],
+        "Policy": _policy(both),
         "Clock and memory": [_clock(both, "images/s"), _clock(both, "memory, GiB")],
     }
     return "".join(
@@ -139,6 +139,18 @@ def curves(both: Common) -> str:
         for title, charts in groups.items()
         if any(charts)
     )
+
+
+def _policy(both: Common) -> list[str]:
+    """What the updates did; what never changed, and is the same in all runs, without a chart."""
+    found, still = [], []
+    for title, name in CURVES.items():
+        every = np.concatenate([run.column(name) for run in both.runs])
+        if np.isfinite(every).sum() > len(both.runs) and constant(every):
+            still.append(f"{title}: {every[np.isfinite(every)][0]:g}")
+        else:
+            found.append(_over(both, title, name, lambda run: run.column("step"), "update"))
+    return found + unchanged(still)
 
 
 def _over(both: Common, title: str, name: str, x: Callable[[Run], Floats], x_label: str) -> str:

@@ -14,8 +14,10 @@ from qirl_fast import _cpu
 from qirl_fast.evaluation.curves import reward_curves
 from qirl_fast.evaluation.heldout import Evaluation
 from qirl_fast.evaluation.paired import paired_bootstrap
+from qirl_fast.reporting.checks import checks
 from qirl_fast.reporting.kept import GRID, draw_grid, keep_after
 from qirl_fast.reporting.page import write_page
+from qirl_fast.reporting.run import read_run
 from qirl_fast.tracking import Tracker, summary_table
 from qirl_fast.trainer import Trainer
 from qirl_fast.whole import write_text
@@ -26,8 +28,8 @@ PACKAGES = ("qirl_fast", "torch", "diffusers", "transformers", "peft", "numpy")
 def write_report(
     trainer: Trainer, tracker: Tracker, run_dir: Path, before: Evaluation, after: Evaluation
 ) -> None:
-    """Print the before -> after table; write summary.json, samples/after.npz, two pictures beside
-    it, and report.html.
+    """Print the before -> after table and what report.html warns of; write summary.json,
+    samples/after.npz, two pictures beside it, and report.html.
     """
     keep_after(trainer, run_dir, after)
     judges: dict[str, dict[str, float]] = {}
@@ -64,8 +66,12 @@ def write_report(
     if trainer.judges.names:
         reward_curves(_lines(run_dir, "metrics"), trainer.cfg.rewards, trainer.cfg.watch, curves)
         said += f"\ncurves  {curves}"
-    said += f"\nreport  {write_page(run_dir)}"
+    said += f"\nreport  {write_page(run_dir)}  (opens in a browser: curves, pictures, warnings)"
     console.print(said, highlight=False, soft_wrap=True)
+    for found in checks(read_run(run_dir)):
+        if found.state == "warning":
+            text = f"warning: {found.name}: {found.text}"
+            console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _lines(run_dir: Path, name: str) -> list[dict[str, Any]]:

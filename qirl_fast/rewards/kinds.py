@@ -11,7 +11,7 @@ from pydantic import Field
 
 from qirl_fast.rewards import clip, face, imagereward, ocr, preservation, remote
 from qirl_fast.rewards.judge import Judge
-from qirl_fast.rewards.vlm import local, openai
+from qirl_fast.rewards.vlm import local, openai, pairs
 from qirl_fast.section import Section, Text
 
 
@@ -26,6 +26,7 @@ class PythonSettings(Section):
 JudgeSettings = Annotated[
     local.Settings
     | openai.Settings
+    | pairs.Settings
     | remote.Settings
     | ocr.Settings
     | clip.Settings
@@ -67,6 +68,7 @@ def _python(settings: PythonSettings, device: str) -> Judge:
 BUILDERS: dict[str, Callable[[Any, str], Judge]] = {
     "vlm": local.Vlm,
     "openai": openai.OpenAi,
+    "pairs": pairs.Judge,
     "remote": remote.Remote,
     "ocr": ocr.Judge,
     "clip": clip.Judge,

@@ -149,7 +149,7 @@ def ask_checklists(engine: Engine, lists: Sequence[Checklist], tries: int) -> li
 
 def read_answer(text: str, items: Items) -> Given:
     """The answers in what a model wrote. Raises Malformed."""
-    tree = _last_object(text[-READ:])
+    tree = last_object(text)
     if tree is None:
         raise Malformed(f"no JSON object in the answer, which ends {text[-SHOWN:]!r}")
     found: Given = {}
@@ -175,9 +175,9 @@ def _score(value: Any, where: str) -> int | None:
     raise Malformed(f'{where}: {came}; wanted 0, 1, 2 or "N/A"')
 
 
-def _last_object(text: str) -> dict[str, Any] | None:
-    """The last JSON object that lies in no other; None without one."""
-    decoder, at, found = json.JSONDecoder(), 0, None
+def last_object(text: str) -> dict[str, Any] | None:
+    """The last JSON object that lies in no other, in the last READ characters; None without one."""
+    text, decoder, at, found = text[-READ:], json.JSONDecoder(), 0, None
     while (at := text.find("{", at)) >= 0:
         try:
             value, at = decoder.raw_decode(text, at)

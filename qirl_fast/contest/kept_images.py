@@ -36,7 +36,7 @@ class KeptImages:
             return False
         try:
             files = json.loads(index.read_text(encoding="utf-8"))["files"]
-            if list(files) != [self._name(key, i) for i in range(rows)]:
+            if list(files) != [self.file(key, i).name for i in range(rows)]:
                 raise ValueError(f"{index} names {len(files)} images; wanted {rows}")
             for name, sha256 in files.items():
                 _require(self.folder / name, sha256)
@@ -50,7 +50,7 @@ class KeptImages:
         """uint8 [rows, H, W, 3] of a sound chunk."""
         found = []
         for i in range(rows):
-            with Image.open(self.folder / self._name(key, i)) as image:
+            with Image.open(self.file(key, i)) as image:
                 found.append(np.array(image.convert("RGB")))
         return np.stack(found)
 
@@ -61,20 +61,20 @@ class KeptImages:
         for i, image in enumerate(images):
             data = io.BytesIO()
             Image.fromarray(image).save(data, "PNG", compress_level=1)
-            path = self.folder / self._name(key, i)
+            path = self.file(key, i)
             beside = path.with_name(f".{path.name}.tmp")
             beside.write_bytes(data.getvalue())
             beside.replace(path)
             files[path.name] = hashlib.sha256(data.getvalue()).hexdigest()
         write_text(self.folder / f"{key}.json", json.dumps({"files": files}, indent=0) + "\n")
 
+    def file(self, key: str, row: int) -> Path:
+        """Where image number `row` of a chunk is kept."""
+        return self.folder / f"{key}-{row:03d}.png"
+
     def note(self, key: str, what: str) -> Path:
         """Where what a judge said of a chunk is kept; `what`: a hash of judge and images."""
         return self.folder / f"{key}.{what[:16]}.json"
-
-    @staticmethod
-    def _name(key: str, row: int) -> str:
-        return f"{key}-{row:03d}.png"
 
 
 def _require(path: Path, sha256: str) -> None:

@@ -1,7 +1,7 @@
 """Images of a prompt file from several models, drawn or taken from the cache, and judged.
 
 Image s of prompt p (numbered among the prompts of its size) starts, for every model, from the noise
-that the held-out evaluation of a run of the same seed gives it (`heldout.py`); there is no
+that the held-out evaluation of a run of the same seed gives it (`heldout_samples.py`); there is no
 stochastic step. They are drawn in chunks of max_rows, each kept whole once it is drawn.
 """
 
@@ -22,14 +22,14 @@ import torch
 from qirl_fast.conditioning import Conditioning, Given
 from qirl_fast.config import Config, ConfigError, default_recipe, load_config
 from qirl_fast.config.evaluate import EvaluateConfig
-from qirl_fast.contenders import Contender, image_key
+from qirl_fast.contest.contenders import Contender, image_key
+from qirl_fast.contest.kept_images import KeptImages
 from qirl_fast.data.prompts import Prompt
 from qirl_fast.data.sources import ImageError
 from qirl_fast.distributed import World
 from qirl_fast.evaluation.facet_judge import FacetJudge, as_json, from_json, identity
 from qirl_fast.evaluation.facets import Answers
-from qirl_fast.heldout import EvaluationFailed
-from qirl_fast.kept_images import KeptImages
+from qirl_fast.heldout_samples import EvaluationFailed
 from qirl_fast.models import load_model
 from qirl_fast.models.adapter import NotFinite
 from qirl_fast.models.teachers import add_lora
@@ -43,7 +43,6 @@ from qirl_fast.whole import write_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ADAPTER = "evaluated"
-PICTURED = 8  # prompts whose first image is kept in memory, for the picture
 AHEAD = 2  # chunks drawn for each worker, and judged, before something is waited for
 
 
@@ -51,13 +50,13 @@ AHEAD = 2  # chunks drawn for each worker, and judged, before something is waite
 class Judged:
     """One model's images as they were judged. Rows: prompt by prompt, B = P * samples.
 
-    verdict: of the judges. answers: of the facets' judge, [] without one. first: uint8 [H, W, 3],
-    the first image of some prompts, by number.
+    verdict: of the judges. answers: of the facets' judge, [] without one. first: PNG file of the
+    first image of each prompt, by its number.
     """
 
     verdict: Verdict
     answers: list[Answers]
-    first: dict[int, np.ndarray]
+    first: dict[int, Path]
 
 
 @dataclass
@@ -168,7 +167,7 @@ class Artist:
         )
         new = self._draw(given, how, missing)
         asked: list[tuple[Pending, Future[list[Answers]] | None]] = []
-        first: dict[int, np.ndarray] = {}
+        first: dict[int, Path] = {}
         for k, chunk in enumerate(chunks):
             if k in missing:
                 images = next(new)
@@ -178,9 +177,9 @@ class Artist:
             metadata = [given.rows[i] for i, _ in chunk]
             facets = self._asked(kept, keys[k], images, metadata)
             asked.append((self.judges.submit(images, metadata), facets))
-            for image, (i, s) in zip(images, chunk, strict=True):
-                if s == 0 and part[i] < PICTURED:
-                    first[part[i]] = image.copy()
+            for row, (i, s) in enumerate(chunk):
+                if s == 0:
+                    first[part[i]] = kept.file(keys[k], row)
             if k >= AHEAD:  # else images would pile up before a slow judge
                 for one in asked[k - AHEAD]:
                     if one is not None:
@@ -291,5 +290,5 @@ def _together(found: Sequence[Judged], parts: Sequence[Sequence[int]], samples: 
     return Judged(
         Verdict(whole.scores[rows], whole.status[rows], reasons),
         [answers[row] for row in rows] if answers else [],
-        {i: image for part in found for i, image in part.first.items()},
+        {i: file for part in found for i, file in part.first.items()},
     )

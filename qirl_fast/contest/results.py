@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from qirl_fast.conditioning import shown_size
 from qirl_fast.config.evaluate import FACETS, EvaluateConfig
-from qirl_fast.contenders import Contender
+from qirl_fast.contest.contenders import Contender
+from qirl_fast.contest.drawings import Judged
+from qirl_fast.data.buckets import bucket_of
 from qirl_fast.data.prompts import Prompt
-from qirl_fast.drawings import Judged
 from qirl_fast.evaluation.contest import (
     accuracies,
     by_category,
@@ -22,8 +25,9 @@ from qirl_fast.evaluation.contest import (
 )
 from qirl_fast.evaluation.facets import Answers, points, table
 from qirl_fast.evaluation.leaks import Leak
-from qirl_fast.heldout import EvaluationFailed
+from qirl_fast.heldout_samples import EvaluationFailed
 from qirl_fast.rewards.judge import FAILED, MISSING, SCORED
+from qirl_fast.tiny import packaged
 
 RIGHT = 1.0  # of text: every letter is there
 
@@ -92,6 +96,28 @@ def _require_budget(name: str, model: str, status: np.ndarray, budget: float, re
             f"judge {name!r} failed on {share:.0%} of the images of {model!r}, and failures.budget "
             f"allows {budget:.0%}; the first reason: {reason}"
         )
+
+
+def prompts_told(
+    cfg: EvaluateConfig, prompts: Sequence[Prompt], size: tuple[int, int], notes: Sequence[str]
+) -> dict[str, Any]:
+    """The evaluated prompts as evaluation.json records them."""
+    path = packaged(cfg.prompts)
+    content = path.read_bytes() if path.is_file() else "".join(p.id for p in prompts).encode()
+    sizes = [
+        bucket_of(shown_size(p.images[-1]), cfg.buckets) if cfg.buckets and p.images else size
+        for p in prompts
+    ]
+    return {
+        "file": cfg.prompts,
+        "split": cfg.split,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "count": len(prompts),
+        "ids": [p.id for p in prompts],
+        "categories": dict(sorted(Counter(p.category or "-" for p in prompts).items())),
+        "sizes": dict(Counter(f"{h} x {w}" for h, w in sizes)),
+        "notes": list(notes),
+    }
 
 
 def results(
