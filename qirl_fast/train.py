@@ -35,10 +35,11 @@ from qirl_fast.config import (
     describe,
     load_config,
     refuse_changes,
+    require_work,
     settings,
 )
 from qirl_fast.data.prompts import PromptError
-from qirl_fast.distributed import PeerFailed, World, joined
+from qirl_fast.distributed import PeerFailed, World, joined, started
 from qirl_fast.heldout import EvaluationFailed
 from qirl_fast.interruption import Interrupted, Interruption
 from qirl_fast.memory import describe_plan, fp8_plan, plan
@@ -275,8 +276,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         cfg = load_config([arg for arg in args if arg != "--dry-run"])
         if "--dry-run" in args:
+            require_work(cfg, started())
+            if int(os.environ.get("RANK", "0")):  # one of them speaks
+                return 0
             print(describe(cfg))
-            print(describe_plan(plan(cfg)))
+            print(describe_plan(plan(cfg, started()), started()))
             if cfg.model.fp8 is not None:
                 fp8 = cfg.model.fp8
                 print(describe_layers(fp8_plan(cfg), fp8.recipe, fp8.library))
