@@ -119,7 +119,9 @@ class Plain:
     def join(self, *prefixes: Any) -> Any:
         return self._model.join(*prefixes) if self._dual else prefixes
 
-    def velocity(self, x: Tensor, sigma: Sequence[float], prefix: Any) -> Tensor:
+    def velocity(
+        self, x: Tensor, sigma: Sequence[float], prefix: Any, exact: bool = True
+    ) -> Tensor:
         if isinstance(prefix, tuple):
             levels = [sigma] * 2 if len(sigma) == 1 else [sigma[:1], sigma[1:]]
             parts = zip(x.chunk(2), levels, prefix, strict=True)

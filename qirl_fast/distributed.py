@@ -180,6 +180,17 @@ class World:
         return [p.view(t.shape).clone() for p, t in zip(pieces, like, strict=True)]
 
 
+def started() -> int:
+    """Processes that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def process_threads(threads: int | None) -> int | None:
+    """This process's of the CPU threads of all processes of a machine; None: PyTorch's own."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return threads and max(1, threads // here)
+
+
 @contextmanager
 def joined(timeout_s: float, cuda: bool) -> Iterator[World]:
     """Inside, the processes that torchrun started know each other; without it there is one.
@@ -187,7 +198,7 @@ def joined(timeout_s: float, cuda: bool) -> Iterator[World]:
     timeout_s: after which a process that hears nothing of the others raises. cuda: whether they
     compute on GPUs, each on that of its local rank.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if started() == 1:
         yield World()
         return
     if cuda:

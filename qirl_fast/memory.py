@@ -21,6 +21,7 @@ from qirl_fast.config import Config, ConfigError, derived, trained_group
 from qirl_fast.data.images import Size
 from qirl_fast.data.prompts import Prompt, load_prompts
 from qirl_fast.data.sources import ImageError
+from qirl_fast.distributed import World, process_threads
 from qirl_fast.models import Model, adapter_of
 from qirl_fast.models.fp8 import Layer, plan_layers, use_fp8
 from qirl_fast.models.loading import described_model
@@ -30,11 +31,20 @@ from qirl_fast.tiny import packaged
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
+# What the processes of a run share out; the rest each of them holds whole.
+SHARED_OUT = ("recorded states", "answers of teachers", "images")
+# Held one after the other: replay's, then what processes send each other.
+IN_TURN = (
+    ("keys and values of the prompts", "activations of replay"),
+    ("exchange of gradients",),
+)
 
-def plan(cfg: Config) -> dict[str, int]:
-    """Bytes by purpose, for one device that holds everything.
 
-    On a CPU every thread replays a chunk of its own.
+def plan(cfg: Config, processes: int = 1) -> dict[str, int]:
+    """Bytes by purpose, on the device of that process which has most to do.
+
+    processes: of the run, each with a device of its own. On a CPU every thread replays a chunk of
+    its own.
     """
     folder, item = packaged(cfg.model.path), BYTES[cfg.model.dtype]
     adapter = adapter_of(folder, cfg.model.family)
@@ -57,27 +67,35 @@ def plan(cfg: Config) -> dict[str, int]:
     grids = tuple(_grid(*versions[0]) for versions in images)
     trained, saved, prefix = _replay(cfg, adapter, folder, length, grids, target)
     on_cpu = cfg.device == "cpu" or not torch.cuda.is_available()
-    threads = (cfg.threads or torch.get_num_threads()) if on_cpu else 1
+    threads = process_threads(cfg.threads) or torch.get_num_threads() if on_cpu else 1
     chunks = size.minibatch_samples // size.chunk_rows
-    at_once = min(threads, chunks)
+    shares = [World(rank, processes).own(chunks) for rank in range(processes)]
+    own = max(map(len, shares))
+    at_once = min(threads, own)
     lora = cfg.model.adapter == "lora"
     plan["adapter" if lora else "weights of the reference"] = 4 * trained
-    sums = max(k.bit_count() for k in range(chunks))  # held by TreeSum, beside those to be added
-    plan["gradients"] = 4 * trained * (sums + at_once)
+    held = [_sums(share) for share in shares]
+    before = max(max(sums[:-1]) for sums in held)  # beside the gradients that are to be added
+    plan["gradients"] = 4 * trained * (before + at_once)
+    if processes > 1:  # `World.total`: what is sent and received of every sum, then the whole
+        most = max(sums[-1] for sums in held)
+        plan["exchange of gradients"] = 4 * trained * (2 * most + 3)
     plan["AdamW's two moments"] = 8 * trained
     plan["average of the weights"] = 4 * trained if cfg.train.ema else 0
     state = tokens * adapter.latent_channels(models["transformer"].config)
     stored = {"transitions": 2, "states": 1, "levels": 0}[cfg.algorithm.keeps]
     if stored == 2 and rollout.guidance != 1 and rollout.ratio_mode == "frozen_offset":
         stored += 1  # the offset
-    plan["recorded states"] = size.replays * state * stored * BYTES[rollout.storage_dtype]
+    samples = own * size.chunk_rows * cfg.train.updates_per_rollout
+    replays = samples * size.recorded_steps
+    plan["recorded states"] = replays * state * stored * BYTES[rollout.storage_dtype]
     if cfg.algorithm.keeps == "states":
-        plan["answers of teachers"] = size.replays * state * item
+        plan["answers of teachers"] = replays * state * item
     kind = adapter.parts["transformer"]
     for who, other in cfg.algorithm.models.items():
         teacher = described_model(kind, other / "transformer")
         plan[f"weights of {who}"] = item * sum(p.numel() for p in teacher.parameters())
-    plan["images"] = size.samples * target[0] * target[1] * 3
+    plan["images"] = samples * target[0] * target[1] * 3
     plan["keys and values of the prompts"] = prefix * at_once
     plan["activations of replay"] = saved * at_once
     return plan
@@ -96,12 +114,37 @@ def fp8_plan(cfg: Config) -> list[Layer]:
         raise ConfigError([str(error)]) from error
 
 
-def describe_plan(plan: dict[str, int]) -> str:
-    """The plan as comment lines, largest first, with its sum."""
+def planned_peak(plan: dict[str, int]) -> int:
+    """Bytes held at the worst moment: of what is held in turn, the larger."""
+    turns = [sum(plan.get(name, 0) for name in names) for names in IN_TURN]
+    return sum(plan.values()) - min(turns)
+
+
+def describe_plan(plan: dict[str, int], processes: int = 1) -> str:
+    """The plan as comment lines, largest first, with what is held at the worst moment."""
     rows = sorted(plan.items(), key=lambda item: -item[1])
     lines = [f"# {name:32} {amount / 2**20:12,.1f} MiB" for name, amount in rows if amount]
-    total = f"# {'in all':32} {sum(plan.values()) / 2**20:12,.1f} MiB"
-    return "\n".join(["# planned memory", *lines, total]) + "\n"
+    several = f", each of {processes} processes" if processes > 1 else ""
+    if several:
+        lines = [
+            f"{line}  its share" if line[2:].startswith(SHARED_OUT) else line for line in lines
+        ]
+    total = f"# {'at most at a time':32} {planned_peak(plan) / 2**20:12,.1f} MiB"
+    return "\n".join([f"# planned memory{several}", *lines, total]) + "\n"
+
+
+def _sums(leaves: Sequence[int]) -> list[int]:
+    """Lists of gradients that `TreeSum` holds before each of these leaves, and at the end."""
+    nodes: list[tuple[int, int]] = []
+    counts = [0]
+    for leaf in leaves:
+        level, number = 0, leaf
+        while number % 2 and nodes and nodes[-1] == (level, number - 1):
+            nodes.pop()
+            level, number = level + 1, number // 2
+        nodes.append((level, number))
+        counts.append(len(nodes))
+    return counts
 
 
 def _grid(height: int, width: int) -> tuple[int, int]:

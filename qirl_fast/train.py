@@ -7,6 +7,7 @@ a run killed at any moment resumes (`resume=auto`) with the same metrics and wei
 """
 
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -32,10 +33,11 @@ from qirl_fast.config import (
     describe,
     load_config,
     refuse_changes,
+    require_work,
     settings,
 )
 from qirl_fast.data.prompts import PromptError
-from qirl_fast.distributed import PeerFailed, World, joined
+from qirl_fast.distributed import PeerFailed, World, joined, started
 from qirl_fast.entry import run
 from qirl_fast.heldout_samples import EvaluationFailed
 from qirl_fast.interruption import Interrupted, Interruption
@@ -274,8 +276,11 @@ def main(argv: list[str] | None = None) -> int:
         if "--dry-run" not in args:
             train(cfg)
             return
+        require_work(cfg, started())
+        if int(os.environ.get("RANK", "0")):  # one of them speaks
+            return
         print(describe(cfg))
-        print(describe_plan(plan(cfg)))
+        print(describe_plan(plan(cfg, started()), started()))
         if cfg.model.fp8 is not None:
             fp8 = cfg.model.fp8
             print(describe_layers(fp8_plan(cfg), fp8.recipe, fp8.library))

@@ -17,14 +17,15 @@ from qirl_fast.advantages import advantages, diversity, mean_scores, spread_metr
 from qirl_fast.batch import Batch, StepFailed
 from qirl_fast.checkpoint import lora_state, rng_state, set_rng_state
 from qirl_fast.conditioning import Conditioning
-from qirl_fast.config import Config, derived
+from qirl_fast.config import Config, derived, require_work
 from qirl_fast.data.prompts import Prompt, load_prompts
 from qirl_fast.data.sampler import PromptSampler
-from qirl_fast.distributed import World
+from qirl_fast.distributed import World, process_threads
 from qirl_fast.evaluation.heldout import Evaluation
 from qirl_fast.heldout_samples import HeldoutSamples
 from qirl_fast.learner import Learner
 from qirl_fast.models import load_model
+from qirl_fast.models.compiled import CompiledForward
 from qirl_fast.models.fp8 import Fp8, describe, plan_layers, use_fp8
 from qirl_fast.models.fused.attention import use_attention
 from qirl_fast.models.graphs import ForwardGraphs
@@ -38,6 +39,11 @@ from qirl_fast.rollouts import Rollouts
 from qirl_fast.tiny import packaged
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DENOISERS: dict[str, type[ForwardGraphs | CompiledForward] | None] = {
+    "eager": None,
+    "graphs": ForwardGraphs,
+    "compile": CompiledForward,
+}
 
 
 logger = logging.getLogger(__name__)
@@ -68,7 +74,7 @@ class Trainer:
 
     def __init__(self, cfg: Config, world: World | None = None):
         self.cfg, self.world = cfg, world or World()
-        self._check_processes()
+        require_work(cfg, self.world.size)
         seed_everything(cfg.seed)
         if cfg.deterministic:
             require_determinism()
@@ -78,19 +84,21 @@ class Trainer:
             raise ValueError(
                 "device: got cuda, and torch.cuda.is_available() is False here; allowed: cpu, auto"
             )
-        if cfg.rollout.cuda_graphs and device == "cpu":
+        if cfg.rollout.denoise == "graphs" and device == "cpu":
             raise ValueError(
-                "rollout.cuda_graphs: got true, and the run is on the CPU; allowed there: false"
+                "rollout.denoise: got graphs, and the run is on the CPU; allowed there: eager, "
+                "compile"
             )
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        threads = cfg.threads and max(1, cfg.threads // here)
-        self.workers = cpu_workers(threads) if device == "cpu" else Workers(1)
+        on_cpu = device == "cpu"
+        self.workers = cpu_workers(process_threads(cfg.threads)) if on_cpu else Workers(1)
         folder = packaged(cfg.model.path)
         self.model = load_model(folder, cfg.model.family, DTYPES[cfg.model.dtype], device)
         use_attention(self.model.transformer, cfg.model.attention)
         self.fp8 = self._fp8()
-        if cfg.rollout.cuda_graphs:
-            self.model.graphs = ForwardGraphs(self.model.transformer, self.model.forward)
+        kind = DENOISERS[cfg.rollout.denoise]
+        if kind is not None:
+            self.model.denoiser = kind(self.model.transformer, self.model.forward)
+        logger.info("denoising: %s", cfg.rollout.denoise)
         self.scheduler = dict(self.model.pipeline.scheduler.config)
         names = [*cfg.rewards, *cfg.watch]
         self.judges = Judges(names, cfg.judges, device, cfg.failures.reask)
@@ -136,17 +144,6 @@ class Trainer:
             self.conditioning.of,
             self.world,
         )
-
-    def _check_processes(self) -> None:
-        """ValueError where a process would have nothing to do."""
-        size = derived(self.cfg)
-        chunks = size.minibatch_samples // size.chunk_rows
-        if self.world.size > chunks:
-            raise ValueError(
-                f"processes: got {self.world.size}, and a minibatch of {size.minibatch_samples} "
-                f"samples is drawn in {chunks} chunks of {size.chunk_rows}; start at most "
-                f"{chunks}, or lower rollout.max_rows"
-            )
 
     def _sampler(self, prompts: list[Prompt], refused: set[int]) -> PromptSampler:
         """Over all rows, of which those `refused` are never drawn: on resuming others may be."""

@@ -250,7 +250,9 @@ class Toy(torch.nn.Module):
     def join(self, first: Tensor, second: Tensor) -> Tensor:
         return torch.cat([first, second])
 
-    def velocity(self, x: Tensor, sigma: Sequence[float], prefix: Tensor) -> Tensor:
+    def velocity(
+        self, x: Tensor, sigma: Sequence[float], prefix: Tensor, exact: bool = True
+    ) -> Tensor:
         self.calls += 1
         self.rows += len(x)
         by_row = torch.as_tensor(sigma, dtype=self.dtype).repeat_interleave(len(x) // len(sigma))

@@ -348,6 +348,7 @@ def test_a_run_made_before_a_key_existed_goes_on_at_its_default() -> None:
     saved = cfg.model_dump(mode="json")
     for section, key in (("model", "fp8"), ("train", "replay_steps")):
         saved[section].pop(key)
+    saved["rollout"]["cuda_graphs"] = False  # a key that is no more
     refuse_changes(saved, cfg, "here")
     with pytest.raises(ConfigError, match=r"train\.replay_steps: was 'absent', is now 2"):
         refuse_changes(saved, load("train.replay_steps=2"), "here")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import socket
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +14,8 @@ import torch
 from bench.timing import peak_bytes
 from qirl_fast.algorithms import Policy, make_algorithm
 from qirl_fast.config import derived, load_config
-from qirl_fast.memory import describe_plan, plan
+from qirl_fast.distributed import TreeSum, World
+from qirl_fast.memory import IN_TURN, SHARED_OUT, _sums, describe_plan, plan, planned_peak
 from qirl_fast.models.qwenimage21 import QwenImage21
 from qirl_fast.rollout.guidance import Guidance
 from qirl_fast.rollout.sample import Sampling, sample
@@ -106,3 +111,111 @@ def test_the_template_is_counted_as_the_encoder_sees_it(weights: Path) -> None:
     for prompt in ("a photo of a red circle", "a photo of a yellow triangle right of a square"):
         (embedding,) = model.encode([prompt])
         assert len(embedding) == QwenImage21.prompt_tokens(weights, prompt)
+
+
+# Instead of training: two updates, of which the second is measured, all optimizer state there.
+MEASURED = """
+import json, os
+from pathlib import Path
+from bench.timing import peak_bytes
+import qirl_fast.train
+os.environ.update(ENVIRONMENT)
+
+def loop(trainer, step, cfg, run_dir):
+    def update(number):
+        batch = trainer.rollout(trainer.next_prompts(), number)
+        trainer.update(batch, trainer.advantages(batch))
+    update(1)
+    learner, found = trainer.learner, {}
+    found["peak"] = peak_bytes(lambda: update(2), "cpu")
+    state = [t for s in learner.optimizer.state.values() for t in s.values() if t.ndim]
+    found["AdamW's two moments"] = sum(t.nbytes for t in state)
+    found["average of the weights"] = sum(t.nbytes for t in learner.ema.average)
+    frozen = [p for p in trainer.model.transformer.parameters() if not p.requires_grad]
+    found["weights of transformer"] = sum(p.nbytes for p in frozen)
+    found["adapter"] = sum(p.nbytes for p in learner.trainable.values())
+    Path(OUT).write_text(json.dumps(found))
+    return run_dir
+
+qirl_fast.train.loop = loop
+"""
+# Held before an update begins.
+STANDING = ("weights of", "adapter", "AdamW's", "average of")
+
+
+@pytest.fixture
+def measured(start, tmp_path: Path):
+    """`measured(processes, settings)`: what each of them held."""
+
+    def run(processes: int, settings: Sequence[str]) -> list[dict[str, Any]]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        runs = []
+        for rank in range(processes):
+            told = own | {"WORLD_SIZE": str(processes), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            names = {"ENVIRONMENT": told, "OUT": str(tmp_path / f"{rank}.json")}
+            hook = "".join(f"{name} = {value!r}\n" for name, value in names.items()) + MEASURED
+            runs.append(start(settings, paths=[Path(__file__).parents[1]], hook=hook))
+        for each in runs:
+            assert each.wait() == 0, each.output()
+        return [json.loads((tmp_path / f"{r}.json").read_text()) for r in range(processes)]
+
+    return run
+
+
+@pytest.mark.parametrize("rank", [8, 1024], ids=["activations", "gradients"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_process_holds_what_is_planned(
+    measured, small, tmp_path: Path, processes: int, rank: int
+) -> None:
+    """Rollout and update, four chunks a minibatch; to a fifth. A LoRA of rank 1024 has so many
+    weights that what processes send each other is most of it.
+    """
+    settings = [*small, f"output={tmp_path}", "run=one", "data.prompts_per_step=4"]
+    settings += ["rollout.max_rows=4", f"model.lora.rank={rank}", "train.ema={decay: 0.9}"]
+    settings.append("train.skip_flat=false")
+    planned = plan(load_config(settings), processes)
+    for found in measured(processes, settings):
+        peak = found.pop("peak")
+        assert found == {name: planned[name] for name in found}
+        passing = {n: b for n, b in planned.items() if not n.startswith(STANDING)}
+        assert 0.8 * planned_peak(passing) <= peak <= 1.2 * planned_peak(passing)
+
+
+def test_processes_share_out_samples_and_repeat_the_rest() -> None:
+    settings = [*ONE_CHUNK, "rollout.max_rows=4"]
+    alone, two, three = (plan(load_config(settings), n) for n in (1, 2, 3))
+    whole = [name for name in alone if name not in (*SHARED_OUT, "gradients")]
+    assert {n: two[n] for n in whole} == {n: alone[n] for n in whole}
+    for name in ("recorded states", "images"):
+        assert 2 * two[name] == alone[name] and three[name] == two[name], "4 chunks: 2, 1, 1"
+    assert set(two) - set(alone) == {"exchange of gradients"} == set(IN_TURN[1])
+    text = describe_plan(two, 2)
+    assert text.startswith("# planned memory, each of 2 processes\n")
+    shared = [line for line in text.splitlines() if line.endswith("its share")]
+    assert len(shared) == sum(two.get(name, 0) > 0 for name in SHARED_OUT) == 2
+
+
+@pytest.mark.parametrize("chunks", range(1, 18))
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_sums_are_those_that_a_process_holds(chunks: int, size: int) -> None:
+    for rank in range(size):
+        tree, counts, share = TreeSum(), [0], World(rank, size).own(chunks)
+        for leaf in share:
+            tree.add(leaf, [torch.zeros(1)])
+            counts.append(len(tree.nodes))
+        assert _sums(share) == counts
+
+
+def test_a_dry_run_speaks_for_the_processes_it_is_started_in(start, small) -> None:
+    def dry(rank: int, processes: int) -> Any:
+        told = {"WORLD_SIZE": str(processes), "RANK": str(rank)}
+        run = start([*small, "rollout.max_rows=2", "--dry-run"], hook=f"os.environ.update({told})")
+        run.wait()
+        return run
+
+    first, second, idle = dry(0, 2), dry(1, 2), dry(0, 5)
+    assert first.wait() == 0 and "each of 2 processes" in first.output()
+    assert second.wait() == 0 and second.output() == ""
+    assert idle.wait() == 2 and "in 4 chunks of 2; start at most 4" in idle.output()

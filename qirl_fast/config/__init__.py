@@ -6,6 +6,7 @@ from qirl_fast.config.compare import (
     derived,
     describe,
     refuse_changes,
+    require_work,
     save_resolved,
     settings,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "load_config",
     "load_settings",
     "refuse_changes",
+    "require_work",
     "save_resolved",
     "settings",
     "trained_group",

@@ -63,6 +63,20 @@ def derived(cfg: Config) -> Derived:
     )
 
 
+def require_work(cfg: Config, processes: int) -> None:
+    """ConfigError where one of the processes would have nothing to do."""
+    size = derived(cfg)
+    chunks = size.minibatch_samples // size.chunk_rows
+    if processes > chunks:
+        raise ConfigError(
+            [
+                f"processes: got {processes}, and a minibatch of {size.minibatch_samples} samples "
+                f"is drawn in {chunks} chunks of {size.chunk_rows}; start at most {chunks}, or "
+                "lower rollout.max_rows"
+            ]
+        )
+
+
 def describe(cfg: Config) -> str:
     """Return the resolved recipe as YAML, then the derived sizes, as comments."""
     size = derived(cfg)
@@ -140,6 +154,7 @@ def _numbers(plain: Mapping[str, Any]) -> dict[str, Any]:
     walk({name: value for name, value in plain.items() if name not in UNHASHED}, "")
     flat.pop("train.recompute_blocks", None)
     flat.pop("train.skip_flat", None)
+    flat.pop("rollout.cuda_graphs", None)  # of checkpoints before rollout.denoise; changed no bit
     return flat
 
 

@@ -143,10 +143,12 @@ class RolloutConfig(Section):
         default="float32",
         description="dtype of stored states; a state is rounded before it is scored",
     )
-    cuda_graphs: bool = Field(
-        default=False,
-        description="record the launches of a forward once and replay them, on a GPU: less time "
-        "between kernels, memory for its inputs and for the work of one forward",
+    denoise: Literal["eager", "graphs", "compile"] = Field(
+        default="eager",
+        description="how forwards without gradient run. graphs: the launches of one are recorded "
+        "once and replayed, on a GPU: the same bits, memory for its inputs and for the work of one "
+        "forward. compile: blocks by torch.compile, but at the steps that are trained on: to "
+        "rounding the same",
     )
     max_rows: Count = Field(
         default=64,

@@ -32,11 +32,11 @@ def cross_problems(cfg: Config) -> Iterator[Problem]:
     yield from cfg.algorithm.problems(cfg)
     yield from _reward_problems(cfg)
     yield from _fp8_problems(cfg)
-    if cfg.deterministic and cfg.model.attention not in ("auto", "sdpa"):
+    if cfg.deterministic and cfg.model.attention in ("cudnn", "xformers"):
         yield (
             ("deterministic", "model.attention"),
             f"deterministic: got true, and the backward pass of model.attention="
-            f"{cfg.model.attention} adds up in any order; allowed: auto, sdpa",
+            f"{cfg.model.attention} adds up in any order; allowed: auto, sdpa, flash, flash3, flex",
         )
     yield from _batch_problems(cfg)
     yield from _weight_problems(cfg)
@@ -109,6 +109,12 @@ def _fp8_problems(cfg: Config) -> Iterator[Problem]:
     fp8, group = cfg.model.fp8, cfg.rollout.group_size
     if fp8 is None:
         return
+    if fp8.library == "te" and cfg.rollout.denoise == "compile":
+        yield (
+            ("model.fp8.library", "rollout.denoise"),
+            "rollout.denoise: got compile, which cannot look into the layers of model.fp8.library="
+            "te; allowed there: eager, graphs",
+        )
     if cfg.model.adapter == "full":
         yield (
             ("model.fp8", "model.adapter"),

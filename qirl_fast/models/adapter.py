@@ -14,6 +14,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from qirl_fast.models.compiled import CompiledForward, maybe_compiled
 from qirl_fast.models.fused import patch
 from qirl_fast.models.graphs import ForwardGraphs
 from qirl_fast.models.loading import check_class, load_component, load_part
@@ -83,7 +84,7 @@ class Adapter:
             self.modulating(),
             lambda level: self.modulation(torch.full((1,), level, device=self.device)),
         )
-        self.graphs: ForwardGraphs | None = None  # set: forwards without gradient are replayed
+        self.denoiser: ForwardGraphs | CompiledForward | None = None  # runs what has no gradient
         patch(self.transformer)
         for name in self.parts:
             if hasattr(pipeline, name):
@@ -145,7 +146,7 @@ class Adapter:
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        """The blocks that `recomputed` counts, in order."""
+        """The blocks that `runner` counts, in order."""
         blocks: Sequence[nn.Module] = self.transformer.transformer_blocks
         return blocks
 
@@ -174,13 +175,16 @@ class Adapter:
         """`velocity` of the rows of `modulation`: nothing in it looks at a value on the host."""
         raise NotImplementedError
 
-    def velocity(self, x: Tensor, sigma: Tensor | Sequence[float], prefix: Any) -> Tensor:
+    def velocity(
+        self, x: Tensor, sigma: Tensor | Sequence[float], prefix: Any, exact: bool = True
+    ) -> Tensor:
         """Velocity v = eps - x0, [B, N, Z] in the model's dtype.
 
         Args:
             x: latents [B, N, Z]; prefix: of the same B rows.
             sigma: R noise levels in [0, 1], each of a run of B / R rows. What depends on it alone
                 is kept for levels that are host values, see models/modulation.py.
+            exact: False where the bits need not be those of a call with gradient.
         ValueError where the three are not of the same rows.
         """
         if len(x) != prefix.batch:
@@ -189,9 +193,10 @@ class Adapter:
             raise ValueError(f"{len(sigma)} noise levels for {len(x)} rows; wanted a divisor of it")
         modulate: Any = self.modulation if isinstance(sigma, Tensor) else self.modulations.rows
         rows: tuple[Tensor, ...] = modulate(sigma)
-        if self.graphs is None or torch.is_grad_enabled():
+        denoiser = self.denoiser
+        if denoiser is None or torch.is_grad_enabled() or (exact and not denoiser.exact):
             return self.forward(x, rows, prefix)
-        return self.graphs(x, rows, prefix)
+        return denoiser(x, rows, prefix)
 
     def keep_rope(self, layout: Any, rope: Any) -> Any:
         """The rotations `rope`, kept for this layout; of many layouts the first go."""
@@ -200,11 +205,15 @@ class Adapter:
             del self.ropes[next(iter(self.ropes))]
         return rope
 
-    def recomputed(self, block: int, run: Callable[..., Any]) -> Callable[..., Any]:
-        """`run`, whose activations are computed again in backward for the first blocks."""
-        if not torch.is_grad_enabled() or block >= self.recompute_blocks:
-            return run
-        return partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+    def runner(self, number: int, block: nn.Module) -> Callable[..., Any]:
+        """What `forward` calls for its block of this number: with gradient, one of the first
+        `recompute_blocks` computes its activations again in backward.
+        """
+        if not torch.is_grad_enabled():
+            return maybe_compiled(block)
+        if number >= self.recompute_blocks:
+            return block
+        return partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
 
     def trainable(
         self, mode: str, rank: int, alpha: float, targets: Sequence[str] | None, seed: int

@@ -10,7 +10,6 @@ Source: diffusers `pipeline_flux.py`, `transformer_flux.py`.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +21,6 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from qirl_fast import ops
 from qirl_fast.models.adapter import load_scheduler
-from qirl_fast.models.fused.flux import single
 from qirl_fast.models.fused.joint import rotations
 from qirl_fast.models.lora import linear
 from qirl_fast.models.packed import (
@@ -72,7 +70,7 @@ class Flux(Packed):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The blocks that `recomputed` counts, in order."""
+        """The blocks that `runner` counts, in order."""
         return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
 
     def modulating(self) -> list[nn.Module]:
@@ -150,10 +148,10 @@ class Flux(Packed):
         temb = prefix.modulated_by(rows[0])
         x = t.x_embedder(x.to(self.dtype))
         for i, block in enumerate(t.transformer_blocks):
-            text, x = self.recomputed(i, block)(x, text, temb, prefix.place)
+            text, x = self.runner(i, block)(x, text, temb, prefix.place)
         x = torch.cat([text, x], dim=1)
         for i, block in enumerate(t.single_transformer_blocks, start=len(t.transformer_blocks)):
-            x = self.recomputed(i, partial(single, block))(x, temb, prefix.place)
+            x = self.runner(i, block)(x, None, temb, prefix.place)
         x, norm = x[:, text.shape[1] :], t.norm_out
         scale, shift = linear(norm.linear, F.silu(temb)).chunk(2, dim=1)
         out: Tensor = t.proj_out(ops.norm_modulate(x, scale, shift, eps=norm.norm.eps))

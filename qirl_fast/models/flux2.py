@@ -13,7 +13,6 @@ Source: diffusers `pipeline_flux2.py`, `pipeline_flux2_klein.py`, `transformer_f
 """
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -75,7 +74,7 @@ class Flux2(Packed):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The blocks that `recomputed` counts, in order."""
+        """The blocks that `runner` counts, in order."""
         return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
 
     def modulating(self) -> list[nn.Module]:
@@ -144,12 +143,10 @@ class Flux2(Packed):
         )
         x = t.x_embedder(x.to(self.dtype))
         for i, block in enumerate(t.transformer_blocks):
-            text, x = self.recomputed(i, block)(x, text, image_rows, text_rows, rope)
+            text, x = self.runner(i, block)(x, text, image_rows, text_rows, rope)
         x = torch.cat([text, x], dim=1)
         for i, block in enumerate(t.single_transformer_blocks, start=len(t.transformer_blocks)):
-            x = self.recomputed(i, partial(block, encoder_hidden_states=None))(
-                x, temb_mod=rows_of_single, image_rotary_emb=rope
-            )
+            x = self.runner(i, block)(x, None, rows_of_single, rope)
         scale, shift = out_rows.chunk(2, dim=1)
         x = ops.norm_modulate(x[:, text.shape[1] :], scale, shift, eps=t.norm_out.norm.eps)
         out: Tensor = t.proj_out(x)

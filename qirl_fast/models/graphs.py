@@ -13,7 +13,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -51,9 +51,33 @@ def capture_cuda(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]
     return graph.replay, out
 
 
-class ForwardGraphs:
-    """`forward(x, rows, prefix)` without gradient, replayed from graphs."""
+def layout_of(x: Tensor, rows: Sequence[Tensor], prefix: Any) -> tuple[Hashable, ...]:
+    """Shapes, strides, dtypes and everything that is no tensor in what a forward is given."""
+    leaves, spec = _pytree.tree_flatten((x, tuple(rows), prefix))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    others = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
+    return tuple((t.shape, t.stride(), t.dtype) for t in tensors), spec, others
 
+
+def switches_of(module: nn.Module) -> tuple[Hashable, ...]:
+    """What is chosen beside the weights: adapters and their scales, attention, ops' backend."""
+    modules = list(module.modules())
+    layers = (m for m in modules if isinstance(m, BaseTunerLayer))
+    processors = (getattr(m, "processor", None) for m in modules)
+    return (
+        tuple(
+            (tuple(m.active_adapters), m.disable_adapters, m.merged, tuple(m.scaling.items()))
+            for m in layers
+        ),
+        tuple(getattr(p, "_attention_backend", None) for p in processors if p is not None),
+        forced_backend(),
+    )
+
+
+class ForwardGraphs:
+    """`forward(x, rows, prefix)` without gradient, replayed from graphs: the bits of `forward`."""
+
+    exact: ClassVar[bool] = True
     KEPT = 8  # sets of shapes; the one longest unused goes first
 
     def __init__(
@@ -70,10 +94,8 @@ class ForwardGraphs:
         """The output, the caller's own to keep."""
         leaves, spec = _pytree.tree_flatten((tuple(rows), prefix))
         tensors = [x, *(leaf for leaf in leaves if isinstance(leaf, Tensor))]
-        others = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
-        layout = tuple((t.shape, t.stride(), t.dtype) for t in tensors)
-        backends = (forced_backend(), self._attention())
-        key = (layout, spec, others, self._weights(), self._adapters(), self._fp8(), backends)
+        layout = layout_of(x, rows, prefix)
+        key = (layout, switches_of(self._module), self._weights(), self._fp8())
         graph = self._graphs.get(key)
         if graph is None:
             # Inputs made in inference mode could not be written to outside of it.
@@ -109,17 +131,6 @@ class ForwardGraphs:
         layers = [m for m in self._module.modules() if getattr(m, "in_fp8", False)]
         return tuple(
             tuple(t.data_ptr() for t in m.quantized()[0]) if isinstance(m, Fp8Linear) else id(m)
-            for m in layers
-        )
-
-    def _attention(self) -> tuple[Hashable, ...]:
-        processors = (getattr(m, "processor", None) for m in self._module.modules())
-        return tuple(getattr(p, "_attention_backend", None) for p in processors if p is not None)
-
-    def _adapters(self) -> tuple[Hashable, ...]:
-        layers = (m for m in self._module.modules() if isinstance(m, BaseTunerLayer))
-        return tuple(
-            (tuple(m.active_adapters), m.disable_adapters, m.merged, tuple(m.scaling.items()))
             for m in layers
         )
 

@@ -11,7 +11,6 @@ Source: diffusers `pipeline_qwenimage.py`, `transformer_qwenimage.py`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,7 +26,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from qirl_fast import ops
 from qirl_fast.models.adapter import Adapter, load_scheduler, require_finite
-from qirl_fast.models.fused.qwenimage import packed_forward
+from qirl_fast.models.fused.qwenimage import Packed
 from qirl_fast.models.graphs import hold
 from qirl_fast.models.loading import load_part
 from qirl_fast.models.prefix import (
@@ -242,8 +241,8 @@ class QwenImage(Adapter):
         for i, block in enumerate(t.transformer_blocks):
             last = tokens if i == end else None
             t0 = None if prefix.at_t0 is None else (prefix.at_t0, prefix.rows_t0[i])
-            run = self.recomputed(i, partial(packed_forward, block, t0=t0, last=last))
-            x, texts = run(x, texts, rows[2 * i], rows[2 * i + 1], prefix.image_rope, prefix.ropes)
+            own = (rows[2 * i], rows[2 * i + 1], prefix.image_rope, prefix.ropes)
+            x, texts = self.runner(i, block)(x, Packed(texts, *own, t0, last))
         scale, shift = out_rows.chunk(2, dim=1)
         x = ops.norm_modulate(x, scale, shift=shift, eps=t.norm_out.norm.eps)
         out: Tensor = t.proj_out(x)

@@ -11,7 +11,6 @@ Source: diffusers `pipeline_qwenimage21.py`, `transformer_qwenimage21.py`.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -258,7 +257,7 @@ class QwenImage21(Adapter):
         x = transformer.img_in(x)
         blocks = zip(transformer.transformer_blocks, prefix.layers, strict=True)
         for i, (block, layer) in enumerate(blocks):
-            x = self.recomputed(i, partial(block, layer_cache=layer))(x, modulation, prefix.rope)
+            x = self.runner(i, block)(x, modulation, prefix.rope, layer_cache=layer)
         x = ops.norm_modulate(x, scale, eps=transformer.norm_out.norm.eps)
         out: Tensor = transformer.proj_out(x)
         return out if prefix.inverse is None else out[prefix.inverse]

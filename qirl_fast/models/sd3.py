@@ -138,7 +138,7 @@ class StableDiffusion3(Packed):
         x = F.linear(x.to(self.dtype), first.weight.flatten(1), first.bias)
         x = (x + prefix.place).to(self.dtype)
         for i, block in enumerate(t.transformer_blocks):
-            text, x = self.recomputed(i, block)(x, text, temb)
+            text, x = self.runner(i, block)(x, text, temb)
         scale, shift = linear(t.norm_out.linear, F.silu(temb)).chunk(2, dim=1)
         out = t.proj_out(ops.norm_modulate(x, scale, shift, eps=t.norm_out.norm.eps))
         # It gives (row, column, channel).

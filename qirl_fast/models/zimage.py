@@ -98,7 +98,7 @@ class ZImage(Packed):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The blocks that `recomputed` counts, in order."""
+        """The blocks that `runner` counts, in order."""
         return [*self.transformer.noise_refiner, *self.transformer.layers]
 
     def modulating(self) -> list[nn.Module]:
@@ -190,7 +190,7 @@ class ZImage(Packed):
             x = x[prefix.order]
         runs = [len(text) for text in prefix.runs]
         parts = zip(x.split(runs), prefix.runs, temb.split(runs), prefix.ropes, strict=True)
-        out = -torch.cat([run_blocks(self.transformer, *part, self.recomputed) for part in parts])
+        out = -torch.cat([run_blocks(self.transformer, *part, self.runner) for part in parts])
         return out if prefix.inverse is None else out[prefix.inverse]
 
     def unpacked(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -47,7 +47,9 @@ class Model(Protocol):
         self, prompts: Sequence[Any], owner: Sequence[int], height: int, width: int
     ) -> Any: ...
     def join(self, first: Any, second: Any) -> Any: ...
-    def velocity(self, x: Tensor, sigma: Sequence[float], prefix: Any) -> Tensor: ...
+    def velocity(
+        self, x: Tensor, sigma: Sequence[float], prefix: Any, exact: bool = True
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -271,13 +273,14 @@ def _sample_chunk(
         scored = i in recorded and how.keeps == "transitions"
         a, c, s, w, b = coefficient_tensors(step, len(rows), x.device)
         if null_prefix is None or not guidance.at(sigma[0]):
-            v_cond = model.velocity(x, sigma, prefix)
+            v_cond = model.velocity(x, sigma, prefix, scored)
             x_next, logp = ops.flow_step(x, v_cond, a, c, s, w, b, seed=seeds, offset=i)
         else:
             if scored and not guidance.in_objective:  # at the shape of replay
                 v_cond, v_null = (model.velocity(x, sigma, p) for p in (prefix, null_prefix))
             else:
-                v_cond, v_null = model.velocity(torch.cat([x, x]), sigma, joined).chunk(2)
+                both = model.velocity(torch.cat([x, x]), sigma, joined, scored)
+                v_cond, v_null = both.chunk(2)
             x_next, logp, delta = ops.guide_step(
                 *(x, v_cond, v_null, guidance.scale, a, c, s, w, b),
                 seed=seeds,

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import qirl_fast
 from qirl_fast.memory import _without_storage
 from qirl_fast.models import adapter_of, load_model
+from qirl_fast.models.compiled import CompiledForward
 from qirl_fast.models.fp8 import plan_layers, use_fp8
 from qirl_fast.models.graphs import ForwardGraphs
 from qirl_fast.models.loading import described_model
@@ -203,7 +204,7 @@ def test_graphs_take_prompts_of_the_same_layout(make, name: str) -> None:
         return lambda: out.copy_(run()), out
 
     def velocities(graphs: Any, prompts: Sequence[Conditioned]) -> list[Tensor]:
-        model.graphs = graphs
+        model.denoiser = graphs
         with torch.no_grad():
             prefix = model.prefix(prompts, OWNER, SIZE, SIZE)
             return [
@@ -215,6 +216,17 @@ def test_graphs_take_prompts_of_the_same_layout(make, name: str) -> None:
         pairs = zip(velocities(graphs, prompts), velocities(None, prompts), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
     assert len(recorded) == 1
+
+
+@pytest.mark.parametrize("name", EDITORS)
+def test_blocks_can_be_compiled(make, name: str) -> None:
+    """Rows of three layouts, each with code of its own, in one forward; to rounding."""
+    model = make(name)
+    model.denoiser = CompiledForward(model.transformer, model.forward, "aot_eager")
+    with torch.no_grad():
+        prefix = model.prefix(edits(), OWNER, SIZE, SIZE)
+        quick, eager = (model.velocity(noise(7), [0.7], prefix, exact) for exact in (False, True))
+    assert relative(quick, eager) < CLOSE and model.denoiser.compiled == 1
 
 
 @pytest.mark.parametrize("name", EDITORS)

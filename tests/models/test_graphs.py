@@ -50,18 +50,18 @@ def recorded(make_model) -> tuple[QwenImage21, Recorder]:
     with torch.no_grad():
         for p in model.trainable("lora", 4, 8, None, 0).values():
             p.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
-    model.graphs = ForwardGraphs(model.transformer, model.forward, recorder)
+    model.denoiser = ForwardGraphs(model.transformer, model.forward, recorder)
     return model, recorder
 
 
 def both(model: QwenImage21, *args: Any) -> tuple[Tensor, Tensor]:
     """(replayed, computed) velocities."""
-    graphs = model.graphs
+    graphs = model.denoiser
     with torch.no_grad():
         replayed = model.velocity(*args)
-        model.graphs = None
+        model.denoiser = None
         computed = model.velocity(*args)
-    model.graphs = graphs
+    model.denoiser = graphs
     return replayed, computed
 
 
@@ -139,7 +139,7 @@ def test_weights_and_adapters_are_part_of_a_graph(recorded, prompts) -> None:
 
 def test_the_oldest_graph_goes(recorded, prompts) -> None:
     model, recorder = recorded
-    model.graphs.KEPT = 2
+    model.denoiser.KEPT = 2
     with torch.no_grad():
         text = model.encode(prompts[:1])
         prefixes = {n: model.prefix(text, [0] * n, SIZE, SIZE) for n in (1, 2, 3)}
@@ -157,8 +157,8 @@ def test_a_rollout_is_the_same_to_the_bit(recorded, prompts, mode: str) -> None:
     with torch.no_grad():
         text, null = model.encode(prompts[:2]), model.encode([""])[0]
     how = Sampling(SIZE, SIZE, 5, Guidance(2.0, False, mode), "flow_sde", max_rows=3)
-    graphs, found = model.graphs, []
-    for model.graphs in (graphs, None):
+    graphs, found = model.denoiser, []
+    for model.denoiser in (graphs, None):
         config = model.pipeline.scheduler.config
         settings = {"group_size": 3, "seed": 0, "update": 1, "recorded": (0, 1)}
         found.append(list(sample(model, text, null, how, config, **settings)))
@@ -169,16 +169,16 @@ def test_a_rollout_is_the_same_to_the_bit(recorded, prompts, mode: str) -> None:
 
 
 def test_a_cpu_run_that_asks_for_graphs_is_refused(start, small, tmp_path) -> None:
-    run = start([*small, f"output={tmp_path}", "run=one", "rollout.cuda_graphs=true"])
+    run = start([*small, f"output={tmp_path}", "run=one", "rollout.denoise=graphs"])
     assert run.wait() == 2
-    assert "rollout.cuda_graphs: got true, and the run is on the CPU" in run.output()
+    assert "rollout.denoise: got graphs, and the run is on the CPU" in run.output()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_graphs_replay_what_was_recorded(weights, prompts) -> None:
     model = QwenImage21.load(weights, torch.bfloat16, "cuda")
-    model.graphs = ForwardGraphs(model.transformer, model.forward)
+    model.denoiser = ForwardGraphs(model.transformer, model.forward)
     with torch.no_grad():
         text = model.encode([*prompts, ""])
         for owner in ([0, 0, 0], [2, 0, 1], [1, 1, 1]):

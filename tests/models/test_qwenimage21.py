@@ -16,11 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import QwenImagePipeline
+from small_transformers import qwen_parts
 from torch import Tensor
 
 import qirl_fast
 from qirl_fast.models import load_model
 from qirl_fast.models.prefix import Conditioned
+from qirl_fast.models.qwenimage import QwenImage
 from qirl_fast.models.qwenimage21 import QwenImage21
 from qirl_fast.rollout.guidance import Guidance
 from qirl_fast.rollout.sample import Sampling, initial_noise, row_seeds, sample
@@ -216,6 +219,21 @@ def test_joined_prefixes_are_the_two_by_themselves(frozen_model, prompts) -> Non
             parts = zip(x.split([len(owners[a]), len(owners[b])]), (a, b), strict=True)
             alone = torch.cat([frozen_model.velocity(p, [0.7], prefixes[k]) for p, k in parts])
             assert relative(together, alone) < CLOSE
+
+
+@pytest.mark.parametrize("kind", ["qwenimage21", "qwenimage"])
+def test_the_empty_prompt_is_held_once(frozen_model, weights: Path, kind: str) -> None:
+    """Not per row: 64 rows hold what one holds."""
+    model: Any = frozen_model
+    if kind == "qwenimage":
+        model = QwenImage(QwenImagePipeline(**qwen_parts(weights)))
+    (null,), held = model.encode([""]), []
+    for rows in (1, 64):
+        with torch.no_grad():
+            tensors = model.prefix([null], [0] * rows, SIZE, SIZE).tensors
+        assert all(len(t) == rows for t in tensors)
+        held.append(sum(t.untyped_storage().nbytes() for t in tensors))
+    assert held[0] == held[1]
 
 
 def test_noise_levels_of_runs_of_rows(frozen_model, prompts) -> None:

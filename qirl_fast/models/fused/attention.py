@@ -1,13 +1,25 @@
 """Attention of a fused block, through the backend that `use_attention` or diffusers'
 set_attention_backend chose.
+
+Under torch.use_deterministic_algorithms(True) gradients, too, have the same bits every time:
+    sdpa        PyTorch leaves cuDNN out, asks flash for its deterministic backward, and splits the
+                keys of the memory-efficient one no further (torch, sdp_utils.cpp,
+                attention_backward.cu)
+    flash       here: `deterministic=True`, which diffusers does not pass on
+    flash3      the same; diffusers' own call of it has no gradient at all
+    flex        matrix products where it is not compiled; compiled, its kernels add up in one order
+    cudnn       refused, by PyTorch as well
+    xformers    refused: it has no backward of fixed order (its IS_DETERMINISTIC), and says so too
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
+    _AttentionBackendRegistry,
     attention_backend,
     dispatch_attention_fn,
 )
@@ -28,6 +40,7 @@ BACKENDS = {
 }
 GPU_ONLY = ("cudnn", "flash", "flash3", "xformers", "flex")  # flex: no backward on a CPU
 NO_FLOAT32 = ("cudnn", "flash", "flash3")
+DETERMINISTIC = ("sdpa", "flash", "flash3", "flex")
 
 
 def use_attention(transformer: Any, name: str) -> None:
@@ -36,13 +49,17 @@ def use_attention(transformer: Any, name: str) -> None:
     name: one of BACKENDS, or "auto": what diffusers is set to, by default "sdpa", PyTorch's
     scaled_dot_product_attention, which picks cuDNN, flash or a kernel of its own.
     Raises ValueError for an unknown name and where the library is not installed or does not serve
-    the transformer's device or dtype.
+    the transformer's device or dtype, or, where torch.use_deterministic_algorithms is on, has no
+    backward of fixed order.
     """
     if name == "auto":
-        logger.info("attention: auto, diffusers' default")
+        default = _AttentionBackendRegistry.get_active_backend()[0].value
+        _require_order(f"auto (diffusers' default, {default})", default)
+        logger.info("attention: auto, diffusers' default: %s", default)
         return
     if name not in BACKENDS:
         raise ValueError(f"attention {name!r}: use auto, {', '.join(BACKENDS)}")
+    _require_order(repr(name), BACKENDS[name])
     device, dtype = transformer.device.type, transformer.dtype
     if name in GPU_ONLY and device != "cuda":
         raise ValueError(
@@ -58,6 +75,16 @@ def use_attention(transformer: Any, name: str) -> None:
     except (RuntimeError, ImportError, ValueError) as error:
         raise ValueError(f"attention {name!r} was asked for: {error}") from error
     logger.info("attention: %s", name)
+
+
+def _require_order(name: str, backend: str) -> None:
+    """ValueError for a backend of diffusers whose gradients have no fixed bits, if they must."""
+    served = [BACKENDS[each] for each in DETERMINISTIC]
+    if torch.are_deterministic_algorithms_enabled() and backend not in served:
+        raise ValueError(
+            f"attention {name}: its backward pass adds up in any order, and deterministic "
+            f"algorithms were asked for; use {', '.join(DETERMINISTIC)}"
+        )
 
 
 def attend(attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -108,7 +135,30 @@ def _dispatch(
     backend: AttentionBackendName | None,
 ) -> Tensor:
     parallel = getattr(attn.processor, "_parallel_config", None)
+    own = _FLASH.get(backend) if parallel is None else None
+    if own is not None:
+        return own(q, k, v, torch.are_deterministic_algorithms_enabled())
     out: Tensor = dispatch_attention_fn(
         q, k, v, attn_mask=mask, dropout_p=0.0, backend=backend, parallel_config=parallel
     )
     return out.to(q.dtype)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, deterministic: bool) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    out: Tensor = flash_attn_func(q, k, v, deterministic=deterministic)
+    return out
+
+
+def _flash3(q: Tensor, k: Tensor, v: Tensor, deterministic: bool) -> Tensor:
+    from flash_attn_interface import flash_attn_func
+
+    out = flash_attn_func(q, k, v, deterministic=deterministic)
+    return out[0] if isinstance(out, tuple) else out  # some releases give log-sum-exp beside it
+
+
+_FLASH: dict[AttentionBackendName | None, Callable[[Tensor, Tensor, Tensor, bool], Tensor]] = {
+    AttentionBackendName.FLASH: _flash,
+    AttentionBackendName._FLASH_3: _flash3,
+}

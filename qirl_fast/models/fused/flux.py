@@ -68,33 +68,29 @@ def block_forward(
 def single_forward(
     self: FluxSingleTransformerBlock,
     hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None,
     temb: Tensor,
     image_rotary_emb: Rope | None = None,
     joint_attention_kwargs: dict[str, Any] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(text [B, L, D], image [B, S, D]); arguments as the stock block's."""
+) -> Tensor | tuple[Tensor, Tensor]:
+    """(text [B, L, D], image [B, S, D]); arguments as the stock block's. Without
+    encoder_hidden_states, x [B, L + S, D] of both together, as FLUX.2's.
+    """
     refuse_kwargs(joint_attention_kwargs)
-    x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-    x = single(self, x, temb, rotations(image_rotary_emb))
-    length = encoder_hidden_states.shape[1]
-    return x[:, :length], x[:, length:]
-
-
-def single(
-    block: FluxSingleTransformerBlock, x: Tensor, temb: Tensor, rope: Tensor | None
-) -> Tensor:
-    """The single block on text and image tokens together, x [B, L + S, D]."""
-    attn = block.attn
-    shift, scale, gate = linear(block.norm.linear, F.silu(temb)).chunk(3, dim=1)
-    norm = partial(ops.norm_modulate, x, scale, shift, eps=block.norm.norm.eps)
-    y = feed(norm, attn.to_q, attn.to_k, attn.to_v, block.proj_mlp)
+    x, attn, length = hidden_states, self.attn, None
+    if encoder_hidden_states is not None:
+        x, length = torch.cat([encoder_hidden_states, x], dim=1), encoder_hidden_states.shape[1]
+    shift, scale, gate = linear(self.norm.linear, F.silu(temb)).chunk(3, dim=1)
+    norm = partial(ops.norm_modulate, x, scale, shift, eps=self.norm.norm.eps)
+    y = feed(norm, attn.to_q, attn.to_k, attn.to_v, self.proj_mlp)
     q, k, v = (
         linear(to, y).unflatten(-1, (-1, attn.head_dim)) for to in (attn.to_q, attn.to_k, attn.to_v)
     )
     q, k, v = ops.qk_norm_rope(
-        q, k, v, attn.norm_q.weight, attn.norm_k.weight, rope, eps=attn.norm_q.eps
+        *(q, k, v, attn.norm_q.weight, attn.norm_k.weight, rotations(image_rotary_emb)),
+        eps=attn.norm_q.eps,
     )
-    hidden = ops.gelu(linear(block.proj_mlp, y))
+    hidden = ops.gelu(linear(self.proj_mlp, y))
     u = torch.cat([attend(attn, q, k, v).flatten(2), hidden], dim=2)
-    return ops.gate_residual(x, linear(block.proj_out, u), gate)
+    x = ops.gate_residual(x, linear(self.proj_out, u), gate)
+    return x if length is None else (x[:, :length], x[:, length:])

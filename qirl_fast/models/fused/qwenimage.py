@@ -12,7 +12,7 @@ Shapes: B samples, S image tokens, L text tokens, D channels, H heads of Dh.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.activations import GELU
@@ -35,6 +35,21 @@ from qirl_fast.models.fused.joint import (
 )
 from qirl_fast.models.lora import feed, linear, quantized
 from qirl_fast.ops import Stream
+
+
+class Packed(NamedTuple):
+    """What `packed_forward` takes behind the image. Stands where the stock block takes
+    encoder_hidden_states: so the block is called as a module, and the hooks of whoever shards,
+    offloads or times it run.
+    """
+
+    texts: tuple[Tensor, ...]
+    img_rows: Tensor
+    txt_rows: Tensor
+    image_rope: Tensor
+    text_ropes: tuple[Tensor, ...]
+    t0: tuple[Tensor, Tensor] | None = None
+    last: int | None = None
 
 
 def problems(transformer: Any) -> list[str]:
@@ -70,17 +85,21 @@ def _problems(block: Any) -> list[str]:
 def block_forward(
     self: QwenImageTransformerBlock,
     hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    encoder_hidden_states_mask: Tensor | None,
-    temb: Tensor,
+    encoder_hidden_states: Tensor | Packed,
+    encoder_hidden_states_mask: Tensor | None = None,
+    temb: Tensor | None = None,
     image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     joint_attention_kwargs: dict[str, Any] | None = None,
     modulate_index: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor] | tuple[Tensor, tuple[Tensor, ...]]:
     """(text [B, L, D], image [B, S, D]); arguments as the stock block's.
 
     temb: [B, D], or [2 B, D] with the rows of t = 0 last beside a modulate_index [B, S] of 0 and 1.
+    With `Packed` texts there are no other arguments, and what `packed_forward` gives comes back.
     """
+    if isinstance(encoder_hidden_states, Packed):
+        return packed_forward(self, hidden_states, *encoder_hidden_states)
+    assert temb is not None
     if joint_attention_kwargs:
         raise ValueError(
             f"the fused block takes no joint_attention_kwargs; got {sorted(joint_attention_kwargs)}"

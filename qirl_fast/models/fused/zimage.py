@@ -45,24 +45,24 @@ def run_blocks(
     text: Tensor,
     temb: Tensor,
     rope: Tensor,
-    recomputed: Callable[[int, Any], Any],
+    runner: Callable[[int, Any], Any],
 ) -> Tensor:
     """What the transformer gives for image tokens x [B, N, Z]: x0 - eps, [B, N, Z].
 
     Args:
         text: refined, [B, L, D]; temb: [B, min(D, 256)]; rope: complex64 [N' + L, Dh / 2], of the
             image's tokens first.
-        recomputed: see `Adapter.recomputed`.
+        runner: see `Adapter.runner`.
     """
     tokens, padding = x.shape[1], len(rope) - text.shape[1] - x.shape[1]
     x = transformer.all_x_embedder[PATCH](x)
     x = torch.cat([x, transformer.x_pad_token.expand(len(x), padding, -1)], dim=1)
     refiners = transformer.noise_refiner
     for i, block in enumerate(refiners):
-        x = recomputed(i, block)(x, None, rope[: x.shape[1]], temb)
+        x = runner(i, block)(x, None, rope[: x.shape[1]], temb)
     x = torch.cat([x, text], dim=1)
     for i, block in enumerate(transformer.layers, start=len(refiners)):
-        x = recomputed(i, block)(x, None, rope, temb)
+        x = runner(i, block)(x, None, rope, temb)
     final = transformer.all_final_layer[PATCH]
     scale = linear(final.adaLN_modulation[1], F.silu(temb))
     out: Tensor = final.linear(ops.norm_modulate(x[:, :tokens], scale, eps=final.norm_final.eps))
