@@ -111,7 +111,7 @@ class CompiledForward:
         finally:
             _run.reset(token)
 
-    def _new(self, function: FunctionType) -> Callable[..., Any]:
+    def _new(self, function: Any) -> Callable[..., Any]:
         """The function compiled, with a code object of its own: on that Dynamo keeps compiled code
         and counts it against its limit, and with that it goes.
         """
@@ -122,11 +122,11 @@ class CompiledForward:
         return compiled
 
 
-def _call(block, *args, **kwargs):  # type: ignore[no-untyped-def]
+def _call(block, *args, **kwargs):
     return block(*args, **kwargs)
 
 
-def _probe(x):  # type: ignore[no-untyped-def]
+def _probe(x):
     return x.sin() + 1
 
 
