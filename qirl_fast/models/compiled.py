@@ -122,11 +122,11 @@ class CompiledForward:
         return compiled
 
 
-def _call(block, *args, **kwargs):
+def _call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return block(*args, **kwargs)
 
 
-def _probe(x):
+def _probe(x: Tensor) -> Tensor:
     return x.sin() + 1
 
 
