@@ -324,12 +324,13 @@ def summary_table(judges: Mapping[str, Mapping[str, float]], title: str) -> Tabl
     """Return the before -> after table.
 
     judges: name -> {"before", "after", "diff", "low", "high", "n"} as in summary.json; low and high
-    bound the 95 % interval of diff; where it holds 0, neither better nor worse is shown.
+    bound the 95 % interval of diff, over n prompts; where it holds 0, neither better nor worse is
+    shown.
     """
     table = Table(title=title)
-    table.add_column("judge")
-    for name in ("before", "after", "change", "95 % interval", "prompts"):
-        table.add_column(name, justify="right")
+    table.add_column("judge", no_wrap=True)
+    for name in ("before", "after", "change", "95 % interval", "n"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict")
     for name, row in judges.items():
         up, down = row["low"] > 0, row["high"] < 0

@@ -306,7 +306,7 @@ def test_summary_table() -> None:
     lines = [
         " ".join(re.findall(r"[\w.+%-]+", line)) for line in console.file.getvalue().split("\n")
     ]
-    assert "judge before after change 95 % interval prompts verdict" in lines
+    assert "judge before after change 95 % interval n verdict" in lines
     assert "alignment 0.450 0.752 +0.302 +0.250 to +0.350 96 better" in lines
     differ = "not shown to differ"
     assert f"aesthetics 0.900 0.890 -0.010 -0.020 to +0.001 96 {differ}" in lines
