@@ -69,9 +69,9 @@ def run(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             alone = replace(options, only=[op], out=None)
             part = process.submit(measure, alone, say).result()
+        result = result or part | {"rows": [], "wrong": [], "skipped": []}
         for kind in ("rows", "wrong", "skipped"):
-            part[kind] = [*result.get(kind, ()), *part[kind]]
-        result = part | {k: v for k, v in result.items() if k not in ("rows", "wrong", "skipped")}
+            result[kind] += part[kind]
         _keep(result, options)
     return result
 
