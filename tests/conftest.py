@@ -324,3 +324,16 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         skipped = f", {left} left out" if left else ""
         seconds = sum(r.duration for r in reports)
         terminalreporter.line(f"{said:12} {held:3} times{skipped} {seconds:7.1f} s  {what}")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium; skipped where it or playwright is missing (.ci/run installs both)."""
+    sync = pytest.importorskip("playwright.sync_api", reason="pip install 'qirl-fast[arena-test]'")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no chromium; on Debian: apt-get install -y chromium")
+    with sync.sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield found
+        found.close()

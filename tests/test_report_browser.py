@@ -4,8 +4,6 @@ a phone, every picture is there.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +14,10 @@ from qirl_fast.reporting.page import write_page
 from qirl_fast.reporting.run import read_run
 from qirl_fast.reporting.several import compared
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 LONG = "a photo of " + "a very-long-word-that-nothing-breaks" * 8
 JUDGES = ("alignment", "a_judge_of_a_long_name_from_some_module:score")
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync = pytest.importorskip("playwright.sync_api", reason="pip install 'qirl-fast[arena-test]'")
-    if CHROMIUM is None:
-        pytest.skip("no chromium; on Debian: apt-get install -y chromium")
-    with sync.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
 
 
 @pytest.fixture(scope="module")

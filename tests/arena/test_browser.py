@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -17,23 +16,12 @@ from small_studies import write_model, write_rows
 
 from qirl_fast.arena.store import TOO_FAST_S, Store
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PROMPTS = 8
 LONG_MS = 120_000  # a loaded machine; nothing here waits without a reason
 
+pytest.importorskip("gradio", reason="pip install 'qirl-fast[arena]'")
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[object]:
-    sync = pytest.importorskip("playwright.sync_api", reason="pip install 'qirl-fast[arena-test]'")
-    pytest.importorskip("gradio", reason="pip install 'qirl-fast[arena]'")
-    if CHROMIUM is None:
-        pytest.skip("no chromium; on Debian: apt-get install -y chromium")
-    with sync.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
 
 
 @pytest.fixture
