@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 # The second name is that of torch before 2.13.
@@ -94,6 +95,11 @@ class World:
 
     def __init__(self, rank: int = 0, size: int = 1):
         self.rank, self.size = rank, size
+
+    def mesh(self, shard: int, device: str) -> DeviceMesh:
+        """All: of the processes; each `shard` neighbours hold one copy of something. 0: all do."""
+        shape = (self.size // shard, shard) if shard and shard < self.size else (self.size,)
+        return init_device_mesh(device, shape, mesh_dim_names=("copy", "shard")[-len(shape) :])
 
     def own(self, count: int, parts: int = 1) -> list[int]:
         """This process's of range(count), ascending: a run of each of `parts` equal ranges."""

@@ -59,7 +59,7 @@ class HeldoutSamples:
 
     def _of_one_size(self, prompts: list[Prompt]) -> Evaluation:
         samples, names = self.cfg.evaluation.samples_per_prompt, self.judges.names
-        with self.world.agreed(EvaluationFailed):
+        with self.world.agreed(EvaluationFailed), self.model.gathered():
             try:
                 given = self.conditioning.of(prompts)
                 images, pending = draw_and_score(
@@ -102,7 +102,7 @@ class HeldoutSamples:
     def _drawn(self, prompts: list[Prompt]) -> np.ndarray:
         """The first image of each prompt, uint8 [P, H, W, 3]."""
         samples = self.cfg.evaluation.samples_per_prompt
-        with self.world.agreed(EvaluationFailed):
+        with self.world.agreed(EvaluationFailed), self.model.gathered():
             try:
                 given = self.conditioning.of(prompts)
                 how = replace(self.how, height=given.height, width=given.width)

@@ -15,7 +15,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(BaseException):
-    """The run was asked to stop by `signal`. No Exception: nobody on the way mends it."""
+    """The run was asked to stop by `signal`. No Exception: nobody on the way mends it.
+
+    done: what has become of the steps before, for the line that says so.
+    """
+
+    done = "all steps that were finished saved"
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)

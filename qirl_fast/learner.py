@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from qirl_fast.algorithms import Policy, StepLoss, make_algorithm
 from qirl_fast.batch import StepFailed
@@ -14,6 +15,7 @@ from qirl_fast.config import Config
 from qirl_fast.distributed import TreeSum, World
 from qirl_fast.models import Model
 from qirl_fast.models.ema import Ema
+from qirl_fast.models.sharding import Sharding, own_part, spread_as
 from qirl_fast.rollout.sample import Sampling, Trajectory
 from qirl_fast.rollout.workers import Workers
 
@@ -21,7 +23,11 @@ logger = logging.getLogger(__name__)
 
 
 class Learner:
-    """Trainable weights, their optimizer and average; `update` is one rollout's training."""
+    """Trainable weights, their optimizer and average; `update` is one rollout's training.
+
+    Where the trained weights are sharded (`spread`), so are their gradients, moments and averages,
+    and FSDP adds gradients up, in an order of its own.
+    """
 
     def __init__(
         self,
@@ -30,13 +36,15 @@ class Learner:
         workers: Workers,
         sampling: Sampling,
         world: World,
+        sharding: Sharding | None = None,
     ):
         self.train, self.model, self.workers, self.world = cfg.train, model, workers, world
         lora, train = cfg.model.lora, cfg.train
         model.recompute_blocks = train.recompute_blocks
         self.trainable = model.trainable(
-            cfg.model.adapter, lora.rank, lora.alpha, lora.targets, cfg.seed
+            cfg.model.adapter, lora.rank, lora.alpha, lora.targets, cfg.seed, sharding
         )
+        self.spread = any(isinstance(p, DTensor) for p in self.trainable.values())
         policy = Policy(model, self.trainable, sampling, workers, train.updates_per_rollout)
         self.algorithm = make_algorithm(cfg.algorithm, policy)
         self.optimizer = torch.optim.AdamW(
@@ -125,28 +133,40 @@ class Learner:
         leaves = [place[chunk.rows.start] for chunk in chunks]
         skip = self.train.skip_flat
         left = [(k, leaf) for k, leaf in enumerate(leaves) if not (idle[leaf] and skip)]
+        real = len(left)
+        if self.model.units is not None:  # forward and backward go in step, each has as many
+            left += [(0, leaves[0])] * (max(self.world.gather(real)) - real)
+        self.optimizer.zero_grad()
 
-        def gradient(item: tuple[int, int]) -> tuple[tuple[Tensor, ...], Tensor, list[StepLoss]]:
-            k, leaf = item
+        def gradient(
+            item: tuple[int, tuple[int, int]],
+        ) -> tuple[tuple[Tensor, ...], Tensor, list[StepLoss]]:
+            number, (k, leaf) = item
             part = parts[leaf]
             part = None if part is None else part.to(self.model.device)
             with torch.enable_grad():
                 steps = list(self.algorithm.loss(chunks[k], part, prepared[k]))
                 loss = torch.stack([step.loss for step in steps]).sum()
                 loss = loss * (len(rows[leaf]) / (count * len(steps)))
-            if not torch.isfinite(loss):
-                raise StepFailed(f"the loss of rows {rows[leaf]} is {loss.item()}")
+            if self.spread:
+                (loss if number < real else loss * 0).backward()
+                return (), loss.detach(), steps
             # Weights that no output depends on, such as the text's in a last block, get zeros.
             found = torch.autograd.grad(loss, parameters, materialize_grads=True)
             return found, loss.detach(), steps
 
         summed = TreeSum()
         seen: list[tuple[int, dict[str, float], dict[str, float]]] = []
+        bad: list[str] = []  # said at the end: until then other processes count on this one
         with self.world.agreed(StepFailed):
-            for (_, leaf), (gradients, loss, steps) in zip(
-                left, self.workers.map(gradient, left), strict=True
-            ):
-                summed.add(leaf, gradients)
+            found = zip(left, self.workers.map(gradient, enumerate(left)), strict=True)
+            for number, ((_, leaf), (gradients, loss, steps)) in enumerate(found):
+                if number >= real:
+                    continue
+                if not torch.isfinite(loss):
+                    bad.append(f"the loss of rows {rows[leaf]} is {loss.item()}")
+                if not self.spread:
+                    summed.add(leaf, gradients)
                 own = {"loss": loss.item()}
                 errors = [(s.ratio - 1).abs().max().item() for s in steps if s.ratio is not None]
                 if errors and not idle[leaf]:
@@ -157,9 +177,15 @@ class Learner:
                         share = len(rows[leaf]) / (judged * len(steps))
                         means[name] = means.get(name, 0.0) + value.item() * share
                 seen.append((leaf, own, means))
+            if bad:
+                raise StepFailed(bad[0])
         # Where all chunks were left out the optimizer steps on zeros all the same.
-        for p, g in zip(parameters, self.world.total(summed, parameters), strict=True):
-            p.grad = g
+        if self.spread:
+            for p in parameters:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        else:
+            for p, g in zip(parameters, self.world.total(summed, parameters), strict=True):
+                p.grad = g
         totals = {"loss": 0.0}
         for _, own, means in sorted(each for found in self.world.gather(seen) for each in found):
             totals["loss"] += own["loss"]
@@ -172,10 +198,12 @@ class Learner:
 
     def _optimizer_step(self) -> float:
         parameters = list(self.trainable.values())
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.train.max_grad_norm)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not torch.isfinite(norm):
             self.optimizer.zero_grad()
             raise StepFailed(f"the gradient norm is {norm.item()}")
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.train.max_grad_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
         self.optimizer.step()
@@ -207,13 +235,26 @@ class Learner:
             "algorithm": self.algorithm.state(),
         }
 
+    def ready(self) -> None:
+        """Give the optimizer its moments, to be filled: by a step of no length."""
+        for p in self.trainable.values():
+            p.grad = torch.zeros_like(p)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on exactly where `state` was taken."""
-        with torch.no_grad():
-            for name, p in self.trainable.items():
-                p.copy_(state["weights"][name])
-            if self.ema:
-                torch._foreach_copy_(self.ema.average, state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Go on exactly where `state` was taken; tensors are whole, or spread as the weights."""
+        for name, p in self.trainable.items():
+            own_part(p).copy_(own_part(spread_as(state["weights"][name], p)))
+        if self.ema:
+            self.ema.load(state["ema"])
+        of = dict(enumerate(self.trainable.values()))
+        moments = {
+            i: {n: spread_as(v, of[i]) if v.shape == of[i].shape else v for n, v in own.items()}
+            for i, own in state["optimizer"]["state"].items()
+        }
+        self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
         self.optimizer_steps = state["optimizer_steps"]
         self.algorithm.load_state(state["algorithm"])

@@ -43,8 +43,8 @@ IN_TURN = (
 def plan(cfg: Config, processes: int = 1) -> dict[str, int]:
     """Bytes by purpose, on the device of that process which has most to do.
 
-    processes: of the run, each with a device of its own. On a CPU every thread replays a chunk of
-    its own.
+    processes: of the run, each with a device of its own; of them processes.shard, or all, share out
+    the transformer. On a CPU every thread replays a chunk of its own where it is not shared out.
     """
     folder, item = packaged(cfg.model.path), BYTES[cfg.model.dtype]
     adapter = adapter_of(folder, cfg.model.family)
@@ -65,19 +65,29 @@ def plan(cfg: Config, processes: int = 1) -> dict[str, int]:
     target = max(cfg.data.buckets or [(rollout.height, rollout.width)], key=lambda s: _tokens(*s))
     tokens = _tokens(*target)
     grids = tuple(_grid(*versions[0]) for versions in images)
+    shard = cfg.processes.shard or processes
     trained, saved, prefix = _replay(cfg, adapter, folder, length, grids, target)
     on_cpu = cfg.device == "cpu" or not torch.cuda.is_available()
-    threads = process_threads(cfg.threads) or torch.get_num_threads() if on_cpu else 1
+    threads = 1  # on a GPU, or in step with other processes
+    if on_cpu and shard == 1:
+        threads = process_threads(cfg.threads) or torch.get_num_threads()
     chunks = size.minibatch_samples // size.chunk_rows
     shares = [World(rank, processes).own(chunks) for rank in range(processes)]
     own = max(map(len, shares))
     at_once = min(threads, own)
     lora = cfg.model.adapter == "lora"
+    spread = shard > 1 and not lora
+    if shard > 1:  # whole while it draws
+        part = 4 * trained if spread else plan["weights of transformer"]
+        plan["own part of the transformer"] = part // shard
+    if spread:  # float32, and so is what follows of it
+        trained = -(-trained // shard)
     plan["adapter" if lora else "weights of the reference"] = 4 * trained
     held = [_sums(share) for share in shares]
     before = max(max(sums[:-1]) for sums in held)  # beside the gradients that are to be added
-    plan["gradients"] = 4 * trained * (before + at_once)
-    if processes > 1:  # `World.total`: what is sent and received of every sum, then the whole
+    plan["gradients"] = 4 * trained * (1 if spread else before + at_once)
+    if processes > 1 and not spread:
+        # `World.total`: what is sent and received of every sum, then the whole.
         most = max(sums[-1] for sums in held)
         plan["exchange of gradients"] = 4 * trained * (2 * most + 3)
     plan["AdamW's two moments"] = 8 * trained
@@ -193,7 +203,13 @@ def _replay(
     parts: Any = SimpleNamespace(transformer=transformer, vae=none, text_encoder=none)
     model: Any = adapter(parts)
     lora = cfg.model.lora
+    mixed = cfg.model.adapter == "full" and cfg.processes.shard != 1
+    model.dtype = torch.float32 if mixed else dtype  # spread weights are, whatever the forward is
     model.trainable(cfg.model.adapter, lora.rank, lora.alpha, lora.targets, 0)
+    model.dtype = dtype
+    if mixed:
+        for p in transformer.parameters():
+            p.data = p.data.to(dtype)
     model.recompute_blocks = again = cfg.train.recompute_blocks
     mode, model.device = FakeTensorMode(), torch.device("cpu")
     _without_storage(transformer, mode, model.device)

@@ -19,7 +19,9 @@ from qirl_fast.config import Config, ConfigError
 from qirl_fast.data.embeddings import TEXT_PARTS
 from qirl_fast.data.images import ImageError
 from qirl_fast.data.prompts import Prompt
-from qirl_fast.models import Model
+from qirl_fast.distributed import World
+from qirl_fast.models import Model, adapter_of
+from qirl_fast.models.sharding import Sharding
 from qirl_fast.rewards.judge import SOURCES, Row, Sources
 from qirl_fast.rewards.judges import Judges
 from qirl_fast.rollout.dynamics import step_coefficients
@@ -31,6 +33,33 @@ SHARED = {"text encoder": TEXT_PARTS, "autoencoder": ("vae",), "scheduler": ("sc
 BLANK = np.zeros((64, 64, 3), np.uint8)  # in place of condition images, which no row check reads
 
 log = logging.getLogger(__name__)
+
+
+def sharding(cfg: Config, world: World, device: str) -> Sharding | None:
+    """All: over whom the transformer is spread, None where it is not.
+
+    ValueError where it cannot be; device: "cpu" or "cuda".
+    """
+    shard, offload = cfg.processes.shard, cfg.processes.offload
+    if shard == 1:
+        return None
+    if world.size == 1 or world.size % (shard or world.size):
+        raise ValueError(
+            f"processes.shard: got {shard or '0 (all)'} with {world.size} processes; wanted "
+            "several, a multiple of it (torchrun --nproc-per-node N), or processes.shard=1"
+        )
+    if offload and device == "cpu":
+        raise ValueError(
+            "processes.offload: got true, and on a CPU all weights are in its memory; set it to "
+            "false"
+        )
+    adapter = adapter_of(packaged(cfg.model.path), cfg.model.family)
+    if not adapter.shards:
+        raise ValueError(
+            f"processes.shard: got {shard}, and the family {adapter.family} cannot be spread; set "
+            "processes.shard=1"
+        )
+    return Sharding(world.mesh(shard, device), offload)
 
 
 def preflight(

@@ -173,7 +173,11 @@ class Rollouts:
             size = (0, how.height, how.width, 3) if self.judges.names else (0, 0, 0, 3)
             return np.concatenate([np.empty(size, np.uint8), *(images for _, images, _ in chunks)])
 
-        with self.world.agreed(StepFailed), self.algorithm.sampling():
+        with (
+            self.world.agreed(StepFailed),
+            self.algorithm.sampling(),
+            self.model.gathered(),
+        ):
             try:
                 given = self.give([prompts[p] for p in used or [0]])
             except (ValueError, OSError) as error:

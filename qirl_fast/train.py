@@ -18,24 +18,8 @@ import numpy as np
 import torch
 
 from qirl_fast.batch import Batch, StepFailed, save_batch
-from qirl_fast.checkpoint import (
-    CheckpointError,
-    find_latest,
-    load_checkpoint,
-    pack,
-    save_checkpoint,
-    unpack,
-)
-from qirl_fast.config import (
-    Config,
-    ConfigError,
-    derived,
-    describe,
-    load_config,
-    refuse_changes,
-    require_work,
-    settings,
-)
+from qirl_fast.checkpoint import CheckpointError
+from qirl_fast.config import Config, ConfigError, derived, describe, load_config, require_work
 from qirl_fast.data.prompts import PromptError
 from qirl_fast.distributed import PeerFailed, World, joined, started
 from qirl_fast.entry import run
@@ -46,6 +30,7 @@ from qirl_fast.models.fp8 import describe as describe_layers
 from qirl_fast.models.fp8.te import Unavailable
 from qirl_fast.reporting.kept import before_evaluation, draw_samples, draw_strip, strip_updates
 from qirl_fast.reporting.summary import write_report
+from qirl_fast.saving import Saver, resume
 from qirl_fast.tracking import Tracker, prepare_run_dir, profiled
 from qirl_fast.trainer import Trainer
 
@@ -81,6 +66,10 @@ def train(cfg: Config) -> Path:
             trainer, step = prepared(cfg, run_dir, fresh, world)
             try:
                 return loop(trainer, step, cfg, run_dir)
+            except Interrupted as error:
+                if trainer.learner.spread:
+                    error.done = "back to its newest checkpoint, as no process has all weights"
+                raise
             finally:
                 trainer.close()
 
@@ -102,14 +91,15 @@ def prepared(cfg: Config, run_dir: Path, fresh: bool, world: World) -> tuple[Tra
 
 def loop(trainer: Trainer, step: int, cfg: Config, run_dir: Path) -> Path:
     """The loop of `train`."""
-    world = trainer.world
+    world, saver = trainer.world, Saver(trainer, run_dir, cfg)
     with (
         Interruption() as interruption,
         Tracker(run_dir, cfg, step=step, rank=world.rank) as tracker,
     ):
         several = f", {world.size} processes" if world.size > 1 else ""
         tracker.say(f"{run_dir}: from step {step} to {cfg.train.steps}{several}")
-        tracker.say(in_short(cfg))
+        stops = "stops" if trainer.learner.spread else "saves and stops"
+        tracker.say(f"{in_short(cfg)}; Ctrl-C {stops}")
         for text in trainer.judges.warnings():
             tracker.say(f"warning: {text}")
         if not (run_dir / "samples" / "before.npz").exists():
@@ -130,8 +120,8 @@ def loop(trainer: Trainer, step: int, cfg: Config, run_dir: Path) -> Path:
                         advantage = trainer.advantages(batch)
                         metrics = trainer.update(batch, advantage, interruption.hold)
             except (StepFailed, Interrupted) as error:
-                if trainer.go_back(position) and world.rank == 0:
-                    save_unsaved(trainer, run_dir, update - 1, cfg)
+                if trainer.go_back(position):
+                    saver.save_alone(update - 1)
                 if isinstance(error, StepFailed):
                     raise stopped(error, batch or error.batch, run_dir, update, world) from error
                 raise
@@ -149,11 +139,11 @@ def loop(trainer: Trainer, step: int, cfg: Config, run_dir: Path) -> Path:
             except (EvaluationFailed, Interrupted):  # the update itself stands
                 if tracker.step < update:
                     tracker.log(update, metrics, images=images)
-                if world.rank == 0:
-                    save_unsaved(trainer, run_dir, update, cfg)
+                saver.save_alone(update)
                 raise
             if due(update, cfg.tracking.checkpoint_every, cfg.train.steps):
-                save(trainer, run_dir, update, cfg)
+                saver.save(update)
+            saver.settle(wait=update == cfg.train.steps)
         tracker.say("evaluating the trained policy on the held-out prompts")
         with interruption.allowed():
             after = trainer.evaluate()
@@ -169,7 +159,7 @@ def in_short(cfg: Config) -> str:
     rewarded = f", rewarded by {judges}" if judges else ""
     images = size.samples + size.explored
     drawn = f"{images} images of {cfg.data.prompts_per_step} prompts a step"
-    return f"{cfg.algorithm.name} on {cfg.model.path}: {drawn}{rewarded}; Ctrl-C saves and stops"
+    return f"{cfg.algorithm.name} on {cfg.model.path}: {drawn}{rewarded}"
 
 
 def held_out(
@@ -200,59 +190,6 @@ def heldout_means(trainer: Trainer, tracker: Tracker, update: int, cfg: Config) 
 def due(update: int, every: int, last: int) -> bool:
     """True at every `every`-th update and at the last one; 0: at the last one only."""
     return update == last or (every > 0 and update % every == 0)
-
-
-def save(trainer: Trainer, run_dir: Path, update: int, cfg: Config) -> None:
-    """Write checkpoint-`update`, exports included.
-
-    StepFailed where processes no longer hold the same weights, which they must to the bit.
-    """
-    trainer.require_same_weights()
-    with trainer.world.agreed(OSError):
-        if trainer.world.rank == 0:
-            write(trainer, run_dir, update, cfg)
-
-
-def save_unsaved(trainer: Trainer, run_dir: Path, update: int, cfg: Config) -> None:
-    """Write checkpoint-`update` if there is none as new; alone, as other processes may be gone."""
-    latest = find_latest(run_dir)
-    if update and (latest is None or latest.step < update):
-        write(trainer, run_dir, update, cfg)
-
-
-def write(trainer: Trainer, run_dir: Path, update: int, cfg: Config) -> None:
-    """Write checkpoint-`update` of this process's state."""
-    tensors, tree = pack(trainer.state())
-    state = {"tree": tree, "config": settings(cfg)}
-    kept = cfg.tracking.keep_checkpoints
-    save_checkpoint(run_dir, update, tensors, state, trainer.lora(), kept)
-
-
-def resume(trainer: Trainer, run_dir: Path, cfg: Config) -> int:
-    """Load what `resume` asks for and return its step; 0 where there is nothing to resume."""
-    if cfg.resume == "never":
-        return 0
-    world, found = trainer.world, None
-    with world.agreed():
-        if world.rank == 0:  # it may move `latest`
-            auto = cfg.resume == "auto"
-            found = find_latest(run_dir) if auto else load_checkpoint(Path(cfg.resume))
-    path = world.gather(None if found is None else str(found.path))[0]
-    if path is None:
-        return 0
-    with world.agreed():
-        found = found or load_checkpoint(path)
-        saved = found.state["config"]
-        if isinstance(saved, str):
-            raise ConfigError(
-                [
-                    f"resume: {found.path} was written by an earlier version, which kept a hash of "
-                    "its settings alone; resume it with that version, or start anew under run=NAME"
-                ]
-            )
-        refuse_changes(saved, cfg, f"resume: {found.path}")
-        trainer.load_state(unpack(found.tensors, found.state["tree"]))
-        return found.step
 
 
 def stopped(

@@ -29,7 +29,8 @@ from qirl_fast.models.compiled import CompiledForward
 from qirl_fast.models.fp8 import Fp8, describe, plan_layers, use_fp8
 from qirl_fast.models.fused.attention import use_attention
 from qirl_fast.models.graphs import ForwardGraphs
-from qirl_fast.preflight import preflight
+from qirl_fast.models.sharding import own_part
+from qirl_fast.preflight import preflight, sharding
 from qirl_fast.rewards.judges import Judges
 from qirl_fast.rewards.verdict import covered
 from qirl_fast.rollout.guidance import Guidance
@@ -89,10 +90,11 @@ class Trainer:
                 "rollout.denoise: got graphs, and the run is on the CPU; allowed there: eager, "
                 "compile"
             )
-        on_cpu = device == "cpu"
-        self.workers = cpu_workers(process_threads(cfg.threads)) if on_cpu else Workers(1)
-        folder = packaged(cfg.model.path)
-        self.model = load_model(folder, cfg.model.family, DTYPES[cfg.model.dtype], device)
+        folder, shards = packaged(cfg.model.path), sharding(cfg, self.world, device)
+        threads = 1 if shards else process_threads(cfg.threads)  # shards: forwards go in step
+        self.workers = cpu_workers(threads) if device == "cpu" else Workers(1)
+        dtype, spread = DTYPES[cfg.model.dtype], shards is not None
+        self.model = load_model(folder, cfg.model.family, dtype, device, spread)
         use_attention(self.model.transformer, cfg.model.attention)
         self.fp8 = self._fp8()
         kind = DENOISERS[cfg.rollout.denoise]
@@ -120,7 +122,9 @@ class Trainer:
         usable = [p for i, p in enumerate(prompts["heldout"]) if i not in left_out["heldout"]]
         self.heldout = usable[: cfg.evaluation.prompts]
         self.rollout_sampling = self._sampling(cfg.rollout.steps, cfg.rollout.guidance)
-        self.learner = Learner(cfg, self.model, self.workers, self.rollout_sampling, self.world)
+        self.learner = Learner(
+            cfg, self.model, self.workers, self.rollout_sampling, self.world, shards
+        )
         self.algorithm = self.learner.algorithm
         self.heldout_samples = HeldoutSamples(
             cfg,
@@ -259,12 +263,13 @@ class Trainer:
             return
         digest = hashlib.sha256()
         for p in self.learner.trainable.values():
-            digest.update(p.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(own_part(p).cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         found = self.world.gather(digest.hexdigest())
-        other = [rank for rank, own in enumerate(found) if own != found[0]]
+        shard = (self.cfg.processes.shard or self.world.size) if self.learner.spread else 1
+        other = [rank for rank, own in enumerate(found) if own != found[rank % shard]]
         if other:
             raise StepFailed(
-                f"the weights of processes {other} are no longer those of process 0; run on "
+                f"the weights of processes {other} are no longer those of the first; run on "
                 "machines of one kind, and check their memory"
             )
 
@@ -287,7 +292,7 @@ class Trainer:
         of the update was applied, or weights are not finite.
         """
         weights = self.learner.trainable.values()
-        sound = all(bool(torch.isfinite(p).all()) for p in weights)
+        sound = all(bool(torch.isfinite(own_part(p)).all()) for p in weights)
         self.judges.abandon()
         if not sound or self.learner.optimizer_steps != position["optimizer_steps"]:
             return False

@@ -11,8 +11,9 @@ import json
 import multiprocessing
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -159,6 +160,32 @@ def small() -> tuple[str, ...]:
     return SMALL
 
 
+@pytest.fixture
+def processes(start: Callable[..., Run], small: tuple[str, ...]) -> Callable[..., list[Run]]:
+    """`processes(count, settings)` runs the small recipe, or one that the settings name first, in
+    so many, to their end; hook: source that each runs before.
+    """
+
+    def run(
+        count: int, settings: Sequence[str], paths: Sequence[Path] = (), hook: str = ""
+    ) -> list[Run]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        own = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        whole = [*small, *settings] if "=" in settings[0] else settings
+        runs = []
+        for rank in range(count):
+            told = own | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            first = f"import os; os.environ.update({told})\n"
+            runs.append(start(whole, paths=paths, hook=first + hook))
+        for one in runs:
+            one.wait()
+        return runs
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def finished(
     start: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory
@@ -258,6 +285,9 @@ class Toy(torch.nn.Module):
         by_row = torch.as_tensor(sigma, dtype=self.dtype).repeat_interleave(len(x) // len(sigma))
         noise_level = by_row[:, None, None] * self.b
         return torch.tanh(x.to(self.dtype) @ self.w + prefix[:, None] + noise_level) @ self.v
+
+    def gathered(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     @contextmanager
     def reference(self) -> Iterator[None]:

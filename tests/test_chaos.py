@@ -34,7 +34,7 @@ PLACES = {
     "learner.Learner._optimizer_step": 1,
     "tracking.Tracker._write": 2,
     "checkpoint.store.save_file": 1,
-    "checkpoint.store._write_manifest": 1,
+    "checkpoint.store.write_manifest": 1,
     "checkpoint.store._place": 1,
     "checkpoint.store._point_latest": 1,
     "checkpoint.store._prune": 1,
@@ -113,7 +113,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 FULL = "open({!r}, 'wb', buffering=0).write(bytes(1 << 30))"  # as much of it as there is room for
-MOMENTS = ["train.write", "tracking.Tracker.log"]
+MOMENTS = ["saving.Saver.write", "tracking.Tracker.log"]
 
 
 @pytest.mark.chaos("the disk is full: said, the checkpoint before stays, the same bits later")

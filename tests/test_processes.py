@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,30 +30,6 @@ def score(images, metadata):
     scores = numpy.linspace(0, 1, len(metadata) + 1)[1:]
     return [float("nan") if row["prompt"] == PROMPT else s for row, s in zip(metadata, scores)]
 """
-
-
-@pytest.fixture
-def processes(start: Callable[..., Any], small) -> Callable[..., list[Any]]:
-    """`processes(count, settings)` runs the small recipe, or one that the settings name first, in
-    so many; with exit codes when done.
-    """
-
-    def run(count: int, settings: Sequence[str], paths: Sequence[Path] = ()) -> list[Any]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        own = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        whole = [*small, *settings] if "=" in settings[0] else settings
-        runs = []
-        for rank in range(count):
-            told = own | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            hook = f"import os; os.environ.update({told})"
-            runs.append(start(whole, paths=paths, hook=hook))
-        for one in runs:
-            one.wait()
-        return runs
-
-    return run
 
 
 def ended(runs: Sequence[Any]) -> list[int]:

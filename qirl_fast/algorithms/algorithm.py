@@ -54,6 +54,7 @@ class Settings(Section):
     """Base of an algorithm's settings."""
 
     keeps: ClassVar[Keeps] = "transitions"
+    shards: ClassVar[bool] = True  # works where the transformer is spread over processes
     rewarded: ClassVar[bool] = True  # the loss needs advantages, so judges and groups
 
     @property

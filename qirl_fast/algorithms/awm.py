@@ -85,7 +85,8 @@ class Awm(LevelAlgorithm):
         old: Sequence[list[Tensor] | None] = [None] * len(chunks)
         lagging = reference = old
         if self.policy.updates > 1:
-            old = list(self.policy.workers.map(self._logps, chunks))
+            with self.model.gathered():
+                old = list(self.policy.workers.map(self._logps, chunks))
         if self.settings.lag_weight:
             lagging = self.lagging_answers(chunks)
         if self.settings.ref_weight:

@@ -133,7 +133,8 @@ class LevelAlgorithm(Algorithm):
         def of(chunk: Trajectory) -> list[Tensor]:
             return list(self.velocities(self.noised(chunk)[0]))
 
-        return list(self.policy.workers.map(of, chunks))
+        with self.model.gathered():
+            return list(self.policy.workers.map(of, chunks))
 
     def reference_answers(self, chunks: Sequence[Trajectory]) -> list[list[Tensor]]:
         """The same of the untrained policy."""
@@ -157,4 +158,4 @@ class LevelAlgorithm(Algorithm):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken."""
-        torch._foreach_copy_(self.lagging.average, state["lagging"])
+        self.lagging.load(state["lagging"])

@@ -74,6 +74,7 @@ class AnchorSettings(Section):
 class Settings(Base):
     """On-policy distillation."""
 
+    shards: ClassVar[bool] = False
     keeps: ClassVar[Keeps] = "states"
     rewarded: ClassVar[bool] = False
 

@@ -153,7 +153,8 @@ class TransitionAlgorithm(Algorithm):
         def of(chunk: Trajectory) -> list[Tensor]:
             return [step.velocity for step in replay(self.model, chunk, self.how)]
 
-        return list(self.policy.workers.map(of, chunks))
+        with self.model.gathered():
+            return list(self.policy.workers.map(of, chunks))
 
     def loss(
         self, chunk: Trajectory, advantage: Tensor | None, prepared: Prepared

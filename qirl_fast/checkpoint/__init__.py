@@ -2,11 +2,15 @@
 
 from qirl_fast.checkpoint.journal import truncate_metrics
 from qirl_fast.checkpoint.lora import lora_state
+from qirl_fast.checkpoint.manifest import CheckpointError, entry
 from qirl_fast.checkpoint.rng import rng_state, set_rng_state
+from qirl_fast.checkpoint.shards import Part, fill_from, write_part
 from qirl_fast.checkpoint.store import (
     Checkpoint,
-    CheckpointError,
+    begin_checkpoint,
+    beside_of,
     find_latest,
+    finish_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
@@ -15,7 +19,13 @@ from qirl_fast.checkpoint.tree import pack, unpack
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "Part",
+    "begin_checkpoint",
+    "beside_of",
+    "entry",
+    "fill_from",
     "find_latest",
+    "finish_checkpoint",
     "load_checkpoint",
     "lora_state",
     "pack",
@@ -24,4 +34,5 @@ __all__ = [
     "set_rng_state",
     "truncate_metrics",
     "unpack",
+    "write_part",
 ]

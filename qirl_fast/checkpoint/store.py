@@ -3,7 +3,8 @@
     <run>/checkpoints/checkpoint-N/
         lora/adapter_model.safetensors, lora/adapter_config.json   PEFT
         pytorch_lora_weights.safetensors                           diffusers' load_lora_weights
-        state.safetensors                                          every tensor of the state
+        state.safetensors                                          tensors of the state
+        shards/part-*.safetensors                                  those that processes share out
         state.json                                                 everything else of the state
         manifest.json                                              size and SHA-256 of each file
     <run>/checkpoints/latest -> checkpoint-N
@@ -16,22 +17,23 @@ manifest against itself.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qirl_fast.checkpoint.lora import Lora, write_lora
+from qirl_fast.checkpoint.manifest import CheckpointError, Entry, sync, verify, write_manifest
+from qirl_fast.checkpoint.shards import SHARDS, read_shards
 
-FORMAT = 2
+FORMAT, SHARED = 2, 3  # of a state in one piece, of one that processes share out
 LATEST = "latest"
 MARGIN = 1 << 20  # bytes beside the tensors: JSON, headers, folders
 BESIDE = ".beside-"  # prefix of folders being written or deleted; never read
@@ -39,18 +41,18 @@ BESIDE = ".beside-"  # prefix of folders being written or deleted; never read
 log = logging.getLogger(__name__)
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that is not whole, or a state that cannot be saved."""
-
-
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint: its folder, step, tensors by name (CPU) and JSON state."""
+    """A verified checkpoint: its folder, step, tensors by name (CPU) and JSON state.
+
+    shards: where tensors are that were not read, None where there are none.
+    """
 
     path: Path
     step: int
     tensors: dict[str, Tensor]
     state: dict[str, Any]
+    shards: Path | None = None
 
 
 def save_checkpoint(
@@ -71,22 +73,66 @@ def save_checkpoint(
     or SafetensorError if the disk refuses, before anything is written where too little is free; the
     checkpoints already there stay as they were.
     """
-    if step < 0 or keep < 1:
-        raise CheckpointError(f"got step {step}, keep {keep}; wanted step >= 0 and keep >= 1")
-    text = _exact_json({"format": FORMAT, "step": step, "state": dict(state)})
+    if keep < 1:
+        raise CheckpointError(f"got keep {keep}; wanted 1 or more")
+    begin_checkpoint(run_dir, step, tensors, state, lora)
+    return finish_checkpoint(run_dir, step, keep)
+
+
+def begin_checkpoint(
+    run_dir: str | os.PathLike[str],
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    lora: Lora | None,
+    shards: int = 0,
+) -> Path:
+    """Write these beside the place of checkpoint `step`, and return where: it is none yet.
+
+    shards: bytes that others will write beside. Arguments and errors as `save_checkpoint`'s.
+    """
+    if step < 0:
+        raise CheckpointError(f"got step {step}; wanted 0 or more")
+    text = _exact_json({"format": SHARED if shards else FORMAT, "step": step, "state": dict(state)})
     root = Path(run_dir) / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
     _clean(root)
     exported = [] if lora is None else 2 * list(lora[0].values())  # in two formats
-    _require_space(root, step, [*tensors.values(), *exported])
-    beside = root / f"{BESIDE}{step}"
+    _require_space(root, step, shards + sum(t.nbytes for t in [*tensors.values(), *exported]))
+    beside = beside_of(run_dir, step)
     beside.mkdir()
     try:
         save_file(_separate(tensors), beside / "state.safetensors")
         (beside / "state.json").write_text(text, encoding="utf-8")
         if lora is not None:
             write_lora(beside, lora)
-        _write_manifest(beside, step)
+        if shards:
+            (beside / SHARDS).mkdir()
+    except BaseException:
+        shutil.rmtree(beside)
+        raise
+    return beside
+
+
+def beside_of(run_dir: str | os.PathLike[str], step: int) -> Path:
+    """Where checkpoint `step` is written before it is one."""
+    return Path(run_dir) / "checkpoints" / f"{BESIDE}{step}"
+
+
+def finish_checkpoint(
+    run_dir: str | os.PathLike[str],
+    step: int,
+    keep: int,
+    known: Mapping[str, Entry] | None = None,
+) -> Path:
+    """Make a checkpoint of what was begun: manifest, name, `latest`, retention; return its folder.
+
+    known: entries of files in the manifest that need not be computed.
+    """
+    beside = beside_of(run_dir, step)
+    root = beside.parent
+    try:
+        write_manifest(beside, step, known)
     except BaseException:
         shutil.rmtree(beside)
         raise
@@ -97,9 +143,9 @@ def save_checkpoint(
     return final
 
 
-def _require_space(root: Path, step: int, tensors: Sequence[Tensor]) -> None:
-    """OSError where these tensors, and a little, are more than the disk has free."""
-    needed, free = sum(t.nbytes for t in tensors) + MARGIN, shutil.disk_usage(root).free
+def _require_space(root: Path, step: int, size: int) -> None:
+    """OSError where so many bytes, and a little, are more than the disk has free."""
+    needed, free = size + MARGIN, shutil.disk_usage(root).free
     if needed > free:
         raise OSError(
             errno.ENOSPC,
@@ -143,7 +189,7 @@ def _place(beside: Path, final: Path) -> Path:
             shutil.rmtree(aside)
         final.rename(aside)
     beside.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     return final
 
 
@@ -152,7 +198,7 @@ def _point_latest(root: Path, name: str) -> None:
     link.unlink(missing_ok=True)
     link.symlink_to(name)
     link.replace(root / LATEST)
-    _sync(root)
+    sync(root)
 
 
 def _prune(root: Path, step: int, before: int | None, keep: int) -> None:
@@ -191,13 +237,16 @@ def _candidates(root: Path) -> list[tuple[int, Path]]:
 
 
 def find_latest(
-    run_dir: str | os.PathLike[str], log: Callable[[str], None] = log.warning
+    run_dir: str | os.PathLike[str],
+    log: Callable[[str], None] = log.warning,
+    shards: Literal["read", "check"] = "read",
 ) -> Checkpoint | None:
     """Return the newest whole checkpoint of a run, None if it has none at all.
 
     Starts from the one `latest` names; where that one is truncated, altered or incomplete, says so
     through `log`, takes the one before and moves `latest` to it. Raises CheckpointError if there
     are checkpoints and none of them is whole: starting over unasked would throw the run away.
+    shards: as for `load_checkpoint`.
     """
     root = Path(run_dir) / "checkpoints"
     candidates = _candidates(root) if root.is_dir() else []
@@ -207,7 +256,7 @@ def find_latest(
     damage = []
     for path in (path for step, path in candidates if named is None or step <= named):
         try:
-            checkpoint = load_checkpoint(path)
+            checkpoint = load_checkpoint(path, shards)
         except CheckpointError as error:
             damage.append(str(error))
             log(f"{error}; trying the one before")
@@ -232,75 +281,24 @@ def _named_step(root: Path) -> int | None:
     return next(named, None)
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def load_checkpoint(
+    path: str | os.PathLike[str], shards: Literal["read", "check", "leave"] = "read"
+) -> Checkpoint:
     """Verify a checkpoint folder (or a link to one) file by file and load it.
 
+    shards: what processes shared out is put together in memory; or verified only, to be read by
+    `fill_from`; or left to another process to verify.
     Raises CheckpointError naming the file: missing, of another size, altered.
     """
     folder = Path(path).resolve()
-    step = _verify(folder)
+    step = verify(folder, but=f"{SHARDS}/" if shards == "leave" else "")
     data = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    if data["format"] != FORMAT:
-        raise CheckpointError(f"{folder}: format {data['format']}; this version reads {FORMAT}")
-    return Checkpoint(folder, step, load_file(folder / "state.safetensors"), data["state"])
-
-
-def _write_manifest(folder: Path, step: int) -> None:
-    """Sync every file and folder to disk and list the files in manifest.json, written last."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _digest(path)}
-        for path in paths
-    }
-    manifest = folder / "manifest.json"
-    manifest.write_text(_manifest_text({"step": step, "files": files}), encoding="utf-8")
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _manifest_text(content: dict[str, Any]) -> str:
-    """Return the manifest's one spelling; with its own SHA-256 in it no byte changes unseen."""
-    plain = json.dumps(content, sort_keys=True)
-    digest = hashlib.sha256(plain.encode()).hexdigest()
-    return json.dumps({**content, "sha256": digest}, sort_keys=True, indent=1) + "\n"
-
-
-def _verify(folder: Path) -> int:
-    """Return the step of a whole checkpoint, or raise CheckpointError."""
-    manifest = folder / "manifest.json"
-    try:
-        text = manifest.read_bytes().decode("ascii")
-        content = json.loads(text)
-        del content["sha256"]
-        if _manifest_text(content) != text:
-            raise ValueError("its SHA-256 differs")
-        step, files = int(content["step"]), dict(content["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{manifest} is missing or damaged ({error})") from error
-    for name, entry in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing")
-        if path.stat().st_size != entry["size"]:
-            raise CheckpointError(
-                f"{path} is damaged: {path.stat().st_size} bytes, {entry['size']} were written"
-            )
-        if _digest(path) != entry["sha256"]:
-            raise CheckpointError(f"{path} is damaged: SHA-256 differs from the manifest's")
-    return step
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    if data["format"] not in (FORMAT, SHARED):
+        raise CheckpointError(
+            f"{folder}: format {data['format']}; this version reads {FORMAT} and {SHARED}"
+        )
+    tensors = load_file(folder / "state.safetensors")
+    parts = folder / SHARDS if (folder / SHARDS).is_dir() else None
+    if parts is not None and shards == "read":
+        tensors |= read_shards(parts)
+    return Checkpoint(folder, step, tensors, data["state"], parts)

@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 SCALARS = (type(None), bool, int, str)
 
 
 def pack(tree: Any, prefix: str = "") -> tuple[dict[str, Tensor], Any]:
-    """Return (tensors by name, JSON).
+    """Return (tensors by name, JSON). Tensors are copies on the CPU, but for those that processes
+    share out (DTensor), which are themselves.
 
     prefix: start of every tensor name; names follow the path: "optimizer/state/0/exp_avg".
     Raises TypeError naming the path of a value that has no exact JSON form (numpy scalars and
@@ -36,7 +38,9 @@ def pack(tree: Any, prefix: str = "") -> tuple[dict[str, Tensor], Any]:
             name = path or "tensor"
             while name in tensors:
                 name += "'"
-            tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+            tensors[name] = value.detach()
+            if not isinstance(value, DTensor):
+                tensors[name] = tensors[name].to("cpu", copy=True).contiguous()
             return {"tensor": name}
         kind = type(value)
         if kind in SCALARS:

@@ -38,6 +38,7 @@ def cross_problems(cfg: Config) -> Iterator[Problem]:
             f"deterministic: got true, and the backward pass of model.attention="
             f"{cfg.model.attention} adds up in any order; allowed: auto, sdpa, flash, flash3, flex",
         )
+    yield from _shard_problems(cfg)
     yield from _batch_problems(cfg)
     yield from _weight_problems(cfg)
     yield from _tier_problems(cfg)
@@ -185,6 +186,32 @@ def _fp8_problems(cfg: Config) -> Iterator[Problem]:
             f"model.fp8.keep: got {fp8.keep} of rollout.group_size {group} samples; allowed: even "
             f"numbers from 2 to {(group - 1) // 2 * 2}",
         )
+
+
+def _shard_problems(cfg: Config) -> Iterator[Problem]:
+    shard = cfg.processes.shard
+    if shard == 1:
+        if cfg.processes.offload:
+            yield (
+                ("processes.offload", "processes.shard"),
+                "processes.offload: got true, and processes.shard=1 spreads nothing; set "
+                "processes.shard=0, or offload=false",
+            )
+        return
+    name, denoise = cfg.algorithm.name, cfg.rollout.denoise
+    does = "records the places of weights" if denoise == "graphs" else "leaves out the hooks"
+    cannot = {
+        "model.fp8": ("it holds weights of its own", "null", cfg.model.fp8 is not None),
+        "rollout.denoise": (f"{denoise} {does}", "eager", denoise != "eager"),
+        "algorithm.name": (f"{name} changes the adapters", "another", not cfg.algorithm.shards),
+    }
+    for key, (why, wanted, found) in cannot.items():
+        if found:
+            yield (
+                (key, "processes.shard"),
+                f"{key}: {why} of a transformer, and processes.shard={shard} spreads it over "
+                f"processes; set processes.shard=1, or {key} to {wanted}",
+            )
 
 
 def trained_group(cfg: Config) -> int:

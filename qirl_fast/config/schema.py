@@ -191,8 +191,20 @@ class CurationConfig(Section):
 
 
 class ProcessesConfig(Section):
-    """The processes that torchrun starts; changes no number."""
+    """The processes that torchrun starts; changes no number but, where trained weights are shared
+    out, the order of sums.
+    """
 
+    shard: Natural = Field(
+        default=1,
+        description="neighbouring processes that hold one copy of the transformer between them "
+        "(FSDP2), whole while they draw: 1: each has its own; 0: all processes",
+    )
+    offload: bool = Field(
+        default=False,
+        description="sharded weights, their gradients and moments in CPU memory, on the GPU only "
+        "while used",
+    )
     timeout_s: Positive = Field(
         default=1800.0,
         description="seconds after which a process that hears nothing of the others ends the run",

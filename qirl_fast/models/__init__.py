@@ -57,9 +57,11 @@ def adapter_of(folder: str | Path, family: str) -> type[Model]:
     return found
 
 
-def load_model(folder: str | Path, family: str, dtype: torch.dtype, device: str) -> Model:
-    """Load a local model folder.
+def load_model(
+    folder: str | Path, family: str, dtype: torch.dtype, device: str, spread: bool = False
+) -> Model:
+    """Load a local model folder; spread: its transformer on the CPU, see `Adapter.load`.
 
     Raises as `adapter_of`, and FileNotFoundError for a missing component.
     """
-    return adapter_of(folder, family).load(folder, dtype, device)
+    return adapter_of(folder, family).load(folder, dtype, device, spread)

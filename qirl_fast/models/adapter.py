@@ -2,10 +2,10 @@
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import torch
@@ -15,11 +15,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qirl_fast.models.compiled import CompiledForward, maybe_compiled
+from qirl_fast.models.ema import exchanged
 from qirl_fast.models.fused import patch
 from qirl_fast.models.graphs import ForwardGraphs
 from qirl_fast.models.loading import check_class, load_component, load_part
 from qirl_fast.models.modulation import ModulationCache
 from qirl_fast.models.prefix import Conditioned
+from qirl_fast.models.sharding import Sharding, Units
+
+R = TypeVar("R")
 
 ROPES = 64  # layouts whose rotations are kept
 _NO_IMAGES = (
@@ -66,6 +70,7 @@ class Adapter:
     norm_rescaled_guidance: ClassVar[bool]
     needs_images: ClassVar[bool] = False  # a prompt without condition images cannot be encoded
     text_stream: ClassVar[bool] = False  # a block takes and gives text beside the image
+    shards: ClassVar[bool] = False  # weights are read in `whole` and in units' forwards alone
     pipeline_class: ClassVar[Any]
     parts: ClassVar[dict[str, Any]]  # folder of a model folder -> class, where it has weights
     reads: ClassVar[dict[str, Any]]  # folder -> what reads it, where it has none
@@ -77,6 +82,7 @@ class Adapter:
         self.device = pipeline.transformer.device
         self.dtype = pipeline.transformer.dtype
         self.ropes: dict[Any, Any] = {}  # rotations by layout
+        self.units: Units | None = None  # set: the transformer's weights are spread over processes
         self.recompute_blocks = 0  # from the first: activations computed again in backward
         self._frozen: list[Tensor] | None = None
         self._decoding = threading.Lock()
@@ -91,8 +97,12 @@ class Adapter:
                 getattr(pipeline, name).requires_grad_(False).eval()
 
     @classmethod
-    def load(cls, folder: str | Path, dtype: torch.dtype, device: str = "cpu") -> Self:
+    def load(
+        cls, folder: str | Path, dtype: torch.dtype, device: str = "cpu", spread: bool = False
+    ) -> Self:
         """Load a model folder in the stock pipeline's format; nothing is downloaded.
+
+        spread: the transformer waits in CPU memory for `trainable` to spread it.
 
         Raises FileNotFoundError naming every missing component, ValueError for one that is there
         in part.
@@ -117,7 +127,14 @@ class Adapter:
             # into memory puts them anywhere, a copy (the reference policy's, a resumed run's) not.
             if p.data_ptr() % 64:
                 p.data = p.data.clone()
-        return cls(pipeline.to(device))
+        if not spread:
+            return cls(pipeline.to(device))
+        for name in cls.parts:
+            if name != "transformer":
+                getattr(pipeline, name).to(device)
+        adapter = cls(pipeline)
+        adapter.device = torch.device(device)
+        return adapter
 
     @classmethod
     def takes_images(cls) -> bool:
@@ -149,6 +166,11 @@ class Adapter:
         """The blocks that `runner` counts, in order."""
         blocks: Sequence[nn.Module] = self.transformer.transformer_blocks
         return blocks
+
+    @property
+    def sharded_parts(self) -> Sequence[nn.Module]:
+        """The units of sharding, those inside another before it."""
+        return self.blocks
 
     @classmethod
     def latent_channels(cls, config: Any) -> int:
@@ -191,12 +213,40 @@ class Adapter:
             raise ValueError(f"{len(x)} latent rows but a prefix of {prefix.batch} rows")
         if not len(sigma) or len(x) % len(sigma):
             raise ValueError(f"{len(sigma)} noise levels for {len(x)} rows; wanted a divisor of it")
+        return self.whole(partial(self._velocity, x, sigma, prefix, exact))
+
+    def _velocity(
+        self, x: Tensor, sigma: Tensor | Sequence[float], prefix: Any, exact: bool
+    ) -> Tensor:
         modulate: Any = self.modulation if isinstance(sigma, Tensor) else self.modulations.rows
         rows: tuple[Tensor, ...] = modulate(sigma)
         denoiser = self.denoiser
         if denoiser is None or torch.is_grad_enabled() or (exact and not denoiser.exact):
             return self.forward(x, rows, prefix)
         return denoiser(x, rows, prefix)
+
+    def whole(self, run: Callable[[], R]) -> R:
+        """`run()` with the weights that lie outside the blocks whole; they stay so until backward.
+
+        FSDP sees neither input nor output: what goes in and out would end the unit's backward while
+        another forward of the same loss needs it.
+        """
+        if self.units is None:
+            return run()
+        found: list[R] = []
+        self.transformer.inside(lambda: found.append(run()))
+        return found[0]
+
+    def inside(self, block: Any, run: Callable[..., Any], *args: Any) -> Any:
+        """`run(*args)`, a forward of a block under another name than its own.
+
+        args, and what comes back: all tensors that a gradient goes through.
+        """
+        return run(*args) if self.units is None else block.inside(run, *args)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """All: inside, each process may run as many forwards as it likes, without gradient."""
+        return nullcontext() if self.units is None else self.units.gathered()
 
     def keep_rope(self, layout: Any, rope: Any) -> Any:
         """The rotations `rope`, kept for this layout; of many layouts the first go."""
@@ -216,20 +266,27 @@ class Adapter:
         return partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
 
     def trainable(
-        self, mode: str, rank: int, alpha: float, targets: Sequence[str] | None, seed: int
+        self,
+        mode: str,
+        rank: int,
+        alpha: float,
+        targets: Sequence[str] | None,
+        seed: int,
+        sharding: Sharding | None = None,
     ) -> dict[str, Tensor]:
         """Add a LoRA adapter "default" (mode "lora") or open all weights (mode "full").
 
         The LoRA starts as the identity (B = 0) and A is drawn from `seed` alone. Returns the
-        trainable parameters by name, in a fixed order, in float32.
+        trainable parameters by name, in a fixed order, in float32. sharding: spread the weights,
+        but not a LoRA's; the forward of "full" may then be in another dtype.
         ValueError for an unknown mode, LoRA targets that match nothing, or "full" in another dtype
-        than float32: the weights would be float32, the activations not.
+        than float32 without sharding: the weights would be float32, the activations not.
         """
         if mode == "full":
-            if self.dtype != torch.float32:
+            if self.dtype != torch.float32 and sharding is None:
                 raise ValueError(
                     f"model.adapter full trains float32 weights and model.dtype is {self.dtype}; "
-                    "set model.dtype=float32 or model.adapter=lora"
+                    "set model.dtype=float32, model.adapter=lora, or processes.shard"
                 )
             self.transformer.requires_grad_(True)
             self._frozen = [p.detach().clone() for p in self.transformer.parameters()]
@@ -240,7 +297,16 @@ class Adapter:
         named = {n: p for n, p in self.transformer.named_parameters() if p.requires_grad}
         for p in named.values():
             p.data = p.data.float()
-        return named
+        if sharding is None:
+            return named
+        kept = set() if mode == "full" else set(named.values())
+        for p in kept:
+            p.data = p.data.to(self.device)
+        units = Units(self.transformer, self.sharded_parts, sharding, kept, self.dtype)
+        self.units, self.modulations.keeps = units, False
+        if mode == "full":
+            self._frozen = [p.detach().clone() for p in self.transformer.parameters()]
+        return {n: p for n, p in self.transformer.named_parameters() if p.requires_grad}
 
     def _add_lora(self, rank: int, alpha: float, targets: list[str], seed: int) -> None:
         modules = [name for name, _ in self.transformer.named_modules()]
@@ -264,6 +330,10 @@ class Adapter:
                 yield
             finally:
                 self.transformer.enable_adapters()
+            return
+        if self.units is not None:
+            with exchanged(list(self.transformer.parameters()), self._frozen):
+                yield
             return
         trained = [p.data for p in self.transformer.parameters()]
         for p, frozen in zip(self.transformer.parameters(), self._frozen, strict=True):

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from qirl_fast.models.sharding import own_part, spread_as
+
 
 class Ema:
     """average <- decay average + (1 - decay) weights, once every `every` optimizer steps.
@@ -22,16 +24,35 @@ class Ema:
     def update(self, step: int) -> None:
         """Call after optimizer step number `step`, counted from 1."""
         if step % self.every == 0:
-            torch._foreach_lerp_(self.average, self.parameters, 1 - self.decay)
+            average, weights = map(own_parts, (self.average, self.parameters))
+            torch._foreach_lerp_(average, weights, 1 - self.decay)
+
+    def load(self, values: Sequence[Tensor]) -> None:
+        """Take these averages, whole or spread as the parameters are."""
+        for held, value in zip(self.average, values, strict=True):
+            own_part(held).copy_(own_part(spread_as(value, held)))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The parameters hold the average inside, their own values again after."""
-        own = [p.detach().clone() for p in self.parameters]
-        with torch.no_grad():
-            torch._foreach_copy_(self.parameters, self.average)
-        try:
+        with exchanged(self.parameters, self.average):
             yield
-        finally:
-            with torch.no_grad():
-                torch._foreach_copy_(self.parameters, own)
+
+
+@contextmanager
+def exchanged(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
+    """The parameters hold these values inside, their own again after."""
+    held, there = map(own_parts, (parameters, values))
+    own = [t.clone() for t in held]
+    with torch.no_grad():
+        torch._foreach_copy_(held, there)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(held, own)
+
+
+def own_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What this process holds of each."""
+    return [own_part(t) for t in tensors]

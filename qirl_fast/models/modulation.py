@@ -30,6 +30,7 @@ class ModulationCache:
         self._version: tuple[tuple[object, ...], ...] = ()
         self._held: list[Tensor] = []
         self.computed = 0  # levels computed so far
+        self.keeps = True  # False: where weights are gathered, which moves no version
 
     def rows(self, sigma: Sequence[float]) -> tuple[Tensor, ...]:
         """Rows [R, D_i] of the R noise levels."""
@@ -40,7 +41,7 @@ class ModulationCache:
         parts = [part for module in self._modules for part in module.modules()]
         weights = [p for part in parts for p in part._parameters.values() if p is not None]
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in weights)
-        if trained or any(isinstance(part, BaseTunerLayer) for part in parts):
+        if not self.keeps or trained or any(isinstance(part, BaseTunerLayer) for part in parts):
             self.computed += 1
             return self._compute(level)
         # In-place changes move the version; exchanged weights (p.data = ...) lie elsewhere, as the

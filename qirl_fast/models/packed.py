@@ -98,9 +98,11 @@ class Packed(Adapter):
     text_stream = True
 
     @classmethod
-    def load(cls, folder: str | Path, dtype: torch.dtype, device: str = "cpu") -> Self:
+    def load(
+        cls, folder: str | Path, dtype: torch.dtype, device: str = "cpu", spread: bool = False
+    ) -> Self:
         """As `Adapter.load`; ValueError for an autoencoder of another scale."""
-        model = super().load(folder, dtype, device)
+        model = super().load(folder, dtype, device, spread)
         scale = model.pipeline.vae_scale_factor
         if scale != PIXELS_PER_LATENT:
             raise ValueError(

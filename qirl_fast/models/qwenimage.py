@@ -11,6 +11,7 @@ Source: diffusers `pipeline_qwenimage.py`, `transformer_qwenimage.py`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -98,6 +99,7 @@ class QwenImage(Adapter):
     fp8_layers = tuple(name for name in LORA_TARGETS if name != "img_mlp.net.2")
     norm_rescaled_guidance = True
     text_stream = True
+    shards = True
     pipeline_class = QwenImagePipeline
     parts: ClassVar[dict[str, Any]] = {
         "transformer": QwenImageTransformer2DModel,
@@ -125,6 +127,12 @@ class QwenImage(Adapter):
         t = self.transformer
         rows = [m for b in t.transformer_blocks for m in (b.img_mod, b.txt_mod)]
         return [t.time_text_embed, *rows, t.norm_out]
+
+    @property
+    def sharded_parts(self) -> list[nn.Module]:
+        """Blocks, and by themselves their parts that `modulation` reads, before any block runs."""
+        blocks: Any = self.blocks
+        return [m for b in blocks for m in (b.img_mod, b.txt_mod, b)]
 
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
         """Text embeddings [L_i, C] of each prompt, unpadded: what the stock pipeline gives for one.
@@ -171,7 +179,7 @@ class QwenImage(Adapter):
         """
         self.latent_shape(height, width)
         grid = (height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
-        return self._texts(prompts, owner, (grid,))
+        return self.whole(partial(self._texts, prompts, owner, (grid,)))
 
     def _texts(self, prompts: Sequence[Tensor], owner: Sequence[int], grids: Grids) -> Texts:
         t, lengths = self.transformer, {p: len(prompts[p]) for p in sorted(set(owner))}

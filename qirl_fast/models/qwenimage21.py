@@ -11,6 +11,7 @@ Source: diffusers `pipeline_qwenimage21.py`, `transformer_qwenimage21.py`.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,13 +22,14 @@ from diffusers import (
     QwenImage21Pipeline,
     QwenImage21Transformer2DModel,
 )
-from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
+from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVLayerCache
 from torch import Tensor, nn
 from transformers import Qwen3VLForConditionalGeneration
 
 from qirl_fast import ops
 from qirl_fast.models.adapter import Adapter, load_scheduler, require_finite
 from qirl_fast.models.condition import condition_size, image_slots, latent_tokens, pictures
+from qirl_fast.models.fused.attention import Segments
 from qirl_fast.models.fused.qwenimage21 import SharedPrefix
 from qirl_fast.models.graphs import hold
 from qirl_fast.models.loading import load_part
@@ -67,6 +69,7 @@ class QwenImage21(Adapter):
     family = "qwenimage21"
     lora_targets = fp8_layers = LORA_TARGETS
     norm_rescaled_guidance = False
+    shards = True
     pipeline_class = QwenImage21Pipeline
     parts: ClassVar[dict[str, Any]] = {
         "transformer": QwenImage21Transformer2DModel,
@@ -174,20 +177,32 @@ class QwenImage21(Adapter):
         """
         self.latent_shape(height, width)
         grid = (height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
+        return self.whole(partial(self._prefix, prompts, owner, grid))
+
+    def _prefix(
+        self,
+        prompts: Sequence[Tensor | Conditioned],
+        owner: Sequence[int],
+        grid: tuple[int, int],
+    ) -> Prefix:
         layouts = {p: Layout.of(prompts[p]) for p in sorted(set(owner))}
-        runs, keys, values, ropes = [], [], [], []  # by layout; keys and values then by layer
+        runs, passes, ropes = [], [], []  # by layout
         for layout, used, rows in by_layout(owner, layouts):
             rope, length = self._rope(layout, grid), len(layout.source)
-            layers = self._prefix_forward([prompts[p] for p in used], layout, rope[:length])
+            x = self._tokens([prompts[p] for p in used], layout)
+            passes.append((x, rope[:length], layout.segments))
+            ropes.append(rope[length:].expand(len(rows), -1, -1))
+            runs.append((used, rows))
+        keys, values = [], []  # by layout, then by layer
+        for (used, rows), layers in zip(runs, self._prefix_forward(passes), strict=True):
             places = [used.index(owner[r]) for r in rows]
             keys.append(to_rows([k for k, _ in layers], places))
             values.append(to_rows([v for _, v in layers], places))
-            ropes.append(rope[length:].expand(len(rows), -1, -1))
-            runs.append(rows)
         layers_of_runs = zip(zip(*keys, strict=True), zip(*values, strict=True), strict=True)
         shared = tuple(SharedPrefix(k, v) for k, v in layers_of_runs)
         rope = ropes[0][0] if len(runs) == 1 else torch.cat(ropes)
-        return Prefix(shared, rope, *row_order(runs, self.device), len(owner))
+        order = row_order([rows for _, rows in runs], self.device)
+        return Prefix(shared, rope, *order, len(owner))
 
     def _rope(self, layout: Layout, grid: tuple[int, int]) -> Tensor:
         """Rotations complex64 [L + N, head_dim / 2] of a prefix's tokens and the target's."""
@@ -206,10 +221,8 @@ class QwenImage21(Adapter):
         text = Layout((False,) * prompt) if isinstance(prompt, int) else Layout.of(prompt)
         self.keep_rope((text, grid), rope)
 
-    def _prefix_forward(
-        self, prompts: Sequence[Tensor | Conditioned], layout: Layout, rope: Tensor
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Each layer's keys and values [P, L, heads, head_dim] of P prompts of one layout."""
+    def _tokens(self, prompts: Sequence[Tensor | Conditioned], layout: Layout) -> Tensor:
+        """[P, L, D] of P prompts of one layout, as they enter the first block."""
         transformer = self.transformer
         texts = [p if isinstance(p, Tensor) else p.text for p in prompts]
         x = transformer.txt_in(torch.stack(texts).to(self.device, self.dtype))
@@ -221,19 +234,44 @@ class QwenImage21(Adapter):
             x = x.index_select(1, source).index_copy(
                 1, torch.tensor(at, device=self.device), latents
             )
-        cache = QwenImage21KVCache(len(transformer.transformer_blocks))
-        modulation = spread(self.modulations.rows([0.0])[0], len(x))
-        for block, layer in zip(transformer.transformer_blocks, cache.layer_caches, strict=True):
-            x = block(
-                x,
-                modulation,
-                rope,
-                layer_cache=layer,
-                kv_cache_mode="extract",
-                cache_write_slice=slice(0, x.shape[1]),
-                segments=layout.segments,
-            )
-        return [layer.get() for layer in cache.layer_caches]
+        return x
+
+    def _prefix_forward(
+        self, passes: Sequence[tuple[Tensor, Tensor, Segments]]
+    ) -> list[list[tuple[Tensor, Tensor]]]:
+        """Of each pass, its layers' keys and values [P, L, heads, head_dim].
+
+        passes: tokens [P, L, D] of prompts of one layout, their rotations and segments. All go
+        through a block before any goes on: it is entered as often whatever the layouts.
+        """
+        one, apart = self.modulations.rows([0.0])[0], self.units is None
+        xs = [x for x, _, _ in passes]
+        found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in passes]
+        for block in self.transformer.transformer_blocks:
+
+            def extract(one: Tensor, *xs: Tensor, block: Any = block) -> list[Tensor]:
+                run = block if apart else block.forward  # its hooks `inside` has called
+                out: list[Tensor] = []
+                for x, (_, rope, segments) in zip(xs, passes, strict=True):
+                    layer = QwenImage21KVLayerCache()
+                    y = run(
+                        x,
+                        spread(one, len(x)),
+                        rope,
+                        layer_cache=layer,
+                        kv_cache_mode="extract",
+                        cache_write_slice=slice(0, x.shape[1]),
+                        segments=segments,
+                    )
+                    kept = layer.get()  # FSDP's hooks are on what comes out, and v is a view
+                    out += [y, *(kept if apart else (t.clone() for t in kept))]
+                return out
+
+            out = self.inside(block, extract, one, *xs)
+            xs = out[::3]
+            for own, k, v in zip(found, out[1::3], out[2::3], strict=True):
+                own.append((k, v))
+        return found
 
     def join(self, first: Prefix, second: Prefix) -> Prefix:
         """What `velocity` needs of the rows of `first`, then those of `second`."""

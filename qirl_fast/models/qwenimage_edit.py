@@ -77,6 +77,7 @@ class QwenImageEdit(QwenImage):
 
     family = "qwenimage_edit"
     needs_images = True
+    shards = False  # blocks run as often as a chunk has condition grids
     pipeline_class = QwenImageEditPipeline
     refused = ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope")
     reads: ClassVar[dict[str, Any]] = {
@@ -86,7 +87,9 @@ class QwenImageEdit(QwenImage):
     slot = SLOT  # in the template, of image number {}
 
     @classmethod
-    def load(cls, folder: str | Path, dtype: torch.dtype, device: str = "cpu") -> Self:
+    def load(
+        cls, folder: str | Path, dtype: torch.dtype, device: str = "cpu", spread: bool = False
+    ) -> Self:
         """As `Adapter.load`; warns where the installed pipeline drops the positions of images."""
         code = cls.pipeline_class._get_qwen_prompt_embeds.__code__
         if "mm_token_type_ids" not in {*code.co_names, *code.co_consts}:
@@ -97,7 +100,7 @@ class QwenImageEdit(QwenImage):
                 "implementation may draw from others",
                 cls.pipeline_class.__name__,
             )
-        return super().load(folder, dtype, device)
+        return super().load(folder, dtype, device, spread)
 
     @classmethod
     def takes_images(cls) -> bool:

@@ -71,6 +71,23 @@ def stock_velocity(transformer: Any, x: Tensor, sigma: float, text: Tensor) -> T
     )[0][0]
 
 
+@pytest.mark.parametrize("own", [(), ("model.adapter=full",)], ids=["lora", "full"])
+def test_spread_over_two_processes_it_trains_as_in_one(
+    processes, folder, tmp_path, read_jsonl, own
+) -> None:
+    """A LoRA to the bit. All weights to rounding: see test_sharding.py."""
+    more = ["rollout.max_rows=4", "evaluation.prompts=2", "train.lr=0.0005", *own]
+    settings = [f"model.path={folder}", *more, f"output={tmp_path}"]
+    for count, shard in ((1, 1), (2, 0)):
+        runs = processes(count, [*settings, f"processes.shard={shard}", f"run=by{count}"])
+        assert [r.process.exitcode for r in runs] == [0] * count, runs[0].output()
+    files = [tmp_path / f"by{count}/metrics.jsonl" for count in (1, 2)]
+    if not own:
+        assert files[0].read_bytes() == files[1].read_bytes()
+    for one, two in zip(*map(read_jsonl, files), strict=True):
+        assert one == pytest.approx(two, rel=1e-4, abs=1e-5)
+
+
 def test_encode_is_the_stock_encoding(model, stock, folder, prompts) -> None:
     ours = model.encode([*prompts, ""])
     with torch.no_grad():
