@@ -41,6 +41,7 @@ from qirl_fast.config import ConfigError, load_config
 from qirl_fast.data.prompts import load_prompts
 from qirl_fast.data.sampler import PromptSampler
 from qirl_fast.distributed import World
+from qirl_fast.memory import plan
 from qirl_fast.preflight import sharding
 from qirl_fast.tiny import packaged
 
@@ -322,6 +323,31 @@ def test_what_cannot_be_spread_is_refused(small, tmp_path, count, settings, said
     own = [setting.format(tmp_path) for setting in settings]
     with pytest.raises(ValueError, match=re.escape(said)):
         sharding(load_config([*small, *own]), World(0, count), "cpu")
+
+
+def test_a_signal_says_that_no_process_can_save(processes, meddle, tmp_path) -> None:
+    own = [*FULL, "processes.shard=0", f"output={tmp_path}", "run=r"]
+    hook = meddle("trainer.Trainer.rollout", 2, "os.kill(os.getpid(), signal.SIGTERM)")
+    runs = processes(2, own, hook=hook)
+    assert ended(runs) == [128 + signal.SIGTERM] * 2, runs[0].output()
+    assert "; Ctrl-C stops" in runs[0].output()
+    said = "stopped by SIGTERM, back to its newest checkpoint, as no process has all weights; to go"
+    assert said in runs[0].output() and "stopped" not in runs[1].output()
+
+
+def test_the_plan_shares_out_what_is_spread(small) -> None:
+    def planned(*settings: str) -> dict[str, int]:
+        return plan(load_config([*small, *CHUNKS, *settings]), 2)
+
+    lora, full = planned(), planned("model.adapter=full", "train.ema={decay: 0.5, every: 1}")
+    shared = planned("processes.shard=0")
+    transformer = full["weights of transformer"]
+    assert shared == {**lora, "own part of the transformer": transformer // 2}
+    shared = planned("processes.shard=2", "model.adapter=full", "train.ema={decay: 0.5, every: 1}")
+    assert "exchange of gradients" in full and "exchange of gradients" not in shared
+    half = -(-transformer // 8)  # of float32 weights, the count
+    assert shared["gradients"] == shared["weights of the reference"] == 4 * half
+    assert shared["AdamW's two moments"] == 2 * shared["average of the weights"] == 8 * half
 
 
 def test_a_refusal_leaves_nothing(processes, tmp_path) -> None:
