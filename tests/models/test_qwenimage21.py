@@ -514,7 +514,8 @@ def test_adapter_settings_that_cannot_train_are_refused(make_model) -> None:
         model.trainable("lora", 4, 8, ["nope"], 0)
     with pytest.raises(ValueError, match="adapter mode 'half': use 'lora' or 'full'"):
         model.trainable("half", 4, 8, None, 0)
-    with pytest.raises(ValueError, match=r"set model\.dtype=float32 or model\.adapter=lora"):
+    wanted = r"set model\.dtype=float32, model\.adapter=lora, or processes\.shard"
+    with pytest.raises(ValueError, match=wanted):
         make_model(torch.bfloat16).trainable("full", 4, 8, None, 0)
 
 
