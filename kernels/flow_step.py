@@ -86,6 +86,7 @@ def flow_kernel(
     v_ptr,
     delta_ptr,
     x_next_ptr,
+    r_ptr,
     a_ptr,
     c_ptr,
     s_ptr,
@@ -96,9 +97,10 @@ def flow_kernel(
     blocks,
     HAS_DELTA: tl.constexpr,
     REPLAY: tl.constexpr,
+    KEEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block of one row. REPLAY: x_next is read, else it is drawn and written."""
+    """One block of one row. REPLAY: x_next is read, else it is drawn and written. KEEP: r is."""
     task = tl.program_id(0).to(tl.int64)
     row, first = task // blocks, (task % blocks) * BLOCK
     i = first + tl.arange(0, BLOCK)
@@ -114,15 +116,14 @@ def flow_kernel(
         x_next = drawn(mean, s_ptr, seed_ptr, row, offset, first, x.dtype, BLOCK)
         tl.store(x_next_ptr + at, x_next, mask=inside)
     r = tl.where(inside, x_next.to(tl.float32) - mean, 0.0)
+    if KEEP:
+        tl.store(r_ptr + at, r, mask=inside)
     tl.store(sums_ptr + task, tl.sum(r * r))
 
 
 @triton.jit
 def backward_kernel(
-    x_ptr,
-    v_ptr,
-    delta_ptr,
-    x_next_ptr,
+    r_ptr,
     a_ptr,
     c_ptr,
     slope_ptr,
@@ -130,7 +131,6 @@ def backward_kernel(
     dv_ptr,
     size,
     blocks,
-    HAS_DELTA: tl.constexpr,
     WANT_DX: tl.constexpr,
     WANT_DV: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -141,16 +141,14 @@ def backward_kernel(
     i = first + tl.arange(0, BLOCK)
     inside = i < size
     at = row * size + i
-    x = tl.load(x_ptr + at, mask=inside, other=0.0)
-    v = tl.load(v_ptr + at, mask=inside, other=0.0)
-    delta = tl.load(delta_ptr + at, mask=inside, other=0.0) if HAS_DELTA else x
-    a, c, slope = tl.load(a_ptr + row), tl.load(c_ptr + row), tl.load(slope_ptr + row)
-    x_next = tl.load(x_next_ptr + at, mask=inside, other=0.0)
-    r = x_next.to(tl.float32) - _mean(x, v, delta, a, c, HAS_DELTA)
+    slope = tl.load(slope_ptr + row)
+    r = tl.load(r_ptr + at, mask=inside, other=0.0)
     if WANT_DX:
-        tl.store(dx_ptr + at, ((slope * a) * r).to(x.dtype), mask=inside)
+        dx = (slope * tl.load(a_ptr + row)) * r
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
     if WANT_DV:
-        tl.store(dv_ptr + at, ((slope * c) * r).to(v.dtype), mask=inside)
+        dv = (slope * tl.load(c_ptr + row)) * r
+        tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=inside)
 
 
 # ---- launchers ----------------------------------------------------------------------------------
@@ -178,6 +176,7 @@ def flow_step(x, v, a, c, s, w, b, seed, offset, delta):
         v,
         x if delta is None else delta,
         x_next,
+        sums,
         a,
         c,
         s,
@@ -188,6 +187,7 @@ def flow_step(x, v, a, c, s, w, b, seed, offset, delta):
         blocks,
         HAS_DELTA=delta is not None,
         REPLAY=False,
+        KEEP=False,
         BLOCK=BLOCK,
         num_warps=WARPS,
         enable_fp_fusion=False,
@@ -195,18 +195,20 @@ def flow_step(x, v, a, c, s, w, b, seed, offset, delta):
     return x_next, log_prob(sums, size, w, b)
 
 
-def flow_logp(x, x_next, v, a, c, w, b, delta):
-    """logp [B] of a stored x_next."""
+def flow_logp(x, x_next, v, a, c, w, b, delta, keep):
+    """(logp [B] of a stored x_next, r or an empty tensor)."""
     x, x_next, v = x.contiguous(), x_next.contiguous(), v.contiguous()
     delta = None if delta is None else delta.contiguous()
     a, c = a.contiguous(), c.contiguous()
     size, blocks = grid_of(x)
     sums = a.new_empty((x.shape[0], blocks))
+    residual = a.new_empty(x.shape if keep else 0)
     flow_kernel[(x.shape[0] * blocks,)](
         x,
         v,
         x if delta is None else delta,
         x_next,
+        residual if keep else sums,
         a,
         c,
         a,
@@ -217,37 +219,34 @@ def flow_logp(x, x_next, v, a, c, w, b, delta):
         blocks,
         HAS_DELTA=delta is not None,
         REPLAY=True,
+        KEEP=keep,
         BLOCK=BLOCK,
         num_warps=WARPS,
         enable_fp_fusion=False,
     )
-    return log_prob(sums, size, w, b)
+    return log_prob(sums, size, w, b), residual
 
 
-def flow_logp_backward(grad, x, x_next, v, a, c, w, delta, want_dx, want_dv):
-    """(dx, dv); an unwanted one is an empty tensor."""
-    x, x_next, v = x.contiguous(), x_next.contiguous(), v.contiguous()
-    delta = None if delta is None else delta.contiguous()
-    a, c = a.contiguous(), c.contiguous()
-    size, blocks = grid_of(x)
+def flow_logp_backward(grad, residual, a, c, w, x_dtype, v_dtype):
+    """(dx, dv) in these dtypes; of None an empty tensor."""
+    residual, a, c = residual.contiguous(), a.contiguous(), c.contiguous()
+    size, blocks = grid_of(residual)
     slope = ((2.0 / size) * grad.double() * w.double()).float()
-    dx = x.new_empty(x.shape if want_dx else 0)
-    dv = v.new_empty(v.shape if want_dv else 0)
-    backward_kernel[(x.shape[0] * blocks,)](
-        x,
-        v,
-        x if delta is None else delta,
-        x_next,
+    dx, dv = (
+        residual.new_empty(0 if dtype is None else residual.shape, dtype=dtype)
+        for dtype in (x_dtype, v_dtype)
+    )
+    backward_kernel[(residual.shape[0] * blocks,)](
+        residual,
         a,
         c,
         slope,
-        dx if want_dx else x,
-        dv if want_dv else v,
+        dx if x_dtype else residual,
+        dv if v_dtype else residual,
         size,
         blocks,
-        HAS_DELTA=delta is not None,
-        WANT_DX=want_dx,
-        WANT_DV=want_dv,
+        WANT_DX=x_dtype is not None,
+        WANT_DV=v_dtype is not None,
         BLOCK=BLOCK,
         num_warps=WARPS,
         enable_fp_fusion=False,
@@ -262,11 +261,12 @@ _SIZES = {"size": "i64", "blocks": "i32"}
 
 def _case(dtype: str, replay: bool, delta: bool, registers: int) -> Case:
     large = dict.fromkeys(("x_ptr", "v_ptr", "delta_ptr", "x_next_ptr"), f"*{dtype}")
+    large["r_ptr"] = "*fp32"
     rest = {"s_ptr": "*fp32", "seed_ptr": "*i64", "sums_ptr": "*fp32", "offset": "i64"}
     return Case(
         flow_kernel,
         {**large, **_POINTERS, **rest, **_SIZES},
-        {"HAS_DELTA": delta, "REPLAY": replay, "BLOCK": BLOCK},
+        {"HAS_DELTA": delta, "REPLAY": replay, "KEEP": replay, "BLOCK": BLOCK},
         WARPS,
         registers,
         divisible=(*large, "size"),
@@ -274,11 +274,11 @@ def _case(dtype: str, replay: bool, delta: bool, registers: int) -> Case:
 
 
 def _backward_case(dtype: str, registers: int) -> Case:
-    large = ("x_ptr", "v_ptr", "delta_ptr", "x_next_ptr", "dx_ptr", "dv_ptr")
+    large = {"r_ptr": "*fp32", "dx_ptr": f"*{dtype}", "dv_ptr": f"*{dtype}"}
     return Case(
         backward_kernel,
-        {**dict.fromkeys(large, f"*{dtype}"), **_POINTERS, "slope_ptr": "*fp32", **_SIZES},
-        {"HAS_DELTA": True, "WANT_DX": True, "WANT_DV": True, "BLOCK": BLOCK},
+        {**large, **_POINTERS, "slope_ptr": "*fp32", **_SIZES},
+        {"WANT_DX": True, "WANT_DV": True, "BLOCK": BLOCK},
         WARPS,
         registers,
         divisible=(*large, "size"),

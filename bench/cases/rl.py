@@ -49,7 +49,8 @@ def flow_logp(shape: Shape, make: Make) -> Case:
     a, c, _, w, b = _coefficients(make, shape[0])
     n = size_of(x)
     inputs = (x, x_next, v, a, c, w, b)
-    return Case("flow_logp", shape, inputs, ops.flow_logp, _eager_logp, 3 * n, 4 * n, leaves=(2,))
+    r = 4 * x.numel()
+    return Case("flow_logp", shape, inputs, ops.flow_logp, _eager_logp, 3 * n, r + n, leaves=(2,))
 
 
 def _guide(shape: Shape, make: Make, rescale: bool) -> Case:

@@ -19,9 +19,10 @@ struct FlowArgs {
   const float* w_B;
   const int64_t* seed_B;
   const float* grad_B;
-  float* sums;  // [B, blocks a row]: sum of r^2 of each block
-  void* dv;     // null: not wanted
-  void* dx;     // null: not wanted
+  float* sums;      // [B, blocks a row]: sum of r^2 of each block
+  float* residual;  // [B, row_size]; null: not kept
+  void* dv;         // null: not wanted
+  void* dx;         // null: not wanted
   int64_t offset, row_size;
   int64_t x_stride, v_stride, delta_stride, x_next_stride;
   int x_dtype, v_dtype, delta_dtype;

@@ -46,17 +46,13 @@ __device__ __forceinline__ void draw(const FlowArgs& args, int64_t row, int64_t 
   store_vec_n((X*)args.x_next_out + row * args.row_size + start, left, x_next);
 }
 
-// args.sums[task] of one block from its squared residuals, which are 0 behind the row's end.
+// args.sums[task] of one block from its residuals r, which count as 0 behind the row's end.
 __device__ __forceinline__ void add_squares(const FlowArgs& args, int64_t task, int64_t left,
-                                            const float (&x_next)[kPerThread],
-                                            const float (&mean)[kPerThread]) {
+                                            const float (&r)[kPerThread]) {
   __shared__ __align__(16) float squares[kBlock];
   float square[kPerThread];
 #pragma unroll
-  for (int k = 0; k < kPerThread; ++k) {
-    const float r = k < left ? flow_residual(x_next[k], mean[k]) : 0.0f;
-    square[k] = r * r;
-  }
+  for (int k = 0; k < kPerThread; ++k) square[k] = k < left ? r[k] * r[k] : 0.0f;
   store_vec(squares + threadIdx.x * kPerThread, square);
   __syncthreads();
   if (threadIdx.x >= 32) return;

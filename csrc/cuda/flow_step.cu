@@ -31,14 +31,17 @@ __global__ void __launch_bounds__(kThreads) score_kernel(FlowArgs args, unsigned
   const int64_t row = blockIdx.x / per_row;
   const int64_t start = (int64_t)(blockIdx.x % per_row) * kBlock + threadIdx.x * kPerThread;
   const int64_t left = args.row_size - start;
-  float mean[kPerThread], x_next[kPerThread];
+  float mean[kPerThread], x_next[kPerThread], r[kPerThread];
   means_at<X, V>(args, row, start, left, mean);
   if constexpr (kReplay) {
     load_vec_n((const X*)args.x_next_in + row * args.x_next_stride + start, left, x_next);
   } else {
     draw<X>(args, row, start, left, mean, x_next);
   }
-  add_squares(args, blockIdx.x, left, x_next, mean);
+#pragma unroll
+  for (int k = 0; k < kPerThread; ++k) r[k] = flow_residual(x_next[k], mean[k]);
+  if (kReplay && args.residual) store_vec_n(args.residual + row * args.row_size + start, left, r);
+  add_squares(args, blockIdx.x, left, r);
 }
 
 template <class X, class V>
@@ -49,11 +52,8 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(FlowArgs args, unsig
   const float grad = args.grad_B[row], w = args.w_B[row];
   const float slope_v = flow_log_prob_slope(grad, w, args.c_B[row], args.row_size);
   const float slope_x = flow_log_prob_slope(grad, w, args.a_B[row], args.row_size);
-  float mean[kPerThread], r[kPerThread], out[kPerThread];
-  means_at<X, V>(args, row, start, left, mean);
-  load_vec_n((const X*)args.x_next_in + row * args.x_next_stride + start, left, r);
-#pragma unroll
-  for (int k = 0; k < kPerThread; ++k) r[k] = flow_residual(r[k], mean[k]);
+  float r[kPerThread], out[kPerThread];
+  load_vec_n(args.residual + row * args.row_size + start, left, r);
   if (args.dv) {
 #pragma unroll
     for (int k = 0; k < kPerThread; ++k) out[k] = slope_v * r[k];

@@ -19,7 +19,8 @@ struct FlowArgs {
   const float* b_B;
   const int64_t* seed_B;
   const float* grad_B;
-  float* sums;  // scratch [B, blocks a row]
+  float* sums;      // scratch [B, blocks a row]
+  float* residual;  // [B, row_size]; null: not kept
   float* logp_B;
   void* dv;  // null: not wanted
   void* dx;  // null: not wanted

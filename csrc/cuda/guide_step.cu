@@ -68,7 +68,9 @@ __global__ void __launch_bounds__(kThreads) guide_step_kernel(GuideStepArgs g, u
     store_vec_n((X*)g.delta_out + row * args.row_size + start, left, u);
   }
   draw<X>(args, row, start, left, mean, x_next);
-  add_squares(args, blockIdx.x, left, x_next, mean);
+#pragma unroll
+  for (int k = 0; k < kPerThread; ++k) mean[k] = flow_residual(x_next[k], mean[k]);
+  add_squares(args, blockIdx.x, left, mean);
 }
 
 }  // namespace

@@ -62,12 +62,14 @@ def flow_logp_cuda(
     w: Tensor,
     b: Tensor,
     delta: Tensor | None,
-) -> Tensor:
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
     """CUDA kernel, csrc/cuda/flow_step.cu."""
     x, x_next, v = dense_rows(x), dense_rows(x_next), dense_rows(v)
     delta = None if delta is None else dense_rows(delta)
     a, c, w, b = (t.contiguous() for t in (a, c, w, b))
     logp, sums = a.new_empty(a.shape), flow_scratch(x)
+    residual = a.new_empty(x.shape if keep else 0)
     with device_of(x):
         cuda_module().flow_logp(
             rows_of(x),
@@ -77,41 +79,37 @@ def flow_logp_cuda(
             tuple(t.data_ptr() for t in (a, c, w, b)),
             sums.data_ptr(),
             logp.data_ptr(),
+            residual.data_ptr() if keep else 0,
             *row_sizes(x),
             stream_of(x),
         )
-    return logp
+    return logp, residual
 
 
 def flow_logp_backward_cuda(
     grad: Tensor,
-    x: Tensor,
-    x_next: Tensor,
-    v: Tensor,
+    residual: Tensor,
     a: Tensor,
     c: Tensor,
     w: Tensor,
-    delta: Tensor | None,
-    want_dx: bool,
-    want_dv: bool,
+    x_dtype: torch.dtype | None,
+    v_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """CUDA kernel, csrc/cuda/flow_step.cu."""
-    x, x_next, v = dense_rows(x), dense_rows(x_next), dense_rows(v)
-    delta = None if delta is None else dense_rows(delta)
+    residual = residual.contiguous()
     grad, a, c, w = (t.contiguous() for t in (grad, a, c, w))
-    dx = x.new_empty(x.shape if want_dx else 0)
-    dv = v.new_empty(v.shape if want_dv else 0)
-    with device_of(x):
+    dx, dv = (
+        residual.new_empty(0 if dtype is None else residual.shape, dtype=dtype)
+        for dtype in (x_dtype, v_dtype)
+    )
+    with device_of(residual):
         cuda_module().flow_logp_backward(
             grad.data_ptr(),
-            rows_of(x),
-            rows_of(x_next),
-            rows_of(v),
-            rows_of(delta),
-            (a.data_ptr(), c.data_ptr(), w.data_ptr(), 0),
-            dx.data_ptr() if want_dx else 0,
-            dv.data_ptr() if want_dv else 0,
-            *row_sizes(x),
-            stream_of(x),
+            residual.data_ptr(),
+            (a.data_ptr(), c.data_ptr(), w.data_ptr()),
+            rows_of(dx if x_dtype else None),
+            rows_of(dv if v_dtype else None),
+            *row_sizes(residual),
+            stream_of(residual),
         )
     return dx, dv

@@ -11,7 +11,7 @@ Shapes: x, x_next, v, delta [B, ...]; a, c, w, b, logp [B].
 Dtypes: x and x_next float32 or bfloat16, alike; v and delta float32 or bfloat16 each; coefficients
 and logp float32. Products and sums are rounded to float32 one by one, never contracted; squares are
 added in blocks of 1024 elements in float32, the blocks in float64. Gradients come in the dtype of
-their tensor.
+their tensor. With gradient r is kept for it, in float32, and x, x' and v are not.
 Source: Flow-GRPO (arXiv 2505.05470), sde_step_with_logprob(prev_sample=...).
 """
 
@@ -53,43 +53,40 @@ def flow_logp_reference(
     w: Tensor,
     b: Tensor,
     delta: Tensor | None,
-) -> Tensor:
-    """The definition, in float32 (float64 for float64 x)."""
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """The definition, in float32 (float64 for float64 x): (logp, r); r is empty unless kept."""
     if x.device.type == "cpu":
         for name, value in (("a", a), ("c", c), ("w", w), ("b", b)):
             require_finite("flow_logp", name, value)
-    r = _residual(x, x_next, v, a, c, delta)
-    return 0.0 - w.to(r.dtype) * r.square().mean(dim=1) - b.to(r.dtype)
-
-
-def flow_logp_backward_reference(
-    grad: Tensor,
-    x: Tensor,
-    x_next: Tensor,
-    v: Tensor,
-    a: Tensor,
-    c: Tensor,
-    w: Tensor,
-    delta: Tensor | None,
-    want_dx: bool,
-    want_dv: bool,
-) -> tuple[Tensor, Tensor]:
-    """(dx, dv) for grad [B]; an unwanted one is an empty tensor."""
-    r = _residual(x, x_next, v, a, c, delta)
-    slope = (2.0 / r.shape[1]) * (grad * w).to(r.dtype)[:, None] * r
-    dx = (slope * a.to(r.dtype)[:, None]).to(x.dtype).reshape(x.shape)
-    dv = (slope * c.to(r.dtype)[:, None]).to(v.dtype).reshape(v.shape)
-    return dx if want_dx else x.new_empty(0), dv if want_dv else v.new_empty(0)
-
-
-def _residual(
-    x: Tensor, x_next: Tensor, v: Tensor, a: Tensor, c: Tensor, delta: Tensor | None
-) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     mean = a.to(wide)[:, None] * x.flatten(1).to(wide) + c.to(wide)[:, None] * v.flatten(1).to(wide)
     if delta is not None:
         mean = mean + delta.flatten(1).to(wide)
-    return x_next.flatten(1).to(wide) - mean
+    r = x_next.flatten(1).to(wide) - mean
+    logp = 0.0 - w.to(wide) * r.square().mean(dim=1) - b.to(wide)
+    return logp, r.reshape(x.shape) if keep else r.new_empty(0)
+
+
+def flow_logp_backward_reference(
+    grad: Tensor,
+    residual: Tensor,
+    a: Tensor,
+    c: Tensor,
+    w: Tensor,
+    x_dtype: torch.dtype | None,
+    v_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """(dx, dv) for grad [B] in these dtypes; of None an empty tensor."""
+    r = residual.flatten(1)
+    slope = (2.0 / r.shape[1]) * (grad * w).to(r.dtype)[:, None] * r
+
+    def scaled(coefficient: Tensor, dtype: torch.dtype | None) -> Tensor:
+        if dtype is None:
+            return r.new_empty(0)
+        return (slope * coefficient.to(r.dtype)[:, None]).to(dtype).reshape(residual.shape)
+
+    return scaled(a, x_dtype), scaled(c, v_dtype)
 
 
 # ---- cpu ----------------------------------------------------------------------------------------
@@ -102,12 +99,13 @@ def flow_logp_cpu(
     w: Tensor,
     b: Tensor,
     delta: Tensor | None,
-) -> Tensor:
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
     """C++ kernel, csrc/cpu/flow_logp.inl.cpp."""
     x, x_next, v = dense_rows(x), dense_rows(x_next), dense_rows(v)
     delta = None if delta is None else dense_rows(delta)
     coefficients = [t.contiguous() for t in (a, c, w, b)]
-    logp = a.new_empty(a.shape)
+    logp, residual = a.new_empty(a.shape), empty(a, x.shape if keep else 0)
     _cpu.flow_logp(
         rows_of(x),
         rows_of(x_next),
@@ -115,40 +113,36 @@ def flow_logp_cpu(
         rows_of(delta),
         tuple(t.data_ptr() for t in coefficients),
         logp.data_ptr(),
+        residual.data_ptr() if keep else 0,
         *row_sizes(x),
         torch.get_num_threads(),
     )
-    return logp
+    return logp, residual
 
 
 def flow_logp_backward_cpu(
     grad: Tensor,
-    x: Tensor,
-    x_next: Tensor,
-    v: Tensor,
+    residual: Tensor,
     a: Tensor,
     c: Tensor,
     w: Tensor,
-    delta: Tensor | None,
-    want_dx: bool,
-    want_dv: bool,
+    x_dtype: torch.dtype | None,
+    v_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """C++ kernel, csrc/cpu/flow_logp.inl.cpp."""
-    x, x_next, v = dense_rows(x), dense_rows(x_next), dense_rows(v)
-    delta = None if delta is None else dense_rows(delta)
+    residual = residual.contiguous()
     grad, *coefficients = (t.contiguous() for t in (grad, a, c, w))
-    dx = empty(x, x.shape if want_dx else 0)
-    dv = empty(v, v.shape if want_dv else 0)
+    dx, dv = (
+        empty(residual, 0 if dtype is None else residual.shape, dtype)
+        for dtype in (x_dtype, v_dtype)
+    )
     _cpu.flow_logp_backward(
         grad.data_ptr(),
-        rows_of(x),
-        rows_of(x_next),
-        rows_of(v),
-        rows_of(delta),
+        residual.data_ptr(),
         tuple(t.data_ptr() for t in coefficients),
-        dx.data_ptr() if want_dx else 0,
-        dv.data_ptr() if want_dv else 0,
-        *row_sizes(x),
+        rows_of(dx if x_dtype else None),
+        rows_of(dv if v_dtype else None),
+        *row_sizes(residual),
         torch.get_num_threads(),
     )
     return dx, dv
@@ -185,28 +179,31 @@ OP_BACKWARD = Op(
 )
 
 
-def _fake(x: Tensor, *_: object) -> Tensor:
-    return x.new_empty(x.shape[:1], dtype=torch.promote_types(x.dtype, torch.float32))
+def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    keep = rest[-1]
+    return x.new_empty(x.shape[:1], dtype=wide), x.new_empty(x.shape if keep else 0, dtype=wide)
 
 
-def _backward_fake(
-    grad: Tensor, x: Tensor, x_next: Tensor, v: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    want_dx, want_dv = rest[-2:]
-    return x.new_empty(x.shape if want_dx else 0), v.new_empty(v.shape if want_dv else 0)
+def _backward_fake(grad: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    x_dtype, v_dtype = rest[-2:]
+    return (
+        residual.new_empty(0 if x_dtype is None else residual.shape, dtype=x_dtype),
+        residual.new_empty(0 if v_dtype is None else residual.shape, dtype=v_dtype),
+    )
 
 
 _flow_logp = OP.register(
-    "(Tensor x, Tensor x_next, Tensor v, Tensor a, Tensor c, Tensor w, Tensor b, Tensor? delta)"
-    " -> Tensor",
+    "(Tensor x, Tensor x_next, Tensor v, Tensor a, Tensor c, Tensor w, Tensor b, Tensor? delta,"
+    " bool keep) -> (Tensor, Tensor)",
     _fake,
     large=(0, 2, 7),
 )
 _flow_logp_backward = OP_BACKWARD.register(
-    "(Tensor grad, Tensor x, Tensor x_next, Tensor v, Tensor a, Tensor c, Tensor w, Tensor? delta,"
-    " bool want_dx, bool want_dv) -> (Tensor, Tensor)",
+    "(Tensor grad, Tensor residual, Tensor a, Tensor c, Tensor w, ScalarType? x_dtype,"
+    " ScalarType? v_dtype) -> (Tensor, Tensor)",
     _backward_fake,
-    large=(1, 3, 7),
+    large=(1,),
 )
 
 
@@ -224,17 +221,19 @@ class _FlowLogp(torch.autograd.Function):
         delta: Tensor | None,
         backend: str,
     ) -> Tensor:
-        ctx.save_for_backward(x, x_next, v, a, c, w, delta)
-        ctx.backend = backend
-        return _flow_logp(x, x_next, v, a, c, w, b, delta, backend)
+        logp, residual = _flow_logp(x, x_next, v, a, c, w, b, delta, True, backend)
+        ctx.save_for_backward(residual, a, c, w)
+        ctx.dtypes, ctx.backend = (x.dtype, v.dtype), backend
+        return logp
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        want_dx, want_dv = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-        dx, dv = _flow_logp_backward(grad, *ctx.saved_tensors, want_dx, want_dv, ctx.backend)
+        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+        dtypes = (d if want else None for d, want in zip(ctx.dtypes, wanted, strict=True))
+        dx, dv = _flow_logp_backward(grad, *ctx.saved_tensors, *dtypes, ctx.backend)
         no_more = (None,) * 6
-        return dx if want_dx else None, None, dv if want_dv else None, *no_more
+        return dx if wanted[0] else None, None, dv if wanted[1] else None, *no_more
 
 
 # ---- public -------------------------------------------------------------------------------------
@@ -271,4 +270,4 @@ def flow_logp(
         )
         if x.requires_grad or v.requires_grad:
             return _FlowLogp.apply(x, x_next, v, a, c, w, b, delta, backend)
-    return _flow_logp(x, x_next, v, a, c, w, b, delta, backend)
+    return _flow_logp(x, x_next, v, a, c, w, b, delta, False, backend)[0]

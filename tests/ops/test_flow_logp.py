@@ -56,8 +56,8 @@ def value_and_gradients(function, args, grad):
 
 def reference(args):
     return flow_logp_reference(
-        *(args[n] for n in ("x", "x_next", "v", *COEFFICIENTS)), args["delta"]
-    )
+        *(args[n] for n in ("x", "x_next", "v", *COEFFICIENTS)), args["delta"], False
+    )[0]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -189,13 +189,15 @@ def test_opcheck():
     args, _ = inputs((3, 4, 6), torch.bfloat16, torch.float32, torch.float32)
     args["x"] = args["x"].transpose(1, 2).contiguous().transpose(1, 2)
     tensors = [args[n] for n in ("x", "x_next", "v", "a", "c", "w")]
-    torch.library.opcheck(
-        torch.ops.qirl.flow_logp.default, [*tensors, args["b"], args["delta"], ""]
-    )
-    for want_dx, want_dv in ((True, True), (False, True), (True, False)):
+    for keep in (False, True):
+        torch.library.opcheck(
+            torch.ops.qirl.flow_logp.default, [*tensors, args["b"], args["delta"], keep, ""]
+        )
+    x_dtype, v_dtype = torch.bfloat16, torch.float32
+    for dtypes in ((x_dtype, v_dtype), (None, v_dtype), (x_dtype, None)):
         torch.library.opcheck(
             torch.ops.qirl.flow_logp_backward.default,
-            [torch.ones(3), *tensors, args["delta"], want_dx, want_dv, ""],
+            [torch.ones(3), args["delta"], *tensors[3:], *dtypes, ""],
         )
 
 

@@ -36,10 +36,12 @@ def test_step_replay_and_gradients_match_the_cpu_kernels(shape, with_delta, offs
     # One formula, each operation rounded once, on both sides. The sum of squares has another order.
     assert torch.equal(x_next, want_x)
     torch.testing.assert_close(logp, want_logp, rtol=1e-6, atol=1e-7)
-    assert torch.equal(kernels.flow_logp(x, x_next, v, a, c, w, b, delta), logp)
+    same, residual = kernels.flow_logp(x, x_next, v, a, c, w, b, delta, True)
+    alone, nothing = kernels.flow_logp(x, x_next, v, a, c, w, b, delta, False)
+    assert torch.equal(same, logp) and torch.equal(alone, logp) and nothing.numel() == 0
 
     grad = torch.linspace(-1, 2, shape[0])
-    dx, dv = kernels.flow_logp_backward(grad, x, x_next, v, a, c, w, delta, True, False)
+    dx, dv = kernels.flow_logp_backward(grad, residual, a, c, w, torch.float32, None)
     assert dv.numel() == 0
     leaf = x.clone().requires_grad_()
     ops.flow_logp(leaf, x_next, v, a, c, w, b, delta=delta).backward(grad)

@@ -17,26 +17,34 @@ void step(const Rows& x, const Rows& v, const Rows& delta, const Coefficients& c
 }
 
 void logp(const Rows& x, const Rows& x_next, const Rows& v, const Rows& delta,
-          const Coefficients& coefficients, uintptr_t sums, uintptr_t logp_B, int64_t rows,
-          int64_t row_size, uintptr_t stream) {
+          const Coefficients& coefficients, uintptr_t sums, uintptr_t logp_B, uintptr_t residual,
+          int64_t rows, int64_t row_size, uintptr_t stream) {
   FlowArgs args = flow_inputs(x, v, delta, coefficients, rows, row_size);
   args.x_next_in = address_of(x_next);
   args.x_next_stride = stride_of(x_next);
   args.sums = as_pointer<float>(sums);
   args.logp_B = as_pointer<float>(logp_B);
+  args.residual = as_pointer<float>(residual);
   check("flow_logp", flow_logp(args, as_pointer(stream)));
 }
 
-// The b of `coefficients` is not read.
-void logp_backward(uintptr_t grad_B, const Rows& x, const Rows& x_next, const Rows& v,
-                   const Rows& delta, const Coefficients& coefficients, uintptr_t dx, uintptr_t dv,
-                   int64_t rows, int64_t row_size, uintptr_t stream) {
-  FlowArgs args = flow_inputs(x, v, delta, coefficients, rows, row_size);
+// coefficients: addresses of a, c, w.
+void logp_backward(uintptr_t grad_B, uintptr_t residual,
+                   const std::tuple<uintptr_t, uintptr_t, uintptr_t>& coefficients, const Rows& dx,
+                   const Rows& dv, int64_t rows, int64_t row_size, uintptr_t stream) {
+  const auto [a, c, w] = coefficients;
+  FlowArgs args{};
+  args.a_B = as_pointer<float>(a);
+  args.c_B = as_pointer<float>(c);
+  args.w_B = as_pointer<float>(w);
   args.grad_B = as_pointer<float>(grad_B);
-  args.x_next_in = address_of(x_next);
-  args.x_next_stride = stride_of(x_next);
-  args.dx = as_pointer(dx);
-  args.dv = as_pointer(dv);
+  args.residual = as_pointer<float>(residual);
+  args.rows = rows;
+  args.row_size = row_size;
+  args.dx = address_of(dx);
+  args.dv = address_of(dv);
+  args.x_dtype = dtype_of(dx);
+  args.v_dtype = dtype_of(dv);
   check("flow_logp_backward", flow_logp_backward(args, as_pointer(stream)));
 }
 
