@@ -1,4 +1,4 @@
-"""python -m bench scaling: the model's sum, the link between two processes, a run by one and two."""
+"""python -m bench scaling: the sum, the link between two processes, a run by one and two."""
 
 from __future__ import annotations
 
