@@ -98,7 +98,7 @@ def diversity(batch: Batch, world: World) -> dict[str, float]:
     """
     if batch.group < 2 or not batch.images.shape[1]:
         return {}
-    rows = [r for chunk in batch.trajectories for r in chunk.rows]
+    rows = [r for chunk in world.shown(batch.trajectories) for r in chunk.rows]
     features = world.concatenated(coarse_lab(batch.images))
     order = np.argsort(world.concatenated(np.array(rows, np.int64)))
     return {"diversity": mean_distance(features[order], batch.group)}

@@ -17,12 +17,13 @@ from qirl_fast.rollout.sample import Trajectory
 class Batch:
     """One update's samples: B rows, as many for each prompt, prompt by prompt.
 
-    Of several processes each has trajectories and images of its own chunks, and all the scores.
+    Of several processes each has trajectories of its group's chunks, images of those of them that
+    it was to decode, and all the scores.
     """
 
     prompts: list[Prompt]
     trajectories: list[Trajectory]
-    images: np.ndarray  # uint8 [rows of the trajectories, H, W, 3]
+    images: np.ndarray  # uint8 [rows, H, W, 3], see `World.shown`
     scores: Tensor  # float32 [B, K], all judges
     status: Tensor  # int8 [B, K], see rewards.judge
     metrics: dict[str, float] = field(default_factory=dict)  # of how they were drawn

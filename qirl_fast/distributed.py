@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 # The second name is that of torch before 2.13.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
+T = TypeVar("T")
 Tensors = list[Tensor] | tuple[Tensor, ...]
 Node = tuple[int, int]  # level from the leaves up, number within the level
 
@@ -90,22 +91,34 @@ class World:
     """The processes of a run, of which this one is number `rank` of `size`; by itself: 0 of 1.
 
     Where a method says "all", every process calls it at the same point, and none returns before the
-    last has called.
+    last has called. Each `sequence` neighbours are a group that draws the same chunks.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1):
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int = 0, size: int = 1, sequence: int = 1):
+        self.rank, self.size, self.sequence = rank, size, sequence
+        self.place = rank % sequence  # in its group
 
     def mesh(self, shard: int, device: str) -> DeviceMesh:
         """All: of the processes; each `shard` neighbours hold one copy of something. 0: all do."""
         shape = (self.size // shard, shard) if shard and shard < self.size else (self.size,)
         return init_device_mesh(device, shape, mesh_dim_names=("copy", "shard")[-len(shape) :])
 
+    def neighbours(self, timeout_s: float) -> dist.ProcessGroup:
+        """All: those of this process's group, in order."""
+        found, _ = dist.new_subgroups(self.sequence, timeout=timedelta(seconds=timeout_s))
+        assert found is not None
+        return found
+
     def own(self, count: int, parts: int = 1) -> list[int]:
-        """This process's of range(count), ascending: a run of each of `parts` equal ranges."""
-        each = count // parts
-        first, last = (each * r // self.size for r in (self.rank, self.rank + 1))
+        """This group's of range(count), ascending: a run of each of `parts` equal ranges."""
+        each, group, groups = count // parts, self.rank // self.sequence, self.size // self.sequence
+        first, last = (each * r // groups for r in (group, group + 1))
         return [part * each + k for part in range(parts) for k in range(first, last)]
+
+    def shown(self, own: Sequence[T]) -> Sequence[T]:
+        """Of the chunks of its group, a run: those that this process decodes and judges."""
+        first, last = (len(own) * k // self.sequence for k in (self.place, self.place + 1))
+        return own[first:last]
 
     def gather(self, value: Any) -> list[Any]:
         """All: the value of each process, by rank. value: plain JSON; NaN is let through."""
@@ -178,7 +191,13 @@ class World:
             sent[:, j] = flat.view(self.size, share)
         found = torch.empty_like(sent)
         _exchange(dist.all_to_all_single, found, sent)
-        nodes = {key: [found[r, j]] for r, own in enumerate(keys) for j, key in enumerate(own)}
+        nodes: dict[Node, list[Tensor]] = {}
+        for r, own in enumerate(keys):
+            for j, key in enumerate(own):
+                if key in nodes:  # a group's parts of it
+                    nodes[key][0] += found[r, j]
+                else:
+                    nodes[key] = [found[r, j]]
         (part,) = merged(nodes.items()) or [sent]
         whole = like[0].new_empty(self.size * share)
         _exchange(_all_gather, whole, part.contiguous())
@@ -198,11 +217,11 @@ def process_threads(threads: int | None) -> int | None:
 
 
 @contextmanager
-def joined(timeout_s: float, cuda: bool) -> Iterator[World]:
+def joined(timeout_s: float, cuda: bool, sequence: int = 1) -> Iterator[World]:
     """Inside, the processes that torchrun started know each other; without it there is one.
 
     timeout_s: after which a process that hears nothing of the others raises. cuda: whether they
-    compute on GPUs, each on that of its local rank.
+    compute on GPUs, each on that of its local rank; sequence: see `World`.
     """
     if started() == 1:
         yield World()
@@ -217,6 +236,6 @@ def joined(timeout_s: float, cuda: bool) -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
-        yield World(rank, size)
+        yield World(rank, size, sequence)
     finally:
         dist.destroy_process_group()

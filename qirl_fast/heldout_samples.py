@@ -12,7 +12,7 @@ from qirl_fast.config import Config
 from qirl_fast.data.prompts import Prompt
 from qirl_fast.data.sources import ImageError
 from qirl_fast.distributed import World
-from qirl_fast.evaluation.heldout import Evaluation, draw_and_score
+from qirl_fast.evaluation.heldout import Evaluation, draw_and_score, images_of
 from qirl_fast.models import Model
 from qirl_fast.models.adapter import NotFinite
 from qirl_fast.rewards.judge import FAILED
@@ -74,6 +74,7 @@ class HeldoutSamples:
                     samples_per_prompt=samples,
                     seed=self.cfg.evaluation.seed,
                     own=self.world.own,
+                    shown=self.world.shown,
                 )
                 own = [part.result().as_json() for part in pending]
             except (NotFinite, ImageError, BadReward) as error:
@@ -106,8 +107,10 @@ class HeldoutSamples:
             try:
                 given = self.conditioning.of(prompts)
                 how = replace(self.how, height=given.height, width=given.width)
+                of = self.world.own(-(-len(prompts) // how.max_rows))
+                shown = [k * how.max_rows for k in self.world.shown(of)]
                 chunks = sample_then(
-                    lambda chunk: self.model.decode(chunk.latents, how.height, how.width),
+                    lambda chunk: images_of(self.model, chunk, chunk.rows.start in shown),
                     self.workers,
                     self.model,
                     given.embeddings,
@@ -118,7 +121,7 @@ class HeldoutSamples:
                     seed=self.cfg.evaluation.seed,
                     update=0,
                     samples=range(0, len(prompts) * samples, samples),
-                    chunks=self.world.own(-(-len(prompts) // how.max_rows)),
+                    chunks=of,
                 )
                 own = [np.empty((0, how.height, how.width, 3), np.uint8), *chunks]
             except (NotFinite, ImageError) as error:

@@ -79,7 +79,7 @@ class Learner:
         with self.world.agreed(StepFailed):
             prepared = self.algorithm.prepare(trajectories, tasks)
         told = self.world.gather([[c.rows.start, c.rows.stop] for c in trajectories])
-        rows = sorted((range(*pair) for own in told for pair in own), key=lambda r: r.start)
+        rows = [range(*pair) for pair in sorted({(a, b) for own in told for a, b in own})]
         own, whole = len(trajectories) // count, len(rows) // count
         for k in range(count):
             part = slice(k * own, (k + 1) * own)
@@ -187,7 +187,8 @@ class Learner:
             for p, g in zip(parameters, self.world.total(summed, parameters), strict=True):
                 p.grad = g
         totals = {"loss": 0.0}
-        for _, own, means in sorted(each for found in self.world.gather(seen) for each in found):
+        told = self.world.gather([] if self.world.place else seen)  # one of a group
+        for _, own, means in sorted(each for found in told for each in found):
             totals["loss"] += own["loss"]
             if "ratio_error" in own:
                 totals["ratio_error"] = max(totals.get("ratio_error", 0.0), own["ratio_error"])

@@ -26,6 +26,7 @@ from qirl_fast.models import Model, adapter_of
 from qirl_fast.models.fp8 import Layer, plan_layers, use_fp8
 from qirl_fast.models.loading import described_model
 from qirl_fast.models.prefix import Conditioned
+from qirl_fast.models.sequence import Ulysses
 from qirl_fast.models.qwenimage21 import PIXELS_PER_TOKEN
 from qirl_fast.tiny import packaged
 
@@ -69,11 +70,14 @@ def plan(cfg: Config, processes: int = 1) -> dict[str, int]:
     trained, saved, prefix = _replay(cfg, adapter, folder, length, grids, target)
     on_cpu = cfg.device == "cpu" or not torch.cuda.is_available()
     threads = 1  # on a GPU, or in step with other processes
-    if on_cpu and shard == 1:
+    if on_cpu and shard == cfg.processes.sequence == 1:
         threads = process_threads(cfg.threads) or torch.get_num_threads()
     chunks = size.minibatch_samples // size.chunk_rows
-    shares = [World(rank, processes).own(chunks) for rank in range(processes)]
+    worlds = [World(rank, processes, cfg.processes.sequence) for rank in range(processes)]
+    shares = [world.own(chunks) for world in worlds]
     own = max(map(len, shares))
+    updates = cfg.train.updates_per_rollout
+    shown = max(len(world.shown(world.own(chunks * updates, updates))) for world in worlds)
     at_once = min(threads, own)
     lora = cfg.model.adapter == "lora"
     spread = shard > 1 and not lora
@@ -96,7 +100,7 @@ def plan(cfg: Config, processes: int = 1) -> dict[str, int]:
     stored = {"transitions": 2, "states": 1, "levels": 0}[cfg.algorithm.keeps]
     if stored == 2 and rollout.guidance != 1 and rollout.ratio_mode == "frozen_offset":
         stored += 1  # the offset
-    samples = own * size.chunk_rows * cfg.train.updates_per_rollout
+    samples = own * size.chunk_rows * updates
     replays = samples * size.recorded_steps
     plan["recorded states"] = replays * state * stored * BYTES[rollout.storage_dtype]
     if cfg.algorithm.keeps == "states":
@@ -105,7 +109,7 @@ def plan(cfg: Config, processes: int = 1) -> dict[str, int]:
     for who, other in cfg.algorithm.models.items():
         teacher = described_model(kind, other / "transformer")
         plan[f"weights of {who}"] = item * sum(p.numel() for p in teacher.parameters())
-    plan["images"] = samples * target[0] * target[1] * 3
+    plan["images"] = shown * size.chunk_rows * target[0] * target[1] * 3
     plan["keys and values of the prompts"] = prefix * at_once
     plan["activations of replay"] = saved * at_once
     return plan
@@ -211,6 +215,8 @@ def _replay(
         for p in transformer.parameters():
             p.data = p.data.to(dtype)
     model.recompute_blocks = again = cfg.train.recompute_blocks
+    sequence = cfg.processes.sequence
+    model.sequence = Ulysses(0, sequence, None) if sequence > 1 else None
     mode, model.device = FakeTensorMode(), torch.device("cpu")
     _without_storage(transformer, mode, model.device)
     trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
@@ -260,7 +266,7 @@ def _replay(
         held = {id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}
     # What a recomputed block starts from is held by the call, not saved by autograd.
     beside = length + latents if adapter.text_stream else 0
-    starts = min(again, len(model.blocks)) * rows * (tokens + beside) * width
+    starts = min(again, len(model.blocks)) * rows * (tokens + beside) // sequence * width
     saved = count.bytes + starts * derived(cfg).recorded_steps * dtype.itemsize
     return trained, saved, sum(held.values())
 

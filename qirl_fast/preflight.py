@@ -21,6 +21,7 @@ from qirl_fast.data.images import ImageError
 from qirl_fast.data.prompts import Prompt
 from qirl_fast.distributed import World
 from qirl_fast.models import Model, adapter_of
+from qirl_fast.models.sequence import Ulysses
 from qirl_fast.models.sharding import Sharding
 from qirl_fast.rewards.judge import SOURCES, Row, Sources
 from qirl_fast.rewards.judges import Judges
@@ -60,6 +61,29 @@ def sharding(cfg: Config, world: World, device: str) -> Sharding | None:
             "processes.shard=1"
         )
     return Sharding(world.mesh(shard, device), offload)
+
+
+def sharing_tokens(cfg: Config, world: World, model: Model) -> Ulysses | None:
+    """All: who shares the tokens of a sample with this process, None where nobody does.
+
+    ValueError where the model cannot.
+    """
+    size = cfg.processes.sequence
+    if size == 1:
+        return None
+    if not model.splits:
+        raise ValueError(
+            f"processes.sequence: got {size}, and the family {model.family} does not share out its "
+            "tokens; set processes.sequence=1"
+        )
+    heads = model.transformer.config.num_attention_heads
+    if heads % size:
+        allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise ValueError(
+            f"processes.sequence: got {size}, and each process gets as many of the {heads} heads; "
+            f"allowed: {allowed}"
+        )
+    return Ulysses(world.place, size, world.neighbours(cfg.processes.timeout_s))
 
 
 def preflight(

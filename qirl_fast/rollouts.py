@@ -143,17 +143,20 @@ class Rollouts:
         parts = self.cfg.train.updates_per_rollout if record else 1
         own = self.world.own(-(-len(owner) // how.max_rows), parts)
         used = sorted({p for k in own for p in owner[k * how.max_rows : (k + 1) * how.max_rows]})
+        shown = {k * how.max_rows for k in self.world.shown(own)}
         recorded = self.algorithm.record(r, self.cfg.seed, update)
+        trajectories: list[Trajectory] = []
         chunks: list[Judged] = []
 
-        def draw(chunk: Trajectory) -> tuple[Trajectory, np.ndarray | NotFinite]:
+        def draw(chunk: Trajectory) -> tuple[Trajectory, np.ndarray | NotFinite | None]:
             if not record:
                 chunk = replace(chunk, recorded=(), x=(), x_next=(), delta=(), logp=())
             try:
-                if self.judges.names:
+                if self.judges.names and chunk.rows.start in shown:
                     return chunk, self.model.decode(chunk.latents, how.height, how.width)
-                require_finite(chunk.latents)  # and nobody looks
-                return chunk, np.empty((len(chunk.rows), 0, 0, 3), np.uint8)
+                require_finite(chunk.latents)  # and nobody looks, or another process does
+                nothing = np.empty((len(chunk.rows), 0, 0, 3), np.uint8)
+                return chunk, nothing if chunk.rows.start in shown else None
             except NotFinite as error:
                 return chunk, error
 
@@ -166,7 +169,6 @@ class Rollouts:
                 status[part] = torch.as_tensor(known.status)
                 valid = torch.as_tensor(known.valid)
                 scores[part] = torch.where(valid, torch.as_tensor(known.scores), torch.nan)
-            trajectories = [chunk for chunk, _, _ in chunks]
             return StepFailed(message, Batch(prompts, trajectories, drawn(), scores, status))
 
         def drawn() -> np.ndarray:
@@ -203,6 +205,9 @@ class Rollouts:
                 if isinstance(images, NotFinite):
                     row = chunk.rows.start + images.row
                     raise failed(f"rollout: row {row} ({rows[row].prompt!r}): {images}")
+                trajectories.append(chunk)
+                if images is None:
+                    continue
                 # Judges see the chunks in order, whichever was drawn first: one may draw numbers.
                 part = owner[chunk.rows.start : chunk.rows.stop]
                 metadata = [given.rows[used.index(p)] for p in part]
@@ -212,12 +217,12 @@ class Rollouts:
         for problem in self._over_budget(whole, len(rows)):
             raise failed(problem, found)
         scores, status = torch.as_tensor(whole.scores), torch.as_tensor(whole.status)
-        return Batch(prompts, [chunk for chunk, _, _ in chunks], drawn(), scores, status)
+        return Batch(prompts, trajectories, drawn(), scores, status)
 
     def _verdicts(
         self, rows: list[Prompt], chunks: list[Judged], failed: Callable[..., StepFailed]
     ) -> list[Verdict]:
-        """What the judges say of this process's chunks.
+        """What the judges say of the chunks that this process has shown them.
 
         A reward that is none, and a judge that fails on more rows than it may, stop the step.
         """

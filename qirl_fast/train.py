@@ -58,7 +58,7 @@ def log_file(run_dir: Path) -> Iterator[None]:
 def train(cfg: Config) -> Path:
     """Train by the recipe, in all processes that torchrun started, and return the run's folder."""
     cuda = cfg.device != "cpu" and torch.cuda.is_available()
-    with joined(cfg.processes.timeout_s, cuda) as world:
+    with joined(cfg.processes.timeout_s, cuda, cfg.processes.sequence) as world:
         fresh = not any(Path(cfg.output, str(cfg.run)).glob("*"))
         with world.agreed():
             run_dir = prepare_run_dir(cfg) if world.rank == 0 else Path(cfg.output, str(cfg.run))

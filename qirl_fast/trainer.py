@@ -30,7 +30,7 @@ from qirl_fast.models.fp8 import Fp8, describe, plan_layers, use_fp8
 from qirl_fast.models.fused.attention import use_attention
 from qirl_fast.models.graphs import ForwardGraphs
 from qirl_fast.models.sharding import own_part
-from qirl_fast.preflight import preflight, sharding
+from qirl_fast.preflight import preflight, sharding, sharing_tokens
 from qirl_fast.rewards.judges import Judges
 from qirl_fast.rewards.verdict import covered
 from qirl_fast.rollout.guidance import Guidance
@@ -91,10 +91,12 @@ class Trainer:
                 "compile"
             )
         folder, shards = packaged(cfg.model.path), sharding(cfg, self.world, device)
-        threads = 1 if shards else process_threads(cfg.threads)  # shards: forwards go in step
+        in_step = shards is not None or cfg.processes.sequence > 1  # forwards of several processes
+        threads = 1 if in_step else process_threads(cfg.threads)
         self.workers = cpu_workers(threads) if device == "cpu" else Workers(1)
         dtype, spread = DTYPES[cfg.model.dtype], shards is not None
         self.model = load_model(folder, cfg.model.family, dtype, device, spread)
+        self.model.sequence = sharing_tokens(cfg, self.world, self.model)
         use_attention(self.model.transformer, cfg.model.attention)
         self.fp8 = self._fp8()
         kind = DENOISERS[cfg.rollout.denoise]

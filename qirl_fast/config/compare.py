@@ -64,15 +64,23 @@ def derived(cfg: Config) -> Derived:
 
 
 def require_work(cfg: Config, processes: int) -> None:
-    """ConfigError where one of the processes would have nothing to do."""
-    size = derived(cfg)
-    chunks = size.minibatch_samples // size.chunk_rows
-    if processes > chunks:
+    """ConfigError where one of the processes would have nothing to do, or lack a neighbour."""
+    size, sequence = derived(cfg), cfg.processes.sequence
+    if processes % sequence:
         raise ConfigError(
             [
-                f"processes: got {processes}, and a minibatch of {size.minibatch_samples} samples "
-                f"is drawn in {chunks} chunks of {size.chunk_rows}; start at most {chunks}, or "
-                "lower rollout.max_rows"
+                f"processes.sequence: got {sequence} with {processes} processes; wanted a divisor "
+                "of their number (torchrun --nproc-per-node N)"
+            ]
+        )
+    chunks = size.minibatch_samples // size.chunk_rows
+    if processes // sequence > chunks:
+        several = f" in groups of {sequence}" if sequence > 1 else ""
+        raise ConfigError(
+            [
+                f"processes: got {processes}{several}, and a minibatch of {size.minibatch_samples} "
+                f"samples is drawn in {chunks} chunks of {size.chunk_rows}; start at most "
+                f"{chunks * sequence}, or lower rollout.max_rows"
             ]
         )
 

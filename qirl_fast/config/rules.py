@@ -189,15 +189,13 @@ def _fp8_problems(cfg: Config) -> Iterator[Problem]:
 
 
 def _shard_problems(cfg: Config) -> Iterator[Problem]:
-    shard = cfg.processes.shard
-    if shard == 1:
-        if cfg.processes.offload:
-            yield (
-                ("processes.offload", "processes.shard"),
-                "processes.offload: got true, and processes.shard=1 spreads nothing; set "
-                "processes.shard=0, or offload=false",
-            )
-        return
+    shard, sequence = cfg.processes.shard, cfg.processes.sequence
+    if shard == 1 and cfg.processes.offload:
+        yield (
+            ("processes.offload", "processes.shard"),
+            "processes.offload: got true, and processes.shard=1 spreads nothing; set "
+            "processes.shard=0, or offload=false",
+        )
     name, denoise = cfg.algorithm.name, cfg.rollout.denoise
     does = "records the places of weights" if denoise == "graphs" else "leaves out the hooks"
     cannot = {
@@ -206,11 +204,17 @@ def _shard_problems(cfg: Config) -> Iterator[Problem]:
         "algorithm.name": (f"{name} changes the adapters", "another", not cfg.algorithm.shards),
     }
     for key, (why, wanted, found) in cannot.items():
-        if found:
+        if found and shard != 1:
             yield (
                 (key, "processes.shard"),
                 f"{key}: {why} of a transformer, and processes.shard={shard} spreads it over "
                 f"processes; set processes.shard=1, or {key} to {wanted}",
+            )
+        if found and sequence != 1:
+            yield (
+                (key, "processes.sequence"),
+                f"{key}: is not served by processes.sequence={sequence}, where processes exchange "
+                f"heads in every block; set processes.sequence=1, or {key} to {wanted}",
             )
 
 

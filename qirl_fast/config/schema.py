@@ -191,14 +191,19 @@ class CurationConfig(Section):
 
 
 class ProcessesConfig(Section):
-    """The processes that torchrun starts; changes no number but, where trained weights are shared
-    out, the order of sums.
+    """The processes that torchrun starts; changes no number but, where trained weights or tokens are
+    shared out, the order of sums.
     """
 
     shard: Natural = Field(
         default=1,
         description="neighbouring processes that hold one copy of the transformer between them "
         "(FSDP2), whole while they draw: 1: each has its own; 0: all processes",
+    )
+    sequence: Count = Field(
+        default=1,
+        description="neighbouring processes that draw and replay the same samples, each its share "
+        "of the tokens (Ulysses); 1: each process draws samples of its own",
     )
     offload: bool = Field(
         default=False,

@@ -6,7 +6,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from qirl_fast.rollout.sample import Model, Sampling, sample_then
+from qirl_fast.models.adapter import require_finite
+from qirl_fast.rollout.sample import Model, Sampling, Trajectory, sample_then
 from qirl_fast.rollout.workers import Workers
 
 S = TypeVar("S")
@@ -43,6 +44,19 @@ class Evaluation:
         return cls(means, list(images[::samples]))
 
 
+def images_of(model: Any, chunk: Trajectory, shown: bool) -> np.ndarray:
+    """uint8 [b, H, W, 3] of the chunk; shown: whether they are wanted here, else b is 0.
+
+    NotFinite in either case, so that processes that draw a chunk together go on together.
+    """
+    size = chunk.prompts.height, chunk.prompts.width
+    if shown:
+        found: np.ndarray = model.decode(chunk.latents, *size)
+        return found
+    require_finite(chunk.latents)
+    return np.empty((0, *size, 3), np.uint8)
+
+
 def draw_and_score(
     model: Any,
     embeddings: Sequence[Any],
@@ -56,6 +70,7 @@ def draw_and_score(
     samples_per_prompt: int,
     seed: int,
     own: Callable[[int], Sequence[int]],
+    shown: Callable[[Sequence[int]], Sequence[int]],
 ) -> tuple[np.ndarray, list[S]]:
     """Sample every prompt `samples_per_prompt` times: images uint8 [B, H, W, 3], scores by chunk.
 
@@ -66,14 +81,16 @@ def draw_and_score(
         how: sampling with dynamics "ode" steps only (nothing is recorded).
         score: images [b, H, W, 3] and b metadata rows of a chunk -> their scores.
         workers: make the chunks.
-        own: which of so many chunks are made here.
+        own: which of so many chunks are made here; shown: which of these are decoded and scored
+            here, a run of them.
     """
     model_: Model = model
     rows = [row for row in metadata for _ in range(samples_per_prompt)]
     firsts = range(0, len(rows), how.max_rows)
     chunks = own(len(firsts))
+    scored = [firsts[k] for k in shown(chunks)]
     images = sample_then(
-        lambda chunk: model.decode(chunk.latents, how.height, how.width),
+        lambda chunk: images_of(model, chunk, chunk.rows.start in scored),
         workers,
         model_,
         embeddings,
@@ -87,8 +104,9 @@ def draw_and_score(
     )
     drawn, scores = [np.empty((0, how.height, how.width, 3), np.uint8)], []
     for first, of_chunk in zip((firsts[k] for k in chunks), images, strict=True):
-        drawn.append(of_chunk)
-        scores.append(score(of_chunk, rows[first : first + len(of_chunk)]))
+        if first in scored:
+            drawn.append(of_chunk)
+            scores.append(score(of_chunk, rows[first : first + len(of_chunk)]))
     return np.concatenate(drawn), scores
 
 

@@ -21,6 +21,7 @@ from qirl_fast.models.graphs import ForwardGraphs
 from qirl_fast.models.loading import check_class, load_component, load_part
 from qirl_fast.models.modulation import ModulationCache
 from qirl_fast.models.prefix import Conditioned
+from qirl_fast.models.sequence import Ulysses
 from qirl_fast.models.sharding import Sharding, Units
 
 R = TypeVar("R")
@@ -71,6 +72,7 @@ class Adapter:
     needs_images: ClassVar[bool] = False  # a prompt without condition images cannot be encoded
     text_stream: ClassVar[bool] = False  # a block takes and gives text beside the image
     shards: ClassVar[bool] = False  # weights are read in `whole` and in units' forwards alone
+    splits: ClassVar[bool] = False  # `forward` serves `sequence`
     pipeline_class: ClassVar[Any]
     parts: ClassVar[dict[str, Any]]  # folder of a model folder -> class, where it has weights
     reads: ClassVar[dict[str, Any]]  # folder -> what reads it, where it has none
@@ -83,6 +85,7 @@ class Adapter:
         self.dtype = pipeline.transformer.dtype
         self.ropes: dict[Any, Any] = {}  # rotations by layout
         self.units: Units | None = None  # set: the transformer's weights are spread over processes
+        self.sequence: Ulysses | None = None  # set: processes share the tokens of each row
         self.recompute_blocks = 0  # from the first: activations computed again in backward
         self._frozen: list[Tensor] | None = None
         self._decoding = threading.Lock()

@@ -5,7 +5,7 @@ images, N of the target, Z channels.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -105,7 +105,8 @@ def join(first: Prefix, second: Prefix) -> Prefix:
     but rotations.
     """
     layers = tuple(
-        SharedPrefix(a.k + b.k, a.v + b.v) for a, b in zip(first.layers, second.layers, strict=True)
+        replace(a, k=a.k + b.k, v=a.v + b.v)
+        for a, b in zip(first.layers, second.layers, strict=True)
     )
     both = (first, second)
     rope = torch.cat([p.rope.expand(p.batch, *p.rope.shape[-2:]) for p in both])

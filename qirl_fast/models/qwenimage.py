@@ -99,7 +99,7 @@ class QwenImage(Adapter):
     fp8_layers = tuple(name for name in LORA_TARGETS if name != "img_mlp.net.2")
     norm_rescaled_guidance = True
     text_stream = True
-    shards = True
+    shards = splits = True
     pipeline_class = QwenImagePipeline
     parts: ClassVar[dict[str, Any]] = {
         "transformer": QwenImageTransformer2DModel,
@@ -239,9 +239,12 @@ class QwenImage(Adapter):
         """`velocity` of rows of modulation as `modulation` gives them."""
         t = self.transformer
         *rows, out_rows = (spread_rows(row, len(x), prefix.order) for row in rows)
-        x, texts = x.to(self.dtype), prefix.runs
+        x, texts, whole = x.to(self.dtype), prefix.runs, x.shape[1]
         if prefix.order is not None:
             x = x[prefix.order]
+        among = self.sequence
+        if among is not None:
+            x, texts = among.own(x), tuple(among.own(text) for text in texts)
         x = t.img_in(x)
         tokens, end = x.shape[1], len(t.transformer_blocks) - 1
         if prefix.condition is not None:
@@ -250,10 +253,12 @@ class QwenImage(Adapter):
             last = tokens if i == end else None
             t0 = None if prefix.at_t0 is None else (prefix.at_t0, prefix.rows_t0[i])
             own = (rows[2 * i], rows[2 * i + 1], prefix.image_rope, prefix.ropes)
-            x, texts = self.runner(i, block)(x, Packed(texts, *own, t0, last))
+            x, texts = self.runner(i, block)(x, Packed(texts, *own, t0, last, among))
         scale, shift = out_rows.chunk(2, dim=1)
         x = ops.norm_modulate(x, scale, shift=shift, eps=t.norm_out.norm.eps)
         out: Tensor = t.proj_out(x)
+        if among is not None:
+            out = among.whole(out, whole)
         return out if prefix.inverse is None else out[prefix.inverse]
 
     @torch.no_grad()

@@ -69,7 +69,7 @@ class QwenImage21(Adapter):
     family = "qwenimage21"
     lora_targets = fp8_layers = LORA_TARGETS
     norm_rescaled_guidance = False
-    shards = True
+    shards = splits = True
     pipeline_class = QwenImage21Pipeline
     parts: ClassVar[dict[str, Any]] = {
         "transformer": QwenImage21Transformer2DModel,
@@ -199,7 +199,8 @@ class QwenImage21(Adapter):
             keys.append(to_rows([k for k, _ in layers], places))
             values.append(to_rows([v for _, v in layers], places))
         layers_of_runs = zip(zip(*keys, strict=True), zip(*values, strict=True), strict=True)
-        shared = tuple(SharedPrefix(k, v) for k, v in layers_of_runs)
+        whole = (self.sequence, grid[0] * grid[1])
+        shared = tuple(SharedPrefix(k, v, *whole) for k, v in layers_of_runs)
         rope = ropes[0][0] if len(runs) == 1 else torch.cat(ropes)
         order = row_order([rows for _, rows in runs], self.device)
         return Prefix(shared, rope, *order, len(owner))
@@ -239,7 +240,7 @@ class QwenImage21(Adapter):
     def _prefix_forward(
         self, passes: Sequence[tuple[Tensor, Tensor, Segments]]
     ) -> list[list[tuple[Tensor, Tensor]]]:
-        """Of each pass, its layers' keys and values [P, L, heads, head_dim].
+        """Of each pass, its layers' keys and values [P, L, heads, head_dim], of the own heads.
 
         passes: tokens [P, L, D] of prompts of one layout, their rotations and segments. All go
         through a block before any goes on: it is entered as often whatever the layouts.
@@ -269,8 +270,9 @@ class QwenImage21(Adapter):
 
             out = self.inside(block, extract, one, *xs)
             xs = out[::3]
+            heads = self.sequence.own_heads if self.sequence else lambda t: t
             for own, k, v in zip(found, out[1::3], out[2::3], strict=True):
-                own.append((k, v))
+                own.append((heads(k), heads(v)))
         return found
 
     def join(self, first: Prefix, second: Prefix) -> Prefix:
@@ -292,12 +294,17 @@ class QwenImage21(Adapter):
         x = x.to(self.dtype)
         if prefix.order is not None:
             x = x[prefix.order]
+        rope, tokens = prefix.rope, x.shape[1]
+        if self.sequence is not None:
+            x, rope = self.sequence.own(x), self.sequence.own(rope, -2)
         x = transformer.img_in(x)
         blocks = zip(transformer.transformer_blocks, prefix.layers, strict=True)
         for i, (block, layer) in enumerate(blocks):
-            x = self.runner(i, block)(x, modulation, prefix.rope, layer_cache=layer)
+            x = self.runner(i, block)(x, modulation, rope, layer_cache=layer)
         x = ops.norm_modulate(x, scale, eps=transformer.norm_out.norm.eps)
         out: Tensor = transformer.proj_out(x)
+        if self.sequence is not None:
+            out = self.sequence.whole(out, tokens)
         return out if prefix.inverse is None else out[prefix.inverse]
 
     @torch.no_grad()

@@ -78,6 +78,7 @@ class QwenImageEdit(QwenImage):
     family = "qwenimage_edit"
     needs_images = True
     shards = False  # blocks run as often as a chunk has condition grids
+    splits = False
     pipeline_class = QwenImageEditPipeline
     refused = ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope")
     reads: ClassVar[dict[str, Any]] = {

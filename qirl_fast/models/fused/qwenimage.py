@@ -34,6 +34,7 @@ from qirl_fast.models.fused.joint import (
     normed,
 )
 from qirl_fast.models.lora import feed, linear, quantized
+from qirl_fast.models.sequence import Ulysses
 from qirl_fast.ops import Stream
 
 
@@ -50,6 +51,7 @@ class Packed(NamedTuple):
     text_ropes: tuple[Tensor, ...]
     t0: tuple[Tensor, Tensor] | None = None
     last: int | None = None
+    among: Ulysses | None = None
 
 
 def problems(transformer: Any) -> list[str]:
@@ -134,6 +136,7 @@ def packed_forward(
     text_ropes: tuple[Tensor, ...],
     t0: tuple[Tensor, Tensor] | None = None,
     last: int | None = None,
+    among: Ulysses | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The block on rows whose texts differ in length, without padding and without a mask.
 
@@ -147,6 +150,7 @@ def packed_forward(
         t0: bool [S], the image tokens that take the modulation of t = 0, and its row [1, 6 D].
         last: where no block follows, how many image tokens are looked at again; none of them takes
             the modulation of t = 0. They alone come back, and the text as it came.
+        among: who shares the tokens; image and texts are then the own ones, ropes of all.
     Returns the image and the texts.
     """
     attn, runs = block.attn, [len(text) for text in texts]
@@ -169,18 +173,15 @@ def packed_forward(
         [part.unflatten(-1, (-1, head)) for part in _unpacked(linear(to, y_text), y_texts)]
         for to in adders
     ]
-    weights = (attn.norm_added_q.weight, attn.norm_added_k.weight)
-    image_heads, text_heads = [], []
-    for q, k, v, text_q, text_k, text_v, rope in zip(*own, *theirs, text_ropes, strict=True):
-        joint = ops.qk_norm_rope(
-            *(q, k, v, attn.norm_q.weight, attn.norm_k.weight, image_rope),
-            text=Stream(text_q, text_k, text_v, *weights, rope),
-            eps=attn.norm_q.eps,
-        )
-        heads = attend(attn, *joint).flatten(2)
-        length = text_q.shape[1]
-        image_heads.append(heads[:, length:])
-        text_heads.append(heads[:, :length])
+    parts = [part for run in zip(*own, *theirs, strict=True) for part in run]
+    lengths = [(len(image_rope), len(rope)) for rope in text_ropes]
+    if among is not None:
+        lengths = [len(r) for rope in text_ropes for r in [image_rope] * 3 + [rope] * 3]
+        parts = among.to_heads(lengths, parts)
+    heads = _attended(attn, parts, image_rope, text_ropes)
+    if among is not None:
+        heads = among.to_tokens(heads)
+    image_heads, text_heads = ([each.flatten(2) for each in heads[k::2]] for k in (0, 1))
     if last is not None:
         image, image_heads = image[:, :last], [heads[:, :last] for heads in image_heads]
         img1, img2 = half_rows(img_rows, None, None)
@@ -203,6 +204,27 @@ def packed_forward(
         for text, u, (_, second) in zip(texts_after, hidden, halves, strict=True)
     )
     return image, texts
+
+
+def _attended(
+    attn: Any, parts: Sequence[Tensor], image_rope: Tensor, text_ropes: Sequence[Tensor]
+) -> list[Tensor]:
+    """Of each run what image and text see, [b_i, S, H, Dh] and [b_i, L_i, H, Dh].
+
+    parts: of each run q, k, v of the image, then of the text.
+    """
+    weights = (attn.norm_added_q.weight, attn.norm_added_k.weight)
+    found = []
+    for i, rope in enumerate(text_ropes):
+        q, k, v, *text = parts[6 * i : 6 * i + 6]
+        joint = ops.qk_norm_rope(
+            *(q, k, v, attn.norm_q.weight, attn.norm_k.weight, image_rope),
+            text=Stream(*text, *weights, rope),
+            eps=attn.norm_q.eps,
+        )
+        heads = attend(attn, *joint)
+        found += [heads[:, len(rope) :], heads[:, : len(rope)]]
+    return found
 
 
 def _packed(parts: Sequence[Tensor]) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 from qirl_fast import ops
 from qirl_fast.models.fused.attention import Segments, attend, attend_segments
 from qirl_fast.models.lora import feed, linear
+from qirl_fast.models.sequence import Ulysses
 from qirl_fast.ops import Quantized
 
 
@@ -32,20 +33,27 @@ class SharedPrefix:
 
     k, v: a tensor [b, L, H, Dh] each for runs of rows whose prefixes are equally long, in the order
     of the rows. Stands where diffusers passes a QwenImage21KVLayerCache.
+    among: who shares the rows' tokens; k and v are then of the own heads, and `tokens` are all of a
+    row's.
     """
 
     k: tuple[Tensor, ...]
     v: tuple[Tensor, ...]
+    among: Ulysses | None = None
+    tokens: int = 0
 
     def attend(self, attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[B, S, H, Dh]: each row's tokens see its prefix and each other."""
+        if self.among is not None:
+            q, k, v = self.among.to_heads([self.tokens] * 3, [q, k, v])
         runs = [len(run) for run in self.k]
         parts = zip(q.split(runs), k.split(runs), v.split(runs), self.k, self.v, strict=True)
         outputs = [
             attend(attn, own_q, torch.cat([pre_k, own_k], dim=1), torch.cat([pre_v, own_v], dim=1))
             for own_q, own_k, own_v, pre_k, pre_v in parts
         ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return out if self.among is None else self.among.to_tokens([out])[0]
 
 
 def problems(transformer: Any) -> list[str]:
