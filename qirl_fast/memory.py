@@ -26,8 +26,8 @@ from qirl_fast.models import Model, adapter_of
 from qirl_fast.models.fp8 import Layer, plan_layers, use_fp8
 from qirl_fast.models.loading import described_model
 from qirl_fast.models.prefix import Conditioned
-from qirl_fast.models.sequence import Ulysses
 from qirl_fast.models.qwenimage21 import PIXELS_PER_TOKEN
+from qirl_fast.models.sequence import Ulysses
 from qirl_fast.tiny import packaged
 
 BYTES = {"float32": 4, "bfloat16": 2}

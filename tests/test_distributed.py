@@ -81,6 +81,20 @@ def test_shares_are_runs_of_each_part_that_differ_by_one_at_most(size, parts, ea
         assert max(map(len, of_part)) - min(map(len, of_part)) <= 1
 
 
+@pytest.mark.parametrize(("groups", "sequence"), [(1, 2), (3, 2), (2, 4)])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_group_has_the_same_chunks_and_each_is_shown_once(groups, sequence, parts):
+    size = groups * sequence
+    worlds = [World(rank, size, sequence) for rank in range(size)]
+    for world in worlds:
+        assert world.own(7 * parts, parts) == World(world.rank // sequence, groups).own(
+            7 * parts, parts
+        )
+    shown = [k for world in worlds for k in world.shown(world.own(7 * parts, parts))]
+    assert sorted(shown) == list(range(7 * parts))
+    assert parts > 1 or shown == sorted(shown), "in the order of processes"
+
+
 TALK = """
 import json, sys
 import numpy as np, torch

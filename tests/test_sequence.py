@@ -2,9 +2,9 @@
 
 Velocities differ by rounding: matrix products have other heights, so a velocity is off by some 1e-6
 of itself, and what is drawn from it as much. Gradients are added up process by process. AdamW
-divides a gradient by its own size, so weights follow it as closely but where it is next to nothing,
-and there they move by lr at most. CLOSE leaves metrics, losses near 0 among them, a hundred times
-that.
+divides a gradient by its own size: an element that is a hundredth of the others is off by a hundred
+times as much of itself, and moves as far as they do; a LoRA's B, which starts at 0, is nothing but
+such moves. Seen were 4e-6 of metrics and 1e-5 of B; CLOSE leaves ten times that.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from diffusers import QwenImage21Transformer2DModel, QwenImagePipeline
 
 from qirl_fast.checkpoint import load_checkpoint, unpack
@@ -118,8 +117,8 @@ def close(folder: Path, other: Path, steps: int = 2) -> None:
         found = load_checkpoint(f / "checkpoints" / f"checkpoint-{steps}")
         states.append(unpack(found.tensors, found.state["tree"])["learner"])
     for name, weight in states[0]["weights"].items():
-        far = (weight - states[1]["weights"][name]).norm() / states[1]["weights"][name].norm()
-        assert far < CLOSE, name
+        far = (weight - states[1]["weights"][name]).norm()
+        assert far <= CLOSE * states[1]["weights"][name].norm(), name
     assert states[0]["optimizer_steps"] == states[1]["optimizer_steps"] == 2 * steps
 
 
@@ -127,12 +126,9 @@ def test_two_processes_train_as_one_and_show_each_image_once(run) -> None:
     one, two = run("one", 1, 1, LORA), run("two", 2, 2, LORA)
     close(two, one)
     assert [row["pre_update_ratio_error"] for row in rows(two)] == [0, 0]
-    seen = [
-        [tuple(map(int, line.split())) for line in (f.parent / f"seen-{f.name}" / "seen.txt").read_text().splitlines()]
-        for f in (one, two)
-    ]
-    total = [sum(images for images, _ in of) for of in seen]
-    assert total[0] == total[1] and {rank for _, rank in seen[1]} == {0, 1}
+    told = [(f.parent / f"seen-{f.name}" / "seen.txt").read_text().split() for f in (one, two)]
+    total = [sum(map(int, of[::2])) for of in told]
+    assert total[0] == total[1] and {*told[1][1::2]} == {"0", "1"}
 
 
 @pytest.mark.slow
@@ -150,6 +146,24 @@ def test_two_processes_train_as_one_and_show_each_image_once(run) -> None:
 def test_groups_of_processes_train_as_one(run, count, sequence, settings, family) -> None:
     alone = [each for each in settings if not each.startswith("processes.")]
     close(run("many", count, sequence, settings, family), run("one", 1, 1, alone, family))
+
+
+@pytest.mark.slow
+def test_edits_are_shared_too(run) -> None:
+    recipe = Path(__file__).parents[1] / "configs" / "tiny_edit.yaml"
+    few = ["train.steps=2", "data.prompts_per_step=2", "rollout.group_size=4", "evaluation.steps=2"]
+    own = [str(recipe), "threads=1", *few, *CHUNKS]
+    close(run("two", 2, 2, own), run("one", 1, 1, own))
+
+
+@pytest.mark.slow
+def test_two_runs_in_bfloat16_have_the_same_bits(run) -> None:
+    own = (*CHUNKS, "model.dtype=bfloat16")
+    found = [run(name, 2, 2, own, "qwenimage") for name in ("first", "again")]
+    assert [row["pre_update_ratio_error"] for row in rows(found[0])] == [0, 0]
+    kept = "checkpoints/checkpoint-2/state.safetensors"
+    for name in ("metrics.jsonl", kept):
+        assert (found[0] / name).read_bytes() == (found[1] / name).read_bytes(), name
 
 
 @pytest.mark.chaos("kill -9 of one of two processes that share tokens: the other stops")

@@ -191,8 +191,8 @@ class CurationConfig(Section):
 
 
 class ProcessesConfig(Section):
-    """The processes that torchrun starts; changes no number but, where trained weights or tokens are
-    shared out, the order of sums.
+    """The processes that torchrun starts; changes no number but, where trained weights or tokens
+    are shared out, the order of sums.
     """
 
     shard: Natural = Field(

@@ -16,12 +16,15 @@ Shapes: B rows, T tokens, t of them here, H heads, h = H / size of them here, Dh
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain, pairwise
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Ulysses:
     def counts(self, length: int) -> list[int]:
         """Tokens of each process, of so many."""
         ends = [length * k // self.size for k in range(self.size + 1)]
-        return [end - start for start, end in zip(ends, ends[1:], strict=False)]
+        return [end - start for start, end in pairwise(ends)]
 
     def own(self, x: Tensor, dim: int = 1) -> Tensor:
         """This process's tokens of x, which holds all of them in `dim`; at least one."""
@@ -64,26 +67,25 @@ class Ulysses:
         """[B, t, H, Dh] of each part [B, T, h, Dh]."""
         return list(_ToTokens.apply(self, *parts))
 
-    def _exchange(self, pieces: Sequence[Sequence[Tensor]], shapes: list[list[Any]]) -> Any:
-        """For each process the pieces that it sends here; pieces: for each those that it gets.
+    def _exchange(self, pieces: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[Any]]) -> Any:
+        """For each process the tensors that it sends here; pieces: for each those that it gets.
 
-        shapes: of those that come.
+        shapes: of what comes, for each process as many.
         """
-        out = [sum(piece.numel() for piece in own) for own in pieces]
-        sizes = [[torch.Size(shape).numel() for shape in of] for of in shapes]
-        sent = pieces[0][0].new_empty(sum(out))
-        places = [of.split([p.numel() for p in own]) for of, own in zip(sent.split(out), pieces, strict=True)]
-        for own, of in zip(pieces, places, strict=True):
-            for piece, place in zip(own, of, strict=True):
-                place.view(piece.shape).copy_(piece)
-        come = [sum(of) for of in sizes]
-        found = sent.new_empty(sum(come))
+        flat, wanted = list(chain(*pieces)), [torch.Size(shape) for shape in chain(*shapes)]
+        sizes, come = [piece.numel() for piece in flat], [shape.numel() for shape in wanted]
+        sent, found = (flat[0].new_empty(sum(numbers)) for numbers in (sizes, come))
+        for piece, place in zip(flat, sent.split(sizes), strict=True):
+            place.view(piece.shape).copy_(piece)
         if self.group is not None:
-            dist.all_to_all_single(found, sent, come, out, group=self.group)
-        return [
-            [piece.view(shape) for piece, shape in zip(of.split(size), shape_of, strict=True)]
-            for of, size, shape_of in zip(found.split(come), sizes, shapes, strict=True)
-        ]
+            to, fro = ([sum(each) for each in self._by_process(n)] for n in (sizes, come))
+            dist.all_to_all_single(found, sent, fro, to, group=self.group)
+        parts = zip(found.split(come), wanted, strict=True)
+        return self._by_process([part.view(shape) for part, shape in parts])
+
+    def _by_process(self, of_all: Sequence[T]) -> list[Sequence[T]]:
+        each = len(of_all) // self.size
+        return [of_all[k * each : (k + 1) * each] for k in range(self.size)]
 
     def _heads(self, lengths: Sequence[int], parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
         counts = [self.counts(length) for length in lengths]

@@ -174,10 +174,9 @@ def packed_forward(
         for to in adders
     ]
     parts = [part for run in zip(*own, *theirs, strict=True) for part in run]
-    lengths = [(len(image_rope), len(rope)) for rope in text_ropes]
     if among is not None:
-        lengths = [len(r) for rope in text_ropes for r in [image_rope] * 3 + [rope] * 3]
-        parts = among.to_heads(lengths, parts)
+        tokens = [len(r) for rope in text_ropes for r in [image_rope] * 3 + [rope] * 3]
+        parts = among.to_heads(tokens, parts)
     heads = _attended(attn, parts, image_rope, text_ropes)
     if among is not None:
         heads = among.to_tokens(heads)
@@ -216,10 +215,10 @@ def _attended(
     weights = (attn.norm_added_q.weight, attn.norm_added_k.weight)
     found = []
     for i, rope in enumerate(text_ropes):
-        q, k, v, *text = parts[6 * i : 6 * i + 6]
+        q, k, v, text_q, text_k, text_v = parts[6 * i : 6 * i + 6]
         joint = ops.qk_norm_rope(
             *(q, k, v, attn.norm_q.weight, attn.norm_k.weight, image_rope),
-            text=Stream(*text, *weights, rope),
+            text=Stream(text_q, text_k, text_v, *weights, rope),
             eps=attn.norm_q.eps,
         )
         heads = attend(attn, *joint)
