@@ -177,8 +177,22 @@ def test_a_killed_neighbour_stops_the_run_and_one_process_goes_on(run, meddle) -
     close(run("two", 1, 1, (*LORA, "resume=auto")), one)
 
 
-def test_a_signal_stops_both_and_the_steps_before_are_kept(run, meddle) -> None:
-    hook = meddle("trainer.Trainer.rollout", 2, "os.kill(os.getpid(), signal.SIGTERM)", False)
+BOTH = """
+import os, signal
+from pathlib import Path
+pids = Path(FOLDER)
+(pids / os.environ["RANK"]).write_text(str(os.getpid()))
+def both():
+    for rank in ("1", "0") if os.environ["RANK"] == "0" else ():
+        os.kill(int((pids / rank).read_text()), signal.SIGTERM)
+"""
+
+
+def test_a_signal_stops_both_and_the_steps_before_are_kept(run, meddle, tmp_path) -> None:
+    """In the second rollout: one process stops, the other waits for it in an exchange."""
+    sent = meddle("models.sequence.Ulysses.to_heads", 2, "both()", False)
+    hook = BOTH.replace("FOLDER", repr(str(tmp_path)))
+    hook += meddle("trainer.Trainer.rollout", 2, f"exec({sent!r}, {{'both': both}})", False)
     own = (*LORA, "tracking.checkpoint_every=0")
     stopped = run("two", 2, 2, own, hook=hook, codes=[128 + signal.SIGTERM] * 2)
     assert load_checkpoint(stopped / "checkpoints" / "latest").step == 1

@@ -179,9 +179,40 @@ def test_heads_and_tokens_are_exchanged_and_nothing_else(size) -> None:
             sent = among.counts(n)[among.rank] > 0
             assert torch.equal(again, mine if sent else torch.zeros_like(mine))
         for n, t, mine in zip(lengths, whole, own, strict=True):
-            assert torch.equal(among.whole(mine.flatten(2), n), t.flatten(2))
+            leaf = mine.flatten(2).requires_grad_()
+            all_of_it = among.whole(leaf, n)
+            assert torch.equal(all_of_it, t.flatten(2))
+            (gradient,) = torch.autograd.grad(all_of_it.sum(), leaf)
+            sent = among.counts(n)[among.rank] > 0
+            assert torch.equal(gradient, torch.full_like(gradient, sent)), (
+                "its own, not a stand-in's"
+            )
 
     together(size, exchange)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_as_much_is_sent_as_docs_distributed_says(made, size) -> None:
+    """q, k, v and the answer in three blocks, for 16 tokens of image and 8 of text; a velocity."""
+    model, _ = adapted(made, "qwenimage", "lora")
+    tokens, width, channels = 16 + 8, 16 * HEADS, 16
+
+    def sent(among: Ulysses) -> int:
+        own, numbers = copy.copy(model), []
+
+        def exchange(pieces: Any, shapes: Any) -> Any:
+            others = [of for k, of in enumerate(pieces) if k != among.rank]
+            numbers.append(sum(piece.numel() for of in others for piece in of))
+            return Threads._exchange(among, pieces, shapes)
+
+        object.__setattr__(among, "_exchange", exchange)
+        own.sequence = among
+        with torch.no_grad():
+            own.velocity(draw(1, 16, 16), [0.7], own.prefix([draw(8, 32)], [0], 64, 64))
+        return sum(numbers)
+
+    blocks = 3 * 4 * (size - 1) * tokens * width // size**2
+    assert together(size, sent) == [blocks + (size - 1) * 16 // size * channels] * size
 
 
 def test_a_plan_sends_nothing() -> None:
