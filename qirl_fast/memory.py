@@ -28,6 +28,7 @@ from qirl_fast.models.loading import described_model
 from qirl_fast.models.prefix import Conditioned
 from qirl_fast.models.qwenimage21 import PIXELS_PER_TOKEN
 from qirl_fast.models.sequence import Ulysses
+from qirl_fast.preflight import require_sharing
 from qirl_fast.tiny import packaged
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -46,10 +47,12 @@ def plan(cfg: Config, processes: int = 1) -> dict[str, int]:
 
     processes: of the run, each with a device of its own; of them processes.shard, or all, share out
     the transformer. On a CPU every thread replays a chunk of its own where it is not shared out.
+    ConfigError where the model cannot be shared out as the recipe asks.
     """
     folder, item = packaged(cfg.model.path), BYTES[cfg.model.dtype]
     adapter = adapter_of(folder, cfg.model.family)
     models = {name: described_model(kind, folder / name) for name, kind in adapter.parts.items()}
+    require_sharing(cfg.processes.sequence, adapter, models["transformer"].config)
     plan = {
         f"weights of {name}": item * sum(p.numel() for p in model.parameters())
         for name, model in models.items()

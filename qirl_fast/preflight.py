@@ -66,24 +66,38 @@ def sharding(cfg: Config, world: World, device: str) -> Sharding | None:
 def sharing_tokens(cfg: Config, world: World, model: Model) -> Ulysses | None:
     """All: who shares the tokens of a sample with this process, None where nobody does.
 
-    ValueError where the model cannot.
+    ConfigError where the model cannot.
     """
     size = cfg.processes.sequence
+    require_sharing(size, type(model), model.transformer.config)
     if size == 1:
         return None
-    if not model.splits:
-        raise ValueError(
-            f"processes.sequence: got {size}, and the family {model.family} does not share out its "
-            "tokens; set processes.sequence=1"
+    return Ulysses(world.place, size, world.neighbours(cfg.processes.timeout_s))
+
+
+def require_sharing(size: int, adapter: type[Model], config: Any) -> None:
+    """ConfigError where so many processes cannot share the tokens of a sample.
+
+    config: the transformer's.
+    """
+    if size == 1:
+        return
+    if not adapter.splits:
+        raise ConfigError(
+            [
+                f"processes.sequence: got {size}, and the family {adapter.family} does not share "
+                "out its tokens; set processes.sequence=1"
+            ]
         )
-    heads = model.transformer.config.num_attention_heads
+    heads = config.num_attention_heads
     if heads % size:
         allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-        raise ValueError(
-            f"processes.sequence: got {size}, and each process gets as many of the {heads} heads; "
-            f"allowed: {allowed}"
+        raise ConfigError(
+            [
+                f"processes.sequence: got {size}, and each process gets as many of the {heads} "
+                f"heads; allowed: {allowed}"
+            ]
         )
-    return Ulysses(world.place, size, world.neighbours(cfg.processes.timeout_s))
 
 
 def preflight(

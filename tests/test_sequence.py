@@ -16,7 +16,6 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,9 +23,10 @@ from diffusers import QwenImage21Transformer2DModel, QwenImagePipeline
 
 from qirl_fast.checkpoint import load_checkpoint, unpack
 from qirl_fast.config import ConfigError, load_config, require_work
-from qirl_fast.distributed import World
 from qirl_fast.memory import plan
-from qirl_fast.preflight import sharing_tokens
+from qirl_fast.models.flux import Flux
+from qirl_fast.models.qwenimage_edit import QwenImageEdit
+from qirl_fast.preflight import require_sharing
 
 sys.path.append(str(Path(__file__).parent / "models"))
 from small_transformers import qwen_parts, randomised
@@ -230,18 +230,26 @@ def test_numbers_that_do_not_fit_are_refused(small, count, said) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("adapter", "said"),
     [
-        ({"splits": False, "family": "flux"}, "the family flux does not share out its tokens"),
-        ({"splits": True}, "got 2, and each process gets as many of the 3 heads; allowed: 1, 3"),
+        (Flux, "the family flux does not share out its tokens; set processes.sequence=1"),
+        (QwenImageEdit, "the family qwenimage_edit does not share out its tokens"),
     ],
 )
-def test_models_that_cannot_are_refused(small, model, said) -> None:
-    transformer = SimpleNamespace(config=SimpleNamespace(num_attention_heads=3))
-    cfg = load_config([*small, "processes.sequence=2"])
-    given: Any = SimpleNamespace(transformer=transformer, **model)
-    with pytest.raises(ValueError, match=re.escape(said)):
-        sharing_tokens(cfg, World(0, 2, 2), given)
+def test_families_that_cannot_are_refused(adapter, said) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        require_sharing(2, adapter, None)
+
+
+def test_heads_that_do_not_divide_are_refused_and_leave_nothing(processes, small, tmp_path) -> None:
+    """The packaged model has three; two processes would divide them."""
+    said = "processes.sequence: got 2, and each process gets as many of the 3 heads; allowed: 1, 3"
+    own = [*CHUNKS, "processes.sequence=2"]
+    runs = processes(2, [*own, f"output={tmp_path}", "run=r"])
+    assert ended(runs) == [2, 2] and not (tmp_path / "r").exists()
+    assert said in runs[0].output() and runs[1].output() == ""
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        plan(load_config([*small, *own]), 2)
 
 
 @pytest.mark.parametrize("family", ["qwenimage", "qwenimage21"])
