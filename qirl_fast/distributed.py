@@ -90,11 +90,12 @@ class World:
     """The processes of a run, of which this one is number `rank` of `size`; by itself: 0 of 1.
 
     Where a method says "all", every process calls it at the same point, and none returns before the
-    last has called.
+    last has called. One that serves them and is none of them has a number from `size` on.
+    store: where all that were started leave each other words; None by itself.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1):
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None):
+        self.rank, self.size, self.store = rank, size, store
 
     def mesh(self, shard: int, device: str) -> DeviceMesh:
         """All: of the processes; each `shard` neighbours hold one copy of something. 0: all do."""
@@ -198,11 +199,11 @@ def process_threads(threads: int | None) -> int | None:
 
 
 @contextmanager
-def joined(timeout_s: float, cuda: bool) -> Iterator[World]:
+def joined(timeout_s: float, cuda: bool, apart: int = 0) -> Iterator[World]:
     """Inside, the processes that torchrun started know each other; without it there is one.
 
     timeout_s: after which a process that hears nothing of the others raises. cuda: whether they
-    compute on GPUs, each on that of its local rank.
+    compute on GPUs, each on that of its local rank. apart: how many, the last, are none of them.
     """
     if started() == 1:
         yield World()
@@ -214,9 +215,12 @@ def joined(timeout_s: float, cuda: bool) -> Iterator[World]:
     # torchrun keeps its store when it starts a run again: under the same names processes would
     # find, and wait for, the addresses of those that are gone.
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    backend, size = "cpu:gloo,cuda:nccl" if cuda else "gloo", size - apart
+    if rank >= size:
+        yield World(rank, size, store)
+        return
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
-        yield World(rank, size)
+        yield World(rank, size, store)
     finally:
         dist.destroy_process_group()
