@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
+MARGIN = 1.05  # by which cheaper runs are worth that sums of their gradients are of more nodes
 Node = tuple[int, int]  # level from the leaves up, number within the level
 
 
@@ -74,6 +76,37 @@ def merged(nodes: Iterable[tuple[Node, Tensors]]) -> Tensors | None:
     return next(iter(found.values()), None)
 
 
+def cuts(costs: Sequence[int], size: int) -> list[int]:
+    """size + 1 ascending bounds: of `size` runs of the items, none empty where there are enough.
+
+    Runs of equal number, to one, unless the dearest of them costs over MARGIN more than it must:
+    then runs whose dearest costs as little as it can.
+    """
+    n = len(costs)
+    equal = [n * r // size for r in range(size + 1)]
+    dearest = max((sum(costs[a:b]) for a, b in pairwise(equal)), default=0)
+    low, high = max(costs, default=0), dearest
+    while low < high:
+        middle = (low + high) // 2
+        fits = len(_filled(costs, size, middle)) <= size
+        low, high = (low, middle) if fits else (middle + 1, high)
+    if n <= size or dearest <= low * MARGIN:
+        return equal
+    return [*_filled(costs, size, low), n]
+
+
+def _filled(costs: Sequence[int], size: int, limit: int) -> list[int]:
+    """Where runs begin that are filled up to the limit, and of which `size` have something."""
+    begins, filled = [0], 0
+    for i, cost in enumerate(costs):
+        needed = len(costs) - i <= size - len(begins)  # an item for each run that is to come
+        if i > begins[-1] and (filled + cost > limit or needed):
+            begins.append(i)
+            filled = 0
+        filled += cost
+    return begins
+
+
 class PeerFailed(RuntimeError):
     """Another process of the run failed where this one did not."""
 
@@ -102,11 +135,17 @@ class World:
         shape = (self.size // shard, shard) if shard and shard < self.size else (self.size,)
         return init_device_mesh(device, shape, mesh_dim_names=("copy", "shard")[-len(shape) :])
 
-    def own(self, count: int, parts: int = 1) -> list[int]:
-        """This process's of range(count), ascending: a run of each of `parts` equal ranges."""
+    def own(self, count: int, parts: int = 1, costs: Sequence[int] | None = None) -> list[int]:
+        """This process's of range(count), ascending: a run of each of `parts` equal ranges.
+
+        costs: of each of range(count), by which runs are cut, see `cuts`; None: all the same.
+        """
         each = count // parts
-        first, last = (each * r // self.size for r in (self.rank, self.rank + 1))
-        return [part * each + k for part in range(parts) for k in range(first, last)]
+        found: list[int] = []
+        for start in range(0, each * parts, each or 1):
+            bounds = cuts(costs[start : start + each] if costs else [1] * each, self.size)
+            found += range(start + bounds[self.rank], start + bounds[self.rank + 1])
+        return found
 
     def gather(self, value: Any) -> list[Any]:
         """All: the value of each process, by rank. value: plain JSON; NaN is let through."""

@@ -163,7 +163,7 @@ class Trainer:
             self.rollout_sampling,
             self.scheduler,
             self.in_fp8,
-            self.conditioning.of,
+            self.conditioning,
             self.world,
         )
 

@@ -55,7 +55,7 @@ def draw_and_score(
     *,
     samples_per_prompt: int,
     seed: int,
-    own: Callable[[int], Sequence[int]],
+    chunks: Sequence[int],
 ) -> tuple[np.ndarray, list[S]]:
     """Sample every prompt `samples_per_prompt` times: images uint8 [B, H, W, 3], scores by chunk.
 
@@ -66,12 +66,11 @@ def draw_and_score(
         how: sampling with dynamics "ode" steps only (nothing is recorded).
         score: images [b, H, W, 3] and b metadata rows of a chunk -> their scores.
         workers: make the chunks.
-        own: which of so many chunks are made here.
+        chunks: numbers of the chunks that are made here, ascending.
     """
     model_: Model = model
     rows = [row for row in metadata for _ in range(samples_per_prompt)]
     firsts = range(0, len(rows), how.max_rows)
-    chunks = own(len(firsts))
     images = sample_then(
         lambda chunk: model.decode(chunk.latents, how.height, how.width),
         workers,
