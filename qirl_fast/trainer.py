@@ -68,7 +68,7 @@ def require_determinism() -> None:
 
 
 def prepare_device(cfg: Config) -> str:
-    """ "cpu" or "cuda"; generators are seeded and algorithms chosen as the recipe says."""
+    """The device's name, cpu or cuda; generators are seeded, algorithms chosen by the recipe."""
     seed_everything(cfg.seed)
     if cfg.deterministic:
         require_determinism()
