@@ -26,7 +26,7 @@ from typing import Any
 
 from bench.machine import about
 
-GATHERS = 6  # of an update: faults, scores, two agreements of it, the learner's two and metrics
+GATHERS = 8  # of an update: faults, lengths, scores, three agreements, the learner's two
 UPDATES = 24
 CHUNKS = 4
 

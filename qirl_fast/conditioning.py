@@ -245,6 +245,16 @@ class Conditioning:
         null = self._conditioned(prompt, "", versions) if self.guided else None
         return embedding, null, Sources(over_white(images[-1]) for images in decoded)
 
+    def lengths(self, prompts: Sequence[Prompt]) -> list[int]:
+        """All: tokens of each prompt's text and condition images, whoever encodes them.
+
+        ValueError, OSError in all for an image of no use, or that cannot be read.
+        """
+        own = [prompts[i] for i in self.world.own(len(prompts))]
+        with self.world.agreed(OSError, ValueError):
+            found = [tokens_of(given) for given in self.of(own).embeddings] if own else []
+        return [length for part in self.world.gather(found) for length in part]
+
     def _texts(self, prompts: Sequence[str]) -> list[Tensor]:
         with torch.no_grad():
             return self.texts.get(prompts, self.model.encode)
@@ -266,6 +276,13 @@ class Conditioning:
                 raise ImageError(f"{names}: {error}") from error
 
         return from_tensors(self.edits.conditioned(text, shown, encoded))
+
+
+def tokens_of(prompt: Tensor | Conditioned) -> int:
+    """Tokens of an embedding [L, C], or of a prompt with its condition images' latents."""
+    if isinstance(prompt, Tensor):
+        return len(prompt)
+    return len(prompt.text) - int(prompt.slots.sum()) + len(prompt.latents)
 
 
 def as_tensors(prompt: Conditioned) -> dict[str, Tensor]:

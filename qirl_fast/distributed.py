@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,6 +28,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 T = TypeVar("T")
 Tensors = list[Tensor] | tuple[Tensor, ...]
+MARGIN = 1.05  # by which cheaper runs are worth that sums of their gradients are of more nodes
 Node = tuple[int, int]  # level from the leaves up, number within the level
 
 
@@ -75,6 +77,37 @@ def merged(nodes: Iterable[tuple[Node, Tensors]]) -> Tensors | None:
     return next(iter(found.values()), None)
 
 
+def cuts(costs: Sequence[int], size: int) -> list[int]:
+    """size + 1 ascending bounds: of `size` runs of the items, none empty where there are enough.
+
+    Runs of equal number, to one, unless the dearest of them costs over MARGIN more than it must:
+    then runs whose dearest costs as little as it can.
+    """
+    n = len(costs)
+    equal = [n * r // size for r in range(size + 1)]
+    dearest = max((sum(costs[a:b]) for a, b in pairwise(equal)), default=0)
+    low, high = max(costs, default=0), dearest
+    while low < high:
+        middle = (low + high) // 2
+        fits = len(_filled(costs, size, middle)) <= size
+        low, high = (low, middle) if fits else (middle + 1, high)
+    if n <= size or dearest <= low * MARGIN:
+        return equal
+    return [*_filled(costs, size, low), n]
+
+
+def _filled(costs: Sequence[int], size: int, limit: int) -> list[int]:
+    """Where runs begin that are filled up to the limit, and of which `size` have something."""
+    begins, filled = [0], 0
+    for i, cost in enumerate(costs):
+        needed = len(costs) - i <= size - len(begins)  # an item for each run that is to come
+        if i > begins[-1] and (filled + cost > limit or needed):
+            begins.append(i)
+            filled = 0
+        filled += cost
+    return begins
+
+
 class PeerFailed(RuntimeError):
     """Another process of the run failed where this one did not."""
 
@@ -91,12 +124,16 @@ class World:
     """The processes of a run, of which this one is number `rank` of `size`; by itself: 0 of 1.
 
     Where a method says "all", every process calls it at the same point, and none returns before the
-    last has called. Each `sequence` neighbours are a group that draws the same chunks.
+    last has called. One that serves them and is none of them has a number from `size` on. Each
+    `sequence` neighbours are a group that draws the same chunks.
+    store: where all that were started leave each other words; None by itself.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, sequence: int = 1):
-        self.rank, self.size, self.sequence = rank, size, sequence
-        self.place = rank % sequence  # in its group
+    def __init__(
+        self, rank: int = 0, size: int = 1, sequence: int = 1, store: dist.Store | None = None
+    ):
+        self.rank, self.size, self.sequence, self.store = rank, size, sequence, store
+        self.group, self.place = divmod(rank, sequence)  # its group, and where it is in it
 
     def mesh(self, shard: int, device: str) -> DeviceMesh:
         """All: of the processes; each `shard` neighbours hold one copy of something. 0: all do."""
@@ -109,11 +146,18 @@ class World:
         assert found is not None
         return found
 
-    def own(self, count: int, parts: int = 1) -> list[int]:
-        """This group's of range(count), ascending: a run of each of `parts` equal ranges."""
-        each, group, groups = count // parts, self.rank // self.sequence, self.size // self.sequence
-        first, last = (each * r // groups for r in (group, group + 1))
-        return [part * each + k for part in range(parts) for k in range(first, last)]
+    def own(self, count: int, parts: int = 1, costs: Sequence[int] | None = None) -> list[int]:
+        """This group's of range(count), ascending: a run of each of `parts` equal ranges.
+
+        costs: of each of range(count), by which runs are cut, see `cuts`; None: all the same.
+        """
+        each = count // parts
+        found: list[int] = []
+        for start in range(0, each * parts, each or 1):
+            share = costs[start : start + each] if costs else [1] * each
+            bounds = cuts(share, self.size // self.sequence)
+            found += range(start + bounds[self.group], start + bounds[self.group + 1])
+        return found
 
     def shown(self, own: Sequence[T]) -> Sequence[T]:
         """Of the chunks of its group, a run: those that this process decodes and judges."""
@@ -217,11 +261,12 @@ def process_threads(threads: int | None) -> int | None:
 
 
 @contextmanager
-def joined(timeout_s: float, cuda: bool, sequence: int = 1) -> Iterator[World]:
+def joined(timeout_s: float, cuda: bool, sequence: int = 1, apart: int = 0) -> Iterator[World]:
     """Inside, the processes that torchrun started know each other; without it there is one.
 
     timeout_s: after which a process that hears nothing of the others raises. cuda: whether they
-    compute on GPUs, each on that of its local rank; sequence: see `World`.
+    compute on GPUs, each on that of its local rank. sequence: see `World`. apart: how many, the
+    last, are none of them.
     """
     if started() == 1:
         yield World()
@@ -233,9 +278,12 @@ def joined(timeout_s: float, cuda: bool, sequence: int = 1) -> Iterator[World]:
     # torchrun keeps its store when it starts a run again: under the same names processes would
     # find, and wait for, the addresses of those that are gone.
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    backend, size = "cpu:gloo,cuda:nccl" if cuda else "gloo", size - apart
+    if rank >= size:
+        yield World(rank, size, store=store)
+        return
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
-        yield World(rank, size, sequence)
+        yield World(rank, size, sequence, store)
     finally:
         dist.destroy_process_group()

@@ -20,6 +20,7 @@ from qirl_fast.rewards.judges import Judges
 from qirl_fast.rewards.verdict import BadReward, Verdict
 from qirl_fast.rollout.sample import Sampling, sample_then
 from qirl_fast.rollout.workers import Workers
+from qirl_fast.shares import own_chunks
 
 
 class EvaluationFailed(RuntimeError):
@@ -59,6 +60,7 @@ class HeldoutSamples:
 
     def _of_one_size(self, prompts: list[Prompt]) -> Evaluation:
         samples, names = self.cfg.evaluation.samples_per_prompt, self.judges.names
+        chunks = self._own(prompts, samples)
         with self.world.agreed(EvaluationFailed), self.model.gathered():
             try:
                 given = self.conditioning.of(prompts)
@@ -73,8 +75,8 @@ class HeldoutSamples:
                     self.workers,
                     samples_per_prompt=samples,
                     seed=self.cfg.evaluation.seed,
-                    own=self.world.own,
-                    shown=self.world.shown,
+                    chunks=chunks,
+                    shown=self.world.shown(chunks),
                 )
                 own = [part.result().as_json() for part in pending]
             except (NotFinite, ImageError, BadReward) as error:
@@ -100,16 +102,25 @@ class HeldoutSamples:
             set_rng_state(generators)
         return found
 
+    def _own(self, prompts: list[Prompt], samples: int) -> list[int]:
+        """Which chunks of `samples` images of each prompt are made here."""
+        owner = [p for p in range(len(prompts)) for _ in range(samples)]
+        rows = self.how.max_rows
+        try:
+            return own_chunks(self.world, self.model, self.conditioning, prompts, owner, rows)
+        except (ValueError, OSError) as error:
+            raise EvaluationFailed(f"held-out images: {error}") from error
+
     def _drawn(self, prompts: list[Prompt]) -> np.ndarray:
         """The first image of each prompt, uint8 [P, H, W, 3]."""
         samples = self.cfg.evaluation.samples_per_prompt
+        chunks = self._own(prompts, 1)
         with self.world.agreed(EvaluationFailed), self.model.gathered():
             try:
                 given = self.conditioning.of(prompts)
                 how = replace(self.how, height=given.height, width=given.width)
-                of = self.world.own(-(-len(prompts) // how.max_rows))
-                shown = [k * how.max_rows for k in self.world.shown(of)]
-                chunks = sample_then(
+                shown = [k * how.max_rows for k in self.world.shown(chunks)]
+                images = sample_then(
                     lambda chunk: images_of(self.model, chunk, chunk.rows.start in shown),
                     self.workers,
                     self.model,
@@ -121,9 +132,9 @@ class HeldoutSamples:
                     seed=self.cfg.evaluation.seed,
                     update=0,
                     samples=range(0, len(prompts) * samples, samples),
-                    chunks=of,
+                    chunks=chunks,
                 )
-                own = [np.empty((0, how.height, how.width, 3), np.uint8), *chunks]
+                own = [np.empty((0, how.height, how.width, 3), np.uint8), *images]
             except (NotFinite, ImageError) as error:
                 raise EvaluationFailed(f"held-out images: {error}") from error
         return self.world.concatenated(np.concatenate(own))

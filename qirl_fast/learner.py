@@ -66,7 +66,7 @@ class Learner:
     ) -> dict[str, float]:
         """One optimizer step per minibatch of chunks; returns the metrics of the update.
 
-        trajectories: this process's chunks, as many of each minibatch. advantage: float32, one
+        trajectories: this process's chunks, some of each minibatch. advantage: float32, one
         value a row of all chunks of all processes, in their order; None where the algorithm has no
         use for it. tasks: what each of these rows is, see `Prompt.task`. begun: called before the
         first optimizer step.
@@ -80,15 +80,12 @@ class Learner:
             prepared = self.algorithm.prepare(trajectories, tasks)
         told = self.world.gather([[c.rows.start, c.rows.stop] for c in trajectories])
         rows = [range(*pair) for pair in sorted({(a, b) for own in told for a, b in own})]
-        own, whole = len(trajectories) // count, len(rows) // count
+        whole = len(rows) // count
         for k in range(count):
-            part = slice(k * own, (k + 1) * own)
-            found = self._backward(
-                trajectories[part],
-                prepared[part],
-                advantage,
-                rows[k * whole : (k + 1) * whole],
-            )
+            part = rows[k * whole : (k + 1) * whole]
+            own = [i for i, c in enumerate(trajectories) if c.rows in part]
+            chunks, ready = ([held[i] for i in own] for held in (trajectories, prepared))
+            found = self._backward(chunks, ready, advantage, part)
             if k == 0:
                 begun()
             norm = self._optimizer_step()

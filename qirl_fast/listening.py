@@ -1,8 +1,21 @@
-"""The socket that a server of this project listens on."""
+"""What a server of this project listens with."""
 
 import socket
+from typing import Any
 
 from qirl_fast.config import ConfigError
+
+
+def reward_library() -> Any:
+    """qirl_fast.reward_app; ConfigError where packages of the extra `server` are missing."""
+    try:
+        import uvicorn  # noqa: F401
+
+        from qirl_fast import reward_app
+    except ImportError as error:
+        text = f"{error.name} is not installed; `pip install 'qirl-fast[server]'` brings it"
+        raise ConfigError([text]) from error
+    return reward_app
 
 
 def listen(host: str, port: int) -> socket.socket:

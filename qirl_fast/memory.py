@@ -23,6 +23,7 @@ from qirl_fast.data.prompts import Prompt, load_prompts
 from qirl_fast.data.sources import ImageError
 from qirl_fast.distributed import World, process_threads
 from qirl_fast.models import Model, adapter_of
+from qirl_fast.models.adapter import heads_and_width
 from qirl_fast.models.fp8 import Layer, plan_layers, use_fp8
 from qirl_fast.models.loading import described_model
 from qirl_fast.models.prefix import Conditioned
@@ -231,8 +232,7 @@ def _replay(
     with mode:
         config = transformer.config
         channels = adapter.latent_channels(config)
-        heads = config.get("num_attention_heads") or config.n_heads
-        width = config.get("dim") or heads * config.attention_head_dim
+        heads, width = heads_and_width(config)
         names = ("context_in_dim", "joint_attention_dim", "cap_feat_dim")
         channels_of_text = next(config[name] for name in names if config.get(name))
         group = trained_group(cfg)

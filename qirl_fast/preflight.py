@@ -123,7 +123,7 @@ def preflight(
     problems += _task_problems(cfg, prompts["train"], files["train"])
     problems += _model_problems(cfg, packaged(cfg.model.path))
     for name, rows in prompts.items():
-        problems += _row_problems(cfg, judges, rows, bad[name], files[name])
+        problems += row_problems(cfg, judges, rows, bad[name], files[name])
         problems += _image_problems(cfg, model, rows, bad[name], files[name])
     if problems:
         raise ConfigError(problems)
@@ -288,7 +288,7 @@ def contents(folder: Path, parts: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _row_problems(
+def row_problems(
     cfg: Config,
     judges: Judges,
     rows: list[Prompt],

@@ -15,6 +15,7 @@ import hmac
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -27,7 +28,11 @@ from qirl_fast.reward_metrics import Metrics
 from qirl_fast.rewards.served import Answer, Served, read
 from qirl_fast.rewards.wire import VERSION, Limits, TooLarge, WireError
 
+if TYPE_CHECKING:
+    import uvicorn
+
 RETRY_AFTER_S = 1
+CONNECTIONS = 512  # beside those with a request
 
 logger = logging.getLogger(__name__)
 
@@ -175,6 +180,25 @@ class App:
             return response
 
         return guarded
+
+
+def server_of(app: App, requests: int, grace_s: int) -> "uvicorn.Server":
+    """What answers for the app, `requests` of which it holds at once; grace_s: to finish in."""
+    import uvicorn
+
+    return uvicorn.Server(
+        uvicorn.Config(
+            app.starlette(),
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            limit_concurrency=requests + CONNECTIONS,
+            timeout_graceful_shutdown=grace_s,
+        )
+    )
 
 
 def _error(status: int, text: str) -> Response:

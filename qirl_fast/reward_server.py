@@ -11,43 +11,29 @@ import os
 import signal
 import sys
 from contextlib import suppress
-from typing import Any
 
 from qirl_fast.config import ConfigError, load_settings
 from qirl_fast.config.server import ServerConfig, token_of
 from qirl_fast.entry import run
-from qirl_fast.listening import listen
+from qirl_fast.listening import listen, reward_library
 from qirl_fast.rewards.judges import Judges
 from qirl_fast.rewards.served import Served
 
 USAGE = f"""{__doc__}
   key=value    any setting by its dotted name, e.g. port=9000 serve=[alignment]
 """
-CONNECTIONS = 512
 
 logger = logging.getLogger("qirl_fast.reward_server")
 
 
 def serve(cfg: ServerConfig) -> int:
     """Serve until a signal comes: 0, or 1 where a judge was still busy after grace_s."""
-    uvicorn, app_type = _libraries()
+    library = reward_library()
     token = token_of(cfg.token_env)
     listening = listen(cfg.host, cfg.port)
     judges = _load(cfg)
-    app = app_type(judges, token, cfg.limits, cfg.requests, cfg.body_s)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app.starlette(),
-            http="h11",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            limit_concurrency=CONNECTIONS,
-            timeout_graceful_shutdown=cfg.grace_s,
-        )
-    )
+    app = library.App(judges, token, cfg.limits, cfg.requests, cfg.body_s)
+    server = library.server_of(app, cfg.requests, cfg.grace_s)
     listening.listen()  # until now clients were refused, and asked again
     host, port = listening.getsockname()[:2]
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -61,19 +47,6 @@ def serve(cfg: ServerConfig) -> int:
     for judge in judges.values():
         judge.close()
     return 0
-
-
-def _libraries() -> tuple[Any, Any]:
-    """(uvicorn, App); both need packages of the extra `server`."""
-    try:
-        import uvicorn
-
-        from qirl_fast.reward_app import App
-    except ImportError as error:
-        raise ConfigError(
-            [f"{error.name} is not installed; `pip install 'qirl-fast[server]'` brings it"]
-        ) from error
-    return uvicorn, App
 
 
 def _load(cfg: ServerConfig) -> dict[str, Served]:

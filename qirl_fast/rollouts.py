@@ -15,7 +15,7 @@ from torch import Tensor
 from qirl_fast.advantages import advantages, mean_scores, spread_metrics
 from qirl_fast.algorithms import Algorithm
 from qirl_fast.batch import Batch, StepFailed
-from qirl_fast.conditioning import Given
+from qirl_fast.conditioning import Conditioning
 from qirl_fast.config import Config
 from qirl_fast.data.prompts import Prompt
 from qirl_fast.distributed import World
@@ -27,6 +27,7 @@ from qirl_fast.rewards.verdict import BadReward, Pending, Span, Verdict
 from qirl_fast.rollout.replay import replay
 from qirl_fast.rollout.sample import Sampling, Trajectory, sample_then
 from qirl_fast.rollout.workers import Workers
+from qirl_fast.shares import own_chunks
 
 Judged = tuple[Trajectory, np.ndarray, Pending]  # a chunk, its images, its scores on their way
 
@@ -53,8 +54,8 @@ def _spread(values: Sequence[Any], places: Sequence[int], count: int) -> list[An
 @dataclass
 class Rollouts:
     """Makes an update's batch. how: of the rollout, but for the size; on: inside it the rollout's
-    fp8 is on, if any; give: what model and judges are given of prompts; world: who shares the
-    chunks of a minibatch. `waits`: when, in the last batch, nothing was left to do but wait for
+    fp8 is on, if any; conditioning: what model and judges are given of prompts; world: who shares
+    the chunks of a minibatch. `waits`: when, in the last batch, nothing was left to do but wait for
     judges.
     """
 
@@ -66,7 +67,7 @@ class Rollouts:
     how: Sampling
     scheduler: Mapping[str, Any]
     on: Callable[[], AbstractContextManager[None]]
-    give: Callable[[Sequence[Prompt]], Given]
+    conditioning: Conditioning
     world: World
     waits: list[Span] = field(default_factory=list)
 
@@ -141,7 +142,12 @@ class Rollouts:
         owner = [k // r.group_size for k in (range(total) if samples is None else samples)]
         rows = [prompts[p] for p in owner]
         parts = self.cfg.train.updates_per_rollout if record else 1
-        own = self.world.own(-(-len(owner) // how.max_rows), parts)
+        try:
+            own = own_chunks(
+                self.world, self.model, self.conditioning, prompts, owner, how.max_rows, parts
+            )
+        except (ValueError, OSError) as error:
+            raise StepFailed(str(error)) from error
         used = sorted({p for k in own for p in owner[k * how.max_rows : (k + 1) * how.max_rows]})
         shown = {k * how.max_rows for k in self.world.shown(own)}
         recorded = self.algorithm.record(r, self.cfg.seed, update)
@@ -181,7 +187,7 @@ class Rollouts:
             self.model.gathered(),
         ):
             try:
-                given = self.give([prompts[p] for p in used or [0]])
+                given = self.conditioning.of([prompts[p] for p in used or [0]])
             except (ValueError, OSError) as error:
                 raise StepFailed(str(error)) from error
             how = replace(how, height=given.height, width=given.width)

@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,15 @@ import torch
 
 from qirl_fast.batch import Batch, StepFailed, save_batch
 from qirl_fast.checkpoint import CheckpointError
-from qirl_fast.config import Config, ConfigError, derived, describe, load_config, require_work
+from qirl_fast.config import (
+    Config,
+    ConfigError,
+    derived,
+    describe,
+    load_config,
+    require_work,
+    training,
+)
 from qirl_fast.data.prompts import PromptError
 from qirl_fast.distributed import PeerFailed, World, joined, started
 from qirl_fast.entry import run
@@ -30,6 +39,7 @@ from qirl_fast.models.fp8 import describe as describe_layers
 from qirl_fast.models.fp8.te import Unavailable
 from qirl_fast.reporting.kept import before_evaluation, draw_samples, draw_strip, strip_updates
 from qirl_fast.reporting.summary import write_report
+from qirl_fast.reward_ranks import serve, served, told_when_over
 from qirl_fast.saving import Saver, resume
 from qirl_fast.tracking import Tracker, prepare_run_dir, profiled
 from qirl_fast.trainer import Trainer
@@ -57,8 +67,15 @@ def log_file(run_dir: Path) -> Iterator[None]:
 
 def train(cfg: Config) -> Path:
     """Train by the recipe, in all processes that torchrun started, and return the run's folder."""
-    cuda = cfg.device != "cpu" and torch.cuda.is_available()
-    with joined(cfg.processes.timeout_s, cuda, cfg.processes.sequence) as world:
+    cuda, own = cfg.device != "cpu" and torch.cuda.is_available(), cfg.processes
+    training(cfg, started())
+    with (
+        joined(own.timeout_s, cuda, own.sequence, own.rewards) as world,
+        told_when_over(world, own.rewards),
+    ):
+        if world.rank >= world.size:
+            serve(cfg, world)
+            return Path(cfg.output, str(cfg.run))
         fresh = not any(Path(cfg.output, str(cfg.run)).glob("*"))
         with world.agreed():
             run_dir = prepare_run_dir(cfg) if world.rank == 0 else Path(cfg.output, str(cfg.run))
@@ -78,7 +95,7 @@ def prepared(cfg: Config, run_dir: Path, fresh: bool, world: World) -> tuple[Tra
     """The trainer, at the step it goes on from; a fresh folder is taken away again on failure."""
     try:
         with world.agreed():
-            trainer = Trainer(cfg, world)
+            trainer = Trainer(cfg, world, partial(served, cfg, world))
         return trainer, resume(trainer, run_dir, cfg)
     except BaseException as error:
         if fresh and world.rank == 0:
@@ -213,11 +230,12 @@ def main(argv: list[str] | None = None) -> int:
         if "--dry-run" not in args:
             train(cfg)
             return
-        require_work(cfg, started())
+        processes = training(cfg, started())
+        require_work(cfg, processes)
         if int(os.environ.get("RANK", "0")):  # one of them speaks
             return
         print(describe(cfg))
-        print(describe_plan(plan(cfg, started()), started()))
+        print(describe_plan(plan(cfg, processes), processes))
         if cfg.model.fp8 is not None:
             fp8 = cfg.model.fp8
             print(describe_layers(fp8_plan(cfg), fp8.recipe, fp8.library))

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -32,6 +32,7 @@ from qirl_fast.models.graphs import ForwardGraphs
 from qirl_fast.models.sharding import own_part
 from qirl_fast.preflight import preflight, sharding, sharing_tokens
 from qirl_fast.rewards.judges import Judges
+from qirl_fast.rewards.kinds import JudgeSettings
 from qirl_fast.rewards.verdict import covered
 from qirl_fast.rollout.guidance import Guidance
 from qirl_fast.rollout.sample import Sampling
@@ -66,25 +67,41 @@ def require_determinism() -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def prepare_device(cfg: Config) -> str:
+    """The device's name, cpu or cuda; generators are seeded, algorithms chosen by the recipe."""
+    seed_everything(cfg.seed)
+    if cfg.deterministic:
+        require_determinism()
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    device = best if cfg.device == "auto" else cfg.device
+    if device == "cuda" and best == "cpu":
+        raise ValueError(
+            "device: got cuda, and torch.cuda.is_available() is False here; allowed: cpu, auto"
+        )
+    return device
+
+
+def judging_device(device: str) -> str:
+    """The same by its number: in threads, as judges have, "cuda" is the first GPU."""
+    return f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
+
+
 class Trainer:
     """Model, prompts, judges, learner; every method is one verb of the loop in train.py.
 
     world: the processes of the run, each with a Trainer of its own, all of whose verbs they call
-    together.
+    together. served: gives settings for judges in place of the recipe's own.
     """
 
-    def __init__(self, cfg: Config, world: World | None = None):
+    def __init__(
+        self,
+        cfg: Config,
+        world: World | None = None,
+        served: Callable[[], Mapping[str, JudgeSettings]] = dict,
+    ):
         self.cfg, self.world = cfg, world or World()
         require_work(cfg, self.world.size)
-        seed_everything(cfg.seed)
-        if cfg.deterministic:
-            require_determinism()
-        best = "cuda" if torch.cuda.is_available() else "cpu"
-        device = best if cfg.device == "auto" else cfg.device
-        if device == "cuda" and best == "cpu":
-            raise ValueError(
-                "device: got cuda, and torch.cuda.is_available() is False here; allowed: cpu, auto"
-            )
+        device = prepare_device(cfg)
         if cfg.rollout.denoise == "graphs" and device == "cpu":
             raise ValueError(
                 "rollout.denoise: got graphs, and the run is on the CPU; allowed there: eager, "
@@ -105,7 +122,8 @@ class Trainer:
         logger.info("denoising: %s", cfg.rollout.denoise)
         self.scheduler = dict(self.model.pipeline.scheduler.config)
         names = [*cfg.rewards, *cfg.watch]
-        self.judges = Judges(names, cfg.judges, device, cfg.failures.reask)
+        specs = cfg.judges | dict(served())
+        self.judges = Judges(names, specs, judging_device(device), cfg.failures.reask)
         stateful = ", ".join(self.judges.state_dict())
         if stateful and self.world.size > 1:
             raise ValueError(
@@ -147,7 +165,7 @@ class Trainer:
             self.rollout_sampling,
             self.scheduler,
             self.in_fp8,
-            self.conditioning.of,
+            self.conditioning,
             self.world,
         )
 

@@ -209,13 +209,16 @@ def test_sums_are_those_that_a_process_holds(chunks: int, size: int) -> None:
 
 
 def test_a_dry_run_speaks_for_the_processes_it_is_started_in(start, small) -> None:
-    def dry(rank: int, processes: int) -> Any:
+    def dry(rank: int, processes: int, *more: str) -> Any:
         told = {"WORLD_SIZE": str(processes), "RANK": str(rank)}
-        run = start([*small, "rollout.max_rows=2", "--dry-run"], hook=f"os.environ.update({told})")
+        own = [*small, "rollout.max_rows=2", *more, "--dry-run"]
+        run = start(own, hook=f"os.environ.update({told})")
         run.wait()
         return run
 
     first, second, idle = dry(0, 2), dry(1, 2), dry(0, 5)
+    judging = dry(0, 5, "processes.rewards=1")
     assert first.wait() == 0 and "each of 2 processes" in first.output()
+    assert judging.wait() == 0 and "each of 4 processes" in judging.output()
     assert second.wait() == 0 and second.output() == ""
     assert idle.wait() == 2 and "in 4 chunks of 2; start at most 4" in idle.output()

@@ -2,6 +2,7 @@
 # sbatch examples/launch/slurm.sh my_recipe.yaml [key=value ...]
 # Two machines of eight GPUs. Two minutes before the time is up the processes are sent SIGTERM: the run
 # saves the steps it has done and ends, the job goes back into the queue and goes on from there.
+# With processes.rewards=1 after the recipe the last GPU of the last machine is the judges'.
 #SBATCH --job-name=qirl
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -9,6 +9,7 @@ from qirl_fast.config.compare import (
     require_work,
     save_resolved,
     settings,
+    training,
 )
 from qirl_fast.config.load import default_recipe, load_config, load_settings
 from qirl_fast.config.rules import trained_group
@@ -30,4 +31,5 @@ __all__ = [
     "save_resolved",
     "settings",
     "trained_group",
+    "training",
 ]

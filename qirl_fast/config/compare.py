@@ -63,6 +63,20 @@ def derived(cfg: Config) -> Derived:
     )
 
 
+def training(cfg: Config, processes: int) -> int:
+    """How many of the processes train; ConfigError where the others would have none to serve."""
+    rewards = cfg.processes.rewards
+    if 2 * rewards > processes:
+        raise ConfigError(
+            [
+                f"processes.rewards: got {rewards} of {processes} processes; each serves one or "
+                f"more of those that train: start {2 * rewards} or more (torchrun "
+                f"--nproc-per-node), or set it to {processes // 2} or less"
+            ]
+        )
+    return processes - rewards
+
+
 def require_work(cfg: Config, processes: int) -> None:
     """ConfigError where one of the processes would have nothing to do, or lack a neighbour."""
     size, sequence = derived(cfg), cfg.processes.sequence

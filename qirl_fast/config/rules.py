@@ -39,6 +39,12 @@ def cross_problems(cfg: Config) -> Iterator[Problem]:
             f"{cfg.model.attention} adds up in any order; allowed: auto, sdpa, flash, flash3, flex",
         )
     yield from _shard_problems(cfg)
+    if cfg.processes.rewards and not cfg.rewards and not cfg.watch:
+        yield (
+            ("processes.rewards", "rewards", "watch"),
+            f"processes.rewards: got {cfg.processes.rewards}, and there is no judge to serve; set "
+            "it to 0, or name judges under watch",
+        )
     yield from _batch_problems(cfg)
     yield from _weight_problems(cfg)
     yield from _tier_problems(cfg)

@@ -210,6 +210,11 @@ class ProcessesConfig(Section):
         description="sharded weights, their gradients and moments in CPU memory, on the GPU only "
         "while used",
     )
+    rewards: Natural = Field(
+        default=0,
+        description="processes, the last, that train nothing and serve the judges to the others; "
+        "0: every process has judges of its own",
+    )
     timeout_s: Positive = Field(
         default=1800.0,
         description="seconds after which a process that hears nothing of the others ends the run",

@@ -69,8 +69,8 @@ def draw_and_score(
     *,
     samples_per_prompt: int,
     seed: int,
-    own: Callable[[int], Sequence[int]],
-    shown: Callable[[Sequence[int]], Sequence[int]],
+    chunks: Sequence[int],
+    shown: Sequence[int],
 ) -> tuple[np.ndarray, list[S]]:
     """Sample every prompt `samples_per_prompt` times: images uint8 [B, H, W, 3], scores by chunk.
 
@@ -81,14 +81,13 @@ def draw_and_score(
         how: sampling with dynamics "ode" steps only (nothing is recorded).
         score: images [b, H, W, 3] and b metadata rows of a chunk -> their scores.
         workers: make the chunks.
-        own: which of so many chunks are made here; shown: which of these are decoded and scored
-            here, a run of them.
+        chunks: numbers of the chunks that are made here, ascending; shown: of these, those that
+            are decoded and scored here.
     """
     model_: Model = model
     rows = [row for row in metadata for _ in range(samples_per_prompt)]
     firsts = range(0, len(rows), how.max_rows)
-    chunks = own(len(firsts))
-    scored = [firsts[k] for k in shown(chunks)]
+    scored = [firsts[k] for k in shown]
     images = sample_then(
         lambda chunk: images_of(model, chunk, chunk.rows.start in scored),
         workers,

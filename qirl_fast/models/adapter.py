@@ -58,6 +58,12 @@ def require_finite(latents: Tensor) -> None:
         raise NotFinite(bad, len(latents))
 
 
+def heads_and_width(config: Any) -> tuple[int, int]:
+    """Attention heads and channels of a transformer's blocks, from its config."""
+    heads = config.get("num_attention_heads") or config.n_heads
+    return heads, config.get("dim") or heads * config.attention_head_dim
+
+
 class Adapter:
     """A stock pipeline as the trainer sees it; a family adds encode, latent_shape, prefix, join,
     modulation, forward and decode.
