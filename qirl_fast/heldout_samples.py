@@ -18,8 +18,8 @@ from qirl_fast.models.adapter import NotFinite
 from qirl_fast.rewards.judge import FAILED
 from qirl_fast.rewards.judges import Judges
 from qirl_fast.rewards.verdict import BadReward, Verdict
-from qirl_fast.rollout.sample import Sampling, sample_then
-from qirl_fast.rollout.workers import Workers
+from qirl_fast.rollout.sample import Sampling, decode, sample_then
+from qirl_fast.rollout.workers import StepFailed, Workers
 
 
 class EvaluationFailed(RuntimeError):
@@ -76,7 +76,7 @@ class HeldoutSamples:
                     own=self.world.own,
                 )
                 own = [part.result().as_json() for part in pending]
-            except (NotFinite, ImageError, BadReward) as error:
+            except (NotFinite, ImageError, BadReward, StepFailed) as error:
                 raise EvaluationFailed(f"held-out images: {error}") from error
         told = [v for found in self.world.gather(own) for v in found]
         scores = self._scores(Verdict.of([Verdict.from_json(v, len(names)) for v in told]))
@@ -107,7 +107,7 @@ class HeldoutSamples:
                 given = self.conditioning.of(prompts)
                 how = replace(self.how, height=given.height, width=given.width)
                 chunks = sample_then(
-                    lambda chunk: self.model.decode(chunk.latents, how.height, how.width),
+                    lambda chunk: decode(self.model, chunk.latents, how, self.workers),
                     self.workers,
                     self.model,
                     given.embeddings,
@@ -121,7 +121,7 @@ class HeldoutSamples:
                     chunks=self.world.own(-(-len(prompts) // how.max_rows)),
                 )
                 own = [np.empty((0, how.height, how.width, 3), np.uint8), *chunks]
-            except (NotFinite, ImageError) as error:
+            except (NotFinite, ImageError, StepFailed) as error:
                 raise EvaluationFailed(f"held-out images: {error}") from error
         return self.world.concatenated(np.concatenate(own))
 

@@ -93,6 +93,7 @@ class Trainer:
         folder, shards = packaged(cfg.model.path), sharding(cfg, self.world, device)
         threads = 1 if shards else process_threads(cfg.threads)  # shards: forwards go in step
         self.workers = cpu_workers(threads) if device == "cpu" else Workers(1)
+        self.workers.in_step = shards is not None
         dtype, spread = DTYPES[cfg.model.dtype], shards is not None
         self.model = load_model(folder, cfg.model.family, dtype, device, spread)
         use_attention(self.model.transformer, cfg.model.attention)
@@ -100,6 +101,8 @@ class Trainer:
         kind = DENOISERS[cfg.rollout.denoise]
         if kind is not None:
             self.model.denoiser = kind(self.model.transformer, self.model.forward)
+        if isinstance(self.model.denoiser, ForwardGraphs):
+            self.workers.release = self.model.denoiser.forget
         logger.info("denoising: %s", cfg.rollout.denoise)
         self.scheduler = dict(self.model.pipeline.scheduler.config)
         names = [*cfg.rewards, *cfg.watch]

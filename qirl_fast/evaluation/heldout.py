@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from qirl_fast.rollout.sample import Model, Sampling, sample_then
+from qirl_fast.rollout.sample import Model, Sampling, decode, sample_then
 from qirl_fast.rollout.workers import Workers
 
 S = TypeVar("S")
@@ -73,7 +73,7 @@ def draw_and_score(
     firsts = range(0, len(rows), how.max_rows)
     chunks = own(len(firsts))
     images = sample_then(
-        lambda chunk: model.decode(chunk.latents, how.height, how.width),
+        lambda chunk: decode(model, chunk.latents, how, workers),
         workers,
         model_,
         embeddings,
