@@ -22,8 +22,14 @@ from qirl_fast.rollout.sample import decode
 from qirl_fast.rollout.workers import StepFailed, Workers, out_of_memory
 from qirl_fast.trainer import Trainer
 
-NFT = "algorithm={name: nft, levels: 2}"
-LEVELS = ("rollout.dynamics=ode", "rollout.window=null", "rollout.ratio_mode=conditional")
+RECIPES = Path(__file__).parents[1] / "configs" / "algorithms"
+LEVELS = (
+    "algorithm.levels=2",
+    "rollout.sde_steps=null",
+    "rollout.dynamics=ode",
+    "rollout.window=null",
+    "rollout.ratio_mode=conditional",
+)
 FULL_WEIGHTS = ("model.adapter=full", "train.lr=1e-4")
 CASES = {
     "grpo": (),
@@ -34,16 +40,16 @@ CASES = {
         "rollout.max_rows=4",
     ),
     "all weights": (*FULL_WEIGHTS, "rollout.ratio_mode=conditional"),
-    "guard": ("algorithm={name: grpo_guard}", "train.updates_per_rollout=2"),
-    "dppo": ("algorithm={name: dppo}", "train.updates_per_rollout=2", "train.replay_steps=2"),
-    "nft": (NFT, *LEVELS),
-    "awm": ("algorithm={name: awm, levels: 2}", "train.updates_per_rollout=2", *LEVELS),
+    "grpo_guard": ("train.updates_per_rollout=2", "rollout.sde_steps=null"),
+    "dppo": ("train.updates_per_rollout=2", "rollout.sde_steps=null", "train.replay_steps=2"),
+    "nft": LEVELS,
+    "awm": ("train.updates_per_rollout=2", *LEVELS),
 }
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, most: int, gradient: bool = True) -> list[int]:
     """Forwards (with gradient alone, or all) and decodings of more rows than `most` run out of
-    memory. Returns the rows of those that do.
+    memory. Returns the rows of the forwards that do.
     """
     failed: list[int] = []
 
@@ -53,7 +59,8 @@ def refuse(monkeypatch: pytest.MonkeyPatch, most: int, gradient: bool = True) ->
         def run(self: Any, x: Tensor, *args: Any, **named: Any) -> Any:
             counts = name == "decode" or torch.is_grad_enabled() or not gradient
             if counts and len(x) > most:
-                failed.append(len(x))
+                if name == "velocity":
+                    failed.append(len(x))
                 raise torch.OutOfMemoryError(f"CUDA out of memory with {len(x)} rows")
             return real(self, x, *args, **named)
 
@@ -66,7 +73,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, most: int, gradient: bool = True) ->
 
 @pytest.fixture
 def updated(small, tmp_path, monkeypatch) -> Callable[..., Any]:
-    """`updated(*settings)`: one update's batch, metrics and gradients; and the trainer."""
+    """`updated(case)`: one update's batch, metrics and gradients; and the trainer."""
     seen: list[Tensor] = []
     real = Learner._optimizer_step
 
@@ -76,9 +83,13 @@ def updated(small, tmp_path, monkeypatch) -> Callable[..., Any]:
 
     monkeypatch.setattr(Learner, "_optimizer_step", step)
 
-    def run(*settings: str) -> Any:
+    def run(case: str) -> Any:
         seen.clear()
-        trainer = Trainer(load_config([*small, f"output={tmp_path}", *settings]))
+        recipe, common = RECIPES / f"{case}.yaml", [*small, f"output={tmp_path}"]
+        if recipe.exists():
+            own = (word for word in common if not word.startswith("algorithm="))
+            common = [str(recipe), "model.path=tiny", *own]
+        trainer = Trainer(load_config([*common, *CASES[case]]))
         batch = trainer.rollout(trainer.next_prompts(), 1)
         advantage = trainer.advantages(batch)
         metrics = trainer.update(batch, advantage)
@@ -94,26 +105,30 @@ def tensors(batch: Any) -> Iterator[Tensor]:
             yield from (t for t in getattr(chunk, name) if t is not None)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("gradient", [True, False], ids=["replay fails", "all fail"])
+@pytest.mark.parametrize(
+    ("case", "gradient"),
+    [("grpo", True), ("all weights", True), *((case, False) for case in CASES)],
+)
 def test_an_update_in_parts_is_that_of_the_whole(updated, monkeypatch, case, gradient) -> None:
     """What is drawn is equal to the bit, here on a CPU whose matrix products give a row the same
-    bits in any batch; gradients are sums over rows in another order, so they agree to float32
-    rounding (6e-8 a term; 1e-5 of the norm leaves room for a thousand).
+    bits in any batch. Gradients are sums over rows in another order, of terms that nearly cancel,
+    as advantages sum to 0: 1e-4 of the norm leaves room for a sum 1000 times less than its terms,
+    each rounded by 6e-8.
     """
-    batch, metrics, gradients, _ = updated(*CASES[case])
-    failed = refuse(monkeypatch, 4 if gradient else 3, gradient)
-    in_parts, found, sums, trainer = updated(*CASES[case])
-    assert failed and len(failed) == len(set(failed)), "each size fails once, then never again"
+    batch, metrics, gradients, _ = updated(case)
+    failed = refuse(monkeypatch, 3, gradient)
+    in_parts, found, sums, trainer = updated(case)
+    assert 1 <= len(failed) <= 3, "of 8 rows, 4 and 2 (guided: 4) fail once, then never again"
     assert len(in_parts.trajectories) == len(batch.trajectories)
     assert [c.rows for c in in_parts.trajectories] == [c.rows for c in batch.trajectories]
-    assert [c.prompts for c in in_parts.trajectories] == [c.prompts for c in batch.trajectories]
+    owners = [[c.prompts.owner for c in b.trajectories] for b in (in_parts, batch)]
+    assert owners[0] == owners[1]
     pairs = list(zip(tensors(in_parts), tensors(batch), strict=True))
     assert len(pairs) >= 2 and all(torch.equal(ours, whole) for ours, whole in pairs)
     assert np.array_equal(in_parts.images, batch.images)
     assert torch.equal(in_parts.scores, batch.scores)
     for ours, whole in zip(sums, gradients, strict=True):
-        assert (ours - whole).norm() <= 1e-5 * whole.norm() + 1e-12
+        assert (ours - whole).norm() <= 1e-4 * whole.norm() + 1e-12
     if len(set(metrics) & {"pre_update_ratio_error"}):
         assert found["pre_update_ratio_error"] == metrics["pre_update_ratio_error"] == 0
     assert found.pop("backoff_rows") == trainer.workers.rows["forward"] < 4
@@ -159,7 +174,7 @@ def test_a_run_goes_on_in_parts(start, small, finished, read_jsonl, tmp_path, th
     for name, value in weights(alone).items():  # Adam moves a weight by lr whatever its gradient
         assert (weights(tmp_path / "r")[name] - value).norm() <= 0.01 * value.norm() + 1e-9
     log = (tmp_path / "r" / "log.txt").read_text()
-    assert log.count("out of memory") == 1, "said once"
+    assert log.count("out of memory with") == 1, "said once"
     assert "out of memory with 4 rows of a chunk at a time, forward (CUDA out of memory" in log
     assert "from now on 2" in log and "lower rollout.max_rows" in log
 
@@ -203,7 +218,8 @@ def work(most: int, rows: list[tuple[int, int]]) -> Callable[[slice], list[int]]
 
 def test_halves_of_halves_and_what_is_kept_to() -> None:
     workers, seen = Workers(1), list[tuple[int, int]]()
-    assert sum(workers.parts(work(2, seen), 7), []) == list(range(7))
+    found = workers.parts(work(2, seen), 7)
+    assert [row for part in found for row in part] == list(range(7))
     assert seen == [(0, 7), (0, 4), (0, 2), (2, 4), (4, 6), (6, 7)]
     seen.clear()
     assert workers.parts(work(2, seen), 3) == [[0, 1], [2]]
