@@ -77,7 +77,7 @@ class Rollouts:
     def batch(self, prompts: list[Prompt], update: int) -> Batch:
         """Every prompt's group, drawn and judged; under fp8 as its mode says."""
         self.waits.clear()
-        self.judges.busy.clear()
+        self.judges.begin()
         if self.mode == "explore":
             return self._explored(prompts, update)
         with self.on():

@@ -16,6 +16,7 @@ from qirl_fast import ops
 from qirl_fast.advantages import advantages, diversity, mean_scores, spread_metrics
 from qirl_fast.batch import Batch, StepFailed
 from qirl_fast.checkpoint import lora_state, rng_state, set_rng_state
+from qirl_fast.clock import Speed, peak_flops
 from qirl_fast.conditioning import Conditioning
 from qirl_fast.config import Config, derived, require_work
 from qirl_fast.data.prompts import Prompt, load_prompts
@@ -209,6 +210,22 @@ class Trainer:
         waits = self.rollouts.waits
         beside = covered(self.judges.busy) - covered(self.judges.busy, waits)
         return covered(waits), beside
+
+    def judge_load(self) -> dict[str, float]:
+        """Of the last rollout: chunks that waited for judges when one more was handed over, mean
+        and most, and the seconds each judge worked.
+        """
+        queue, seconds = self.judges.queue, self.judges.seconds
+        load = {f"{name}_s": value for name, value in sorted(seconds.items())}
+        if queue:
+            load |= {"queue_mean": sum(queue) / len(queue), "queue_max": max(queue)}
+        return load
+
+    def speed(self) -> Speed:
+        """Model FLOPs so far, and the most of this process's device."""
+        model = self.model
+        peak = peak_flops(model.device.type, model.dtype, self.workers)
+        return Speed(lambda: model.work.done, peak)
 
     def advantages(self, batch: Batch) -> ops.GroupAdvantage | None:
         """Of each sample, see `rollouts.advantages`; None where no reward is optimised."""

@@ -117,7 +117,9 @@ def test_a_velocity(folders, name: str) -> None:
 
 
 def test_a_prefix_and_the_gradient_of_all_weights(folders) -> None:
-    """To 3 %, which embeddings and modulation take of so small a model."""
+    """To 3 %, which embeddings and modulation take of so small a model; the gradient to 5 %, as
+    the last block's prefix has one through its keys and values alone.
+    """
     model = load_model(folders("qwenimage21"), "auto", torch.float32, "cpu")
     model.trainable("full", 0, 0, None, 0)
     texts, owner = prompts(model)
@@ -133,7 +135,7 @@ def test_a_prefix_and_the_gradient_of_all_weights(folders) -> None:
         loss().backward()
     assert forward[0] == pytest.approx(once, rel=0.03)
     assert model.work.done - once == 3 * once
-    assert both[0] == pytest.approx(3 * once, rel=0.03)
+    assert both[0] == pytest.approx(3 * once, rel=0.05)
 
 
 def test_a_lora_adds_its_own_and_spares_the_gradient_of_the_base(folders) -> None:
