@@ -1,4 +1,4 @@
-"""One update's samples, the error that stops a step, and what is kept of one for inspection."""
+"""One update's samples, and what is kept of them for inspection."""
 
 import json
 from dataclasses import dataclass, field
@@ -11,6 +11,7 @@ from torch import Tensor
 from qirl_fast.data.prompts import Prompt
 from qirl_fast.rewards.judge import SCORED
 from qirl_fast.rollout.sample import Trajectory
+from qirl_fast.rollout.workers import StepFailed as StepFailed
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,6 @@ class Batch:
     def valid(self) -> Tensor:
         """Which scores are scores, bool [B, K]."""
         return self.status == SCORED
-
-
-class StepFailed(RuntimeError):
-    """A reward, loss or gradient is of no use: the update is not applied.
-
-    `batch` is the one it happened in, where it is known.
-    """
-
-    def __init__(self, message: str, batch: Batch | None = None):
-        super().__init__(message)
-        self.batch = batch
 
 
 def save_batch(batch: Batch, folder: Path) -> Path:

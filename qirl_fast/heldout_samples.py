@@ -19,7 +19,7 @@ from qirl_fast.rewards.judge import FAILED
 from qirl_fast.rewards.judges import Judges
 from qirl_fast.rewards.verdict import BadReward, Verdict
 from qirl_fast.rollout.sample import Sampling, sample_then
-from qirl_fast.rollout.workers import Workers
+from qirl_fast.rollout.workers import StepFailed, Workers
 from qirl_fast.shares import own_chunks
 
 
@@ -79,7 +79,7 @@ class HeldoutSamples:
                     shown=self.world.shown(chunks),
                 )
                 own = [part.result().as_json() for part in pending]
-            except (NotFinite, ImageError, BadReward) as error:
+            except (NotFinite, ImageError, BadReward, StepFailed) as error:
                 raise EvaluationFailed(f"held-out images: {error}") from error
         told = [v for found in self.world.gather(own) for v in found]
         scores = self._scores(Verdict.of([Verdict.from_json(v, len(names)) for v in told]))
@@ -121,7 +121,9 @@ class HeldoutSamples:
                 how = replace(self.how, height=given.height, width=given.width)
                 shown = [k * how.max_rows for k in self.world.shown(chunks)]
                 images = sample_then(
-                    lambda chunk: images_of(self.model, chunk, chunk.rows.start in shown),
+                    lambda chunk: images_of(
+                        self.model, chunk, how, self.workers, chunk.rows.start in shown
+                    ),
                     self.workers,
                     self.model,
                     given.embeddings,
@@ -135,7 +137,7 @@ class HeldoutSamples:
                     chunks=chunks,
                 )
                 own = [np.empty((0, how.height, how.width, 3), np.uint8), *images]
-            except (NotFinite, ImageError) as error:
+            except (NotFinite, ImageError, StepFailed) as error:
                 raise EvaluationFailed(f"held-out images: {error}") from error
         return self.world.concatenated(np.concatenate(own))
 

@@ -1,6 +1,7 @@
 """The half of training that changes weights: gradients of recorded chunks, AdamW, the average."""
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 
 from qirl_fast.algorithms import Policy, StepLoss, make_algorithm
 from qirl_fast.batch import StepFailed
@@ -71,10 +73,11 @@ class Learner:
         use for it. tasks: what each of these rows is, see `Prompt.task`. begun: called before the
         first optimizer step.
         `pre_update_*` are measured before the first optimizer step, where rollout and replay must
-        agree: a ratio is 1 there, bit for bit where `replay_steps` is 1, else to rounding.
-        `skipped_share`: of the rows, those whose replay was left out, see `_backward`.
+        agree: a ratio is 1 there, bit for bit where `replay_steps` is 1 and chunks are whole, else
+        to rounding. `skipped_share`: of the rows, those whose replay was left out, see `_backward`.
+        `backoff_rows`, where memory did not suffice: the fewest rows of a chunk at a time.
         """
-        count = self.train.updates_per_rollout
+        count, backoff = self.train.updates_per_rollout, 0
         sums: dict[str, float] = {}
         with self.world.agreed(StepFailed):
             prepared = self.algorithm.prepare(trajectories, tasks)
@@ -86,6 +89,7 @@ class Learner:
             own = [i for i, c in enumerate(trajectories) if c.rows in part]
             chunks, ready = ([held[i] for i in own] for held in (trajectories, prepared))
             found = self._backward(chunks, ready, advantage, part)
+            backoff = int(found.pop("backoff_rows", 0))
             if k == 0:
                 begun()
             norm = self._optimizer_step()
@@ -93,7 +97,7 @@ class Learner:
                 for name in ("clip_fraction", "ratio_error"):
                     if name in found:
                         sums[f"pre_update_{name}"] = found[name] * count
-                exact = self.train.replay_steps == 1
+                exact = self.train.replay_steps == 1 and not backoff
                 if found["ratio_error"] > (0 if exact else 0.01):
                     logger.error(
                         "before the update a ratio is off 1 by %g: rollout and replay computed "
@@ -103,7 +107,8 @@ class Learner:
             for name, value in {**found, "grad_norm": norm}.items():
                 sums[name] = sums.get(name, 0.0) + value
         rate = self.optimizer.param_groups[0]["lr"]
-        return {name: value / count for name, value in sums.items()} | {"lr": rate}
+        metrics = {name: value / count for name, value in sums.items()} | {"lr": rate}
+        return metrics | ({"backoff_rows": backoff} if backoff else {})
 
     def _backward(
         self,
@@ -119,7 +124,8 @@ class Learner:
         (of groups that are all flat, see `Algorithm.idle`) adds zeros to the sums and is left out
         where `skip_flat` is on; loss and gradient are divided by its rows all the same. The
         algorithm's metrics are means over the other chunks, whether it is left out or not, and
-        absent without one.
+        absent without one. Where memory does not suffice for a chunk, its gradient is summed over
+        its parts; each counts by its rows, so that loss and metrics are those of the whole.
         """
         count = sum(map(len, rows))
         parameters = list(self.trainable.values())
@@ -137,41 +143,53 @@ class Learner:
 
         def gradient(
             item: tuple[int, tuple[int, int]],
-        ) -> tuple[tuple[Tensor, ...], Tensor, list[StepLoss]]:
+        ) -> tuple[list[Tensor], list[tuple[int, Tensor, list[StepLoss]]]]:
             number, (k, leaf) = item
-            part = parts[leaf]
-            part = None if part is None else part.to(self.model.device)
-            with torch.enable_grad():
-                steps = list(self.algorithm.loss(chunks[k], part, prepared[k]))
-                loss = torch.stack([step.loss for step in steps]).sum()
-                loss = loss * (len(rows[leaf]) / (count * len(steps)))
-            if self.spread:
-                (loss if number < real else loss * 0).backward()
-                return (), loss.detach(), steps
-            # Weights that no output depends on, such as the text's in a last block, get zeros.
-            found = torch.autograd.grad(loss, parameters, materialize_grads=True)
-            return found, loss.detach(), steps
+            total: list[Tensor] = []
+
+            def of(some: slice) -> tuple[int, Tensor, list[StepLoss]]:
+                own, value = some.stop - some.start, parts[leaf]
+                value = None if value is None else value[some].to(self.model.device)
+                beside = prepared[k]
+                if own < len(rows[leaf]):
+                    beside = tree_map_only(Tensor, lambda t: t[some], beside)
+                with torch.enable_grad():
+                    steps = list(self.algorithm.loss(chunks[k].part(some), value, beside))
+                    loss = torch.stack([step.loss for step in steps]).sum()
+                    loss = loss * (own / (count * len(steps)))
+                if self.spread:
+                    (loss if number < real else loss * 0).backward()
+                    return own, loss.detach(), steps
+                # Weights that no output depends on, such as the text's in a last block, get zeros.
+                found = torch.autograd.grad(loss, parameters, materialize_grads=True)
+                if total:
+                    torch._foreach_add_(total, found)
+                else:
+                    total.extend(found)
+                return own, loss.detach(), steps
+
+            return total, self.workers.parts(of, len(rows[leaf]))
 
         summed = TreeSum()
         seen: list[tuple[int, dict[str, float], dict[str, float]]] = []
         bad: list[str] = []  # said at the end: until then other processes count on this one
         with self.world.agreed(StepFailed):
             found = zip(left, self.workers.map(gradient, enumerate(left)), strict=True)
-            for number, ((_, leaf), (gradients, loss, steps)) in enumerate(found):
+            for number, ((_, leaf), (gradients, losses)) in enumerate(found):
                 if number >= real:
                     continue
-                if not torch.isfinite(loss):
-                    bad.append(f"the loss of rows {rows[leaf]} is {loss.item()}")
                 if not self.spread:
                     summed.add(leaf, gradients)
-                own = {"loss": loss.item()}
-                errors = [(s.ratio - 1).abs().max().item() for s in steps if s.ratio is not None]
-                if errors and not idle[leaf]:
-                    own["ratio_error"] = max(errors)
+                own = {"loss": sum(loss.item() for _, loss, _ in losses)}
+                if not math.isfinite(own["loss"]):
+                    bad.append(f"the loss of rows {rows[leaf]} is {own['loss']}")
+                ratios = [s.ratio for *_, steps in losses for s in steps if s.ratio is not None]
+                if ratios and not idle[leaf]:
+                    own["ratio_error"] = max((r - 1).abs().max().item() for r in ratios)
                 means: dict[str, float] = {}
-                for step in steps if not idle[leaf] else ():
-                    for name, value in step.metrics.items():
-                        share = len(rows[leaf]) / (judged * len(steps))
+                for some, _, steps in losses if not idle[leaf] else ():
+                    share = some / (judged * len(steps))
+                    for name, value in ((n, v) for step in steps for n, v in step.metrics.items()):
                         means[name] = means.get(name, 0.0) + value.item() * share
                 seen.append((leaf, own, means))
             if bad:
@@ -184,15 +202,18 @@ class Learner:
             for p, g in zip(parameters, self.world.total(summed, parameters), strict=True):
                 p.grad = g
         totals = {"loss": 0.0}
-        told = self.world.gather([] if self.world.place else seen)  # one of a group
-        for _, own, means in sorted(each for found in told for each in found):
+        mine = [] if self.world.place else seen  # one of a group tells
+        told = self.world.gather([self.workers.rows.get("forward"), mine])
+        for _, own, means in sorted(each for _, found in told for each in found):
             totals["loss"] += own["loss"]
             if "ratio_error" in own:
                 totals["ratio_error"] = max(totals.get("ratio_error", 0.0), own["ratio_error"])
             for name, mean in means.items():
                 totals[name] = totals.get(name, 0.0) + mean
         skipped = sum(len(r) for r, is_idle in zip(rows, idle, strict=True) if is_idle and skip)
-        return totals | {"skipped_share": skipped / count}
+        fewest = [least for least, _ in told if least]
+        backoff = {"backoff_rows": min(fewest)} if fewest else {}
+        return totals | {"skipped_share": skipped / count} | backoff
 
     def _optimizer_step(self) -> float:
         parameters = list(self.trainable.values())

@@ -25,7 +25,7 @@ from qirl_fast.rewards.judge import FAILED
 from qirl_fast.rewards.judges import Judges
 from qirl_fast.rewards.verdict import BadReward, Pending, Span, Verdict
 from qirl_fast.rollout.replay import replay
-from qirl_fast.rollout.sample import Sampling, Trajectory, sample_then
+from qirl_fast.rollout.sample import Sampling, Trajectory, decode, sample_then
 from qirl_fast.rollout.workers import Workers
 from qirl_fast.shares import own_chunks
 
@@ -78,7 +78,7 @@ class Rollouts:
     def batch(self, prompts: list[Prompt], update: int) -> Batch:
         """Every prompt's group, drawn and judged; under fp8 as its mode says."""
         self.waits.clear()
-        self.judges.busy.clear()
+        self.judges.begin()
         if self.mode == "explore":
             return self._explored(prompts, update)
         with self.on():
@@ -108,13 +108,14 @@ class Rollouts:
     def _rescored(self, batch: Batch) -> Batch:
         """The batch with log-probs of the forward that trains in place of fp8's."""
 
-        def again(chunk: Trajectory) -> Trajectory:
-            with torch.no_grad():
-                steps = replay(self.model, chunk, self.how)
-                return replace(chunk, logp=tuple(step.logp for step in steps))
+        @torch.no_grad()
+        def logps(chunk: Trajectory) -> list[Tensor]:
+            return [step.logp for step in replay(self.model, chunk, self.how)]
 
         with self.world.agreed(StepFailed):
-            chunks = list(self.workers.map(again, batch.trajectories))
+            found = self.workers.tensors(logps, batch.trajectories)
+            pairs = zip(batch.trajectories, found, strict=True)
+            chunks = [replace(chunk, logp=tuple(logp)) for chunk, logp in pairs]
             pairs = zip(chunks, batch.trajectories, strict=True)
             gaps = [(torch.stack(new.logp) - torch.stack(old.logp)).abs() for new, old in pairs]
             own = [
@@ -159,7 +160,7 @@ class Rollouts:
                 chunk = replace(chunk, recorded=(), x=(), x_next=(), delta=(), logp=())
             try:
                 if self.judges.names and chunk.rows.start in shown:
-                    return chunk, self.model.decode(chunk.latents, how.height, how.width)
+                    return chunk, decode(self.model, chunk.latents, how, self.workers)
                 require_finite(chunk.latents)  # and nobody looks, or another process does
                 nothing = np.empty((len(chunk.rows), 0, 0, 3), np.uint8)
                 return chunk, nothing if chunk.rows.start in shown else None

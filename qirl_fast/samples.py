@@ -24,7 +24,7 @@ from qirl_fast.evaluation.scores import Record, judged
 from qirl_fast.models.adapter import NotFinite
 from qirl_fast.rewards.judge import FAILED
 from qirl_fast.rewards.verdict import BadReward, Verdict
-from qirl_fast.rollout.sample import Trajectory, sample_then
+from qirl_fast.rollout.sample import Trajectory, decode, sample_then
 from qirl_fast.rollout.workers import Workers
 from qirl_fast.trainer import Trainer
 
@@ -122,21 +122,23 @@ class BaseSamples:
         trainer, r = self.trainer, self.trainer.cfg.rollout
         rows, height, width = self.chunks[number], given.height, given.width
         recorded = trainer.algorithm.record(r, trainer.cfg.seed + SEEDS, number)
+        how = replace(trainer.rollout_sampling, max_rows=r.max_rows, height=height, width=width)
+        workers = Workers(1, trainer.workers.rows)
 
         def decoded(chunk: Trajectory) -> np.ndarray:
             try:
-                return trainer.model.decode(chunk.latents, height, width)
+                return decode(trainer.model, chunk.latents, how, workers)
             except NotFinite as error:
                 row = rows[(chunk.rows.start + error.row) // self.samples]
                 raise StepFailed(self._where(row, str(error))) from error
 
         parts = sample_then(
             decoded,
-            Workers(1),
+            workers,
             trainer.model,
             given.embeddings,
             given.null,
-            replace(trainer.rollout_sampling, max_rows=r.max_rows, height=height, width=width),
+            how,
             trainer.scheduler,
             group_size=self.samples,
             seed=trainer.cfg.seed + SEEDS,

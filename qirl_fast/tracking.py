@@ -1,12 +1,4 @@
-"""Where a run writes, and what a person sees while it runs.
-
-    <output>/<run>/config.resolved.yaml  the whole recipe
-                   metrics.jsonl         one JSON object a step: numbers only, equal bit for bit in
-                                         runs that compute the same
-                   timings.jsonl         the clock: seconds by phase, images/s, memory; other every
-                                         time
-                   log.txt               backends chosen, graphs recorded, checkpoints skipped
-                   tb/  samples/  checkpoints/  summary.json
+"""Metrics and their writers, and what a person sees while a run goes on.
 
 Progress is a rich bar on a terminal, and one plain line a step where stdout is no terminal.
 """
@@ -19,49 +11,19 @@ import operator
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from qirl_fast.checkpoint import truncate_metrics
-from qirl_fast.config import Config, ConfigError, refuse_changes, save_resolved
-from qirl_fast.config.files import make_folder
+from qirl_fast.clock import Speed, device_use, flat_clock, memory_mib
+from qirl_fast.config import Config, ConfigError
 from qirl_fast.config.reward import RewardConfig
-
-RESOLVED = "config.resolved.yaml"
-FOLDERS = ("tb", "samples", "checkpoints")
-
-
-def prepare_run_dir(cfg: Config | RewardConfig) -> Path:
-    """Make <output>/<run> and write the resolved recipe into it; return the folder.
-
-    A folder that already holds a run is taken only when resuming (resume 'auto' or a path), and
-    only under the recipe it was made with (`changes`).
-    Raises ConfigError, with how to mend it, if it is not, or cannot be written.
-    """
-    assert cfg.run is not None, "load_config fills in run"
-    run_dir = Path(cfg.output) / cfg.run
-    make_folder(run_dir)
-    if cfg.resume == "never" and any(run_dir.iterdir()):
-        raise ConfigError(
-            [
-                f"run: {run_dir} already holds a run; go on with it by resume=auto, choose "
-                "another name by run=NAME, or remove the folder"
-            ]
-        )
-    for name in FOLDERS:
-        make_folder(run_dir / name)
-    if (run_dir / RESOLVED).exists():
-        old: Any = OmegaConf.to_container(OmegaConf.load(run_dir / RESOLVED))
-        refuse_changes(old, cfg, str(run_dir))
-    save_resolved(cfg, run_dir / RESOLVED)
-    return run_dir
 
 
 class Tracker:
@@ -70,6 +32,7 @@ class Tracker:
     run_dir: from `prepare_run_dir`. step: last finished step, 0 at the start; the files are cut
     back to it, so that a resumed run's metrics.jsonl equals an uninterrupted one's. rank: a process
     of another rank than 0 writes and shows nothing. stream: where progress goes, default stdout.
+    speed: of this process, for the MFU of phases. `judges`: what a step's clock says of them.
     `phase_s`: seconds by phase since the last `log`; `beside_s`: those in which a phase's work went
     on beside another; `totals_s`: over all steps of this process.
     Raises ConfigError if W&B is asked for and not installed.
@@ -83,6 +46,7 @@ class Tracker:
         step: int = 0,
         rank: int = 0,
         stream: TextIO | None = None,
+        speed: Speed | None = None,
     ) -> None:
         self.run_dir = Path(run_dir)
         self.rank = rank
@@ -91,6 +55,8 @@ class Tracker:
         self.phase_s: dict[str, float] = {}
         self.beside_s: dict[str, float] = {}
         self.totals_s: dict[str, float] = {}
+        self.judges: dict[str, float] = {}
+        self._speed, self._flops = speed, dict[str, int]()
         self.images = 0
         self._inside = ""
         self._stream = stream or sys.stdout
@@ -134,10 +100,13 @@ class Tracker:
         self._inside = name
         if self._bar:
             self._bar.update(self._bar.task_ids[0], phase=name)
-        start = time.perf_counter()
+        start, before = time.perf_counter(), self._speed.done() if self._speed else 0
         try:
             yield
         finally:
+            if self._speed:
+                done = self._speed.done() - before
+                self._flops[name] = self._flops.get(name, 0) + done
             seconds = time.perf_counter() - start
             self._inside = ""
             self.phase_s[name] = self.phase_s.get(name, 0.0) + seconds
@@ -168,7 +137,9 @@ class Tracker:
         clock["memory_mib"] = memory_mib()
         if images and seconds:
             clock["images_per_s"] = images / seconds
-        self.phase_s, self.beside_s = {}, {}
+        clock |= device_use(self._speed, self._flops, self.phase_s)
+        clock |= {"judges": self.judges} if self.judges else {}
+        self.phase_s, self.beside_s, self.judges, self._flops = {}, {}, {}, {}
         self.step = step
         if self.rank:
             return
@@ -176,11 +147,11 @@ class Tracker:
         self._write("timings", clock)
         scalars = {k: v for k, v in row.items() if k != "step"}
         if self._writer:
-            for name, value in {**scalars, **_flat_clock(clock)}.items():
+            for name, value in {**scalars, **flat_clock(clock)}.items():
                 self._writer.add_scalar(name, value, step)
             self._writer.flush()
         if self._wandb:
-            self._wandb.log({**scalars, **_flat_clock(clock)}, step=step)
+            self._wandb.log({**scalars, **flat_clock(clock)}, step=step)
         self._show(step, scalars, clock)
 
     def _write(self, name: str, row: Mapping[str, Any]) -> None:
@@ -237,6 +208,23 @@ class Tracker:
         self.close()
 
 
+def _start_wandb(run_dir: Path, cfg: Config | RewardConfig) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError(
+            ["tracking.wandb: wandb is not installed; run `pip install wandb`, or set it to false"]
+        ) from error
+    return wandb.init(
+        project="qirl_fast",
+        name=cfg.run,
+        id=cfg.run,
+        dir=str(run_dir),
+        config=cfg.model_dump(mode="json"),
+        resume="allow",
+    )
+
+
 def _checked(step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
     """Return {"step", metrics} as plain ints and floats, exactly."""
     wrong = []
@@ -263,61 +251,6 @@ def _number(value: Any) -> float | None:
     except (TypeError, ValueError):
         return None
     return number if math.isfinite(number) else None
-
-
-def _flat_clock(clock: Mapping[str, Any]) -> dict[str, float]:
-    flat = {f"time/{name}_s": value for name, value in clock["phases_s"].items()}
-    flat |= {f"time/{name}_beside_s": v for name, v in clock.get("beside_s", {}).items()}
-    if "images_per_s" in clock:
-        flat["time/images_per_s"] = clock["images_per_s"]
-    return flat | {f"memory/{name}_mib": v for name, v in clock.get("memory_mib", {}).items()}
-
-
-def memory_mib() -> dict[str, float]:
-    """MiB: `process`, resident now; `gpu`, the most that PyTorch held on this GPU so far."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    found = {"process": pages * os.sysconf("SC_PAGE_SIZE") / 2**20}
-    torch = sys.modules.get("torch")  # a process that never imported it holds no GPU memory
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        found["gpu"] = torch.cuda.max_memory_allocated() / 2**20
-    return found
-
-
-def _start_wandb(run_dir: Path, cfg: Config | RewardConfig) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError(
-            ["tracking.wandb: wandb is not installed; run `pip install wandb`, or set it to false"]
-        ) from error
-    return wandb.init(
-        project="qirl_fast",
-        name=cfg.run,
-        id=cfg.run,
-        dir=str(run_dir),
-        config=cfg.model_dump(mode="json"),
-        resume="allow",
-    )
-
-
-@contextmanager
-def profiled(run_dir: Path, update: int, wanted: Sequence[int]) -> Iterator[None]:
-    """Write profile/step-N.json.gz, a trace of all that is done inside, of the updates `wanted`.
-
-    Open it at ui.perfetto.dev or chrome://tracing.
-    """
-    if update not in wanted:
-        yield
-        return
-    from torch import profiler
-    from torch._C._profiler import _ExperimentalConfig
-
-    threads = _ExperimentalConfig(profile_all_threads=True)  # chunks are worked on by several
-    with profiler.profile(record_shapes=True, experimental_config=threads) as trace:
-        yield
-    folder = run_dir / "profile"
-    folder.mkdir(exist_ok=True)
-    trace.export_chrome_trace(str(folder / f"step-{update}.json.gz"))
 
 
 def summary_table(judges: Mapping[str, Mapping[str, float]], title: str) -> Table:

@@ -40,8 +40,9 @@ from qirl_fast.models.fp8.te import Unavailable
 from qirl_fast.reporting.kept import before_evaluation, draw_samples, draw_strip, strip_updates
 from qirl_fast.reporting.summary import write_report
 from qirl_fast.reward_ranks import serve, served, told_when_over
+from qirl_fast.run_folder import prepare_run_dir, profiled
 from qirl_fast.saving import Saver, resume
-from qirl_fast.tracking import Tracker, prepare_run_dir, profiled
+from qirl_fast.tracking import Tracker
 from qirl_fast.trainer import Trainer
 
 USAGE = f"""{__doc__}
@@ -111,7 +112,7 @@ def loop(trainer: Trainer, step: int, cfg: Config, run_dir: Path) -> Path:
     world, saver = trainer.world, Saver(trainer, run_dir, cfg)
     with (
         Interruption() as interruption,
-        Tracker(run_dir, cfg, step=step, rank=world.rank) as tracker,
+        Tracker(run_dir, cfg, step=step, rank=world.rank, speed=trainer.speed()) as tracker,
     ):
         several = f", {world.size} processes" if world.size > 1 else ""
         tracker.say(f"{run_dir}: from step {step} to {cfg.train.steps}{several}")
@@ -133,6 +134,7 @@ def loop(trainer: Trainer, step: int, cfg: Config, run_dir: Path) -> Path:
                     with tracker.phase("rollout"):
                         batch = trainer.rollout(prompts, update)
                     tracker.split("rollout", "reward", *trainer.judging_s())
+                    tracker.judges = trainer.judge_load()
                     with tracker.phase("update"):
                         advantage = trainer.advantages(batch)
                         metrics = trainer.update(batch, advantage, interruption.hold)

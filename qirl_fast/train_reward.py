@@ -41,7 +41,8 @@ from qirl_fast.rewards.vlm.local import Settings, Vlm
 from qirl_fast.rewards.vlm.rows import Judgement
 from qirl_fast.rewards.vlm.score import Reading
 from qirl_fast.rewards.vlm.scorer import Scorer
-from qirl_fast.tracking import Tracker, prepare_run_dir
+from qirl_fast.run_folder import prepare_run_dir
+from qirl_fast.tracking import Tracker
 
 USAGE = f"""{__doc__}
   key=value    any setting by its dotted name, e.g. seed=1 run=mine train.steps=200

@@ -16,6 +16,7 @@ from qirl_fast import ops
 from qirl_fast.advantages import advantages, diversity, mean_scores, spread_metrics
 from qirl_fast.batch import Batch, StepFailed
 from qirl_fast.checkpoint import lora_state, rng_state, set_rng_state
+from qirl_fast.clock import Speed, peak_flops
 from qirl_fast.conditioning import Conditioning
 from qirl_fast.config import Config, derived, require_work
 from qirl_fast.data.prompts import Prompt, load_prompts
@@ -111,6 +112,7 @@ class Trainer:
         in_step = shards is not None or cfg.processes.sequence > 1  # forwards of several processes
         threads = 1 if in_step else process_threads(cfg.threads)
         self.workers = cpu_workers(threads) if device == "cpu" else Workers(1)
+        self.workers.in_step = in_step
         dtype, spread = DTYPES[cfg.model.dtype], shards is not None
         self.model = load_model(folder, cfg.model.family, dtype, device, spread)
         self.model.sequence = sharing_tokens(cfg, self.world, self.model)
@@ -119,6 +121,8 @@ class Trainer:
         kind = DENOISERS[cfg.rollout.denoise]
         if kind is not None:
             self.model.denoiser = kind(self.model.transformer, self.model.forward)
+        if isinstance(self.model.denoiser, ForwardGraphs):
+            self.workers.release = self.model.denoiser.forget
         logger.info("denoising: %s", cfg.rollout.denoise)
         self.scheduler = dict(self.model.pipeline.scheduler.config)
         names = [*cfg.rewards, *cfg.watch]
@@ -226,6 +230,22 @@ class Trainer:
         waits = self.rollouts.waits
         beside = covered(self.judges.busy) - covered(self.judges.busy, waits)
         return covered(waits), beside
+
+    def judge_load(self) -> dict[str, float]:
+        """Of the last rollout: chunks that waited for judges when one more was handed over, mean
+        and most, and the seconds each judge worked.
+        """
+        queue, seconds = self.judges.queue, self.judges.seconds
+        load = {f"{name}_s": value for name, value in sorted(seconds.items())}
+        if queue:
+            load |= {"queue_mean": sum(queue) / len(queue), "queue_max": max(queue)}
+        return load
+
+    def speed(self) -> Speed:
+        """Model FLOPs so far, and the most of this process's device."""
+        model = self.model
+        peak = peak_flops(model.device.type, model.dtype, self.workers)
+        return Speed(lambda: model.work.done, peak)
 
     def advantages(self, batch: Batch) -> ops.GroupAdvantage | None:
         """Of each sample, see `rollouts.advantages`; None where no reward is optimised."""

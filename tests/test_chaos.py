@@ -183,3 +183,49 @@ def test_latents_that_are_no_numbers(start: Start, small, finished, meddle, tmp_
     assert (tmp_path / "r/failed/step-2/batch.npz").exists()
     assert start([*own, "resume=auto"]).wait() == 0
     assert content(tmp_path / "r", 3) == content(finished("three-plain", "train.steps=3"), 3)
+
+
+# The address space may not grow by more than ROOM MiB while a gradient is computed.
+SCARCE = """
+import resource, sys
+from qirl_fast.learner import Learner
+whole = Learner._backward
+def scarce(*arguments):
+    pages = int(open("/proc/self/statm").read().split()[0])
+    most = pages * resource.getpagesize() + (ROOM << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+    try:
+        return whole(*arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+Learner._backward = scarce
+from qirl_fast.train import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.chaos("memory that the system does not give: chunks in parts, the same samples")
+def test_memory_runs_out(small, finished, read_jsonl, tmp_path: Path) -> None:
+    """A chunk of 16 rows wants about 240 MiB, one row 90; what is freed goes back at once."""
+    own = ["train.steps=1", "rollout.height=256", "rollout.width=256", "rollout.group_size=8"]
+    own += ["evaluation={prompts: 2, steps: 2}"]
+    script = tmp_path / "scarce.py"
+    script.write_text(SCARCE.replace("ROOM", "150"))
+    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script), *small, *own, f"output={tmp_path}", "run=r"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | allocator,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "can't allocate memory" in (tmp_path / "r/log.txt").read_text()
+    (alone,) = read_jsonl(finished("large", *own) / "metrics.jsonl")
+    (row,) = read_jsonl(tmp_path / "r/metrics.jsonl")
+    assert 1 <= row.pop("backoff_rows") <= 8 and row.keys() == alone.keys()
+    for name in ("loss", "grad_norm", "approx_kl"):  # sums in another order
+        assert row.pop(name) == pytest.approx(alone.pop(name), rel=1e-4, abs=1e-8)
+    assert row == alone

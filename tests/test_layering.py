@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "processor": set(),
     "tiny.scenes": set(),
 }
-SERVICES = ("config", "checkpoint", "distributed", "tracking")
+SERVICES = ("config", "checkpoint", "clock", "distributed", "run_folder", "tracking")
 
 
 def part_of(module: str) -> str:

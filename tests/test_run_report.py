@@ -284,6 +284,14 @@ def test_several_steps_in_one_forward_may_round(tmp_path: Path) -> None:
     assert checks.exact_ratio(read_run(folder)).state == "clear"
 
 
+def test_chunks_in_parts_may_round_from_then_on(tmp_path: Path) -> None:
+    rows = [row | ({"backoff_rows": 2} if row["step"] > 20 else {}) for row in ROWS]
+    for at, state in ((0.8, "clear"), (0.2, "warning")):
+        off = changed(rows, pre_update_ratio_error=lambda t, at=at: 1e-5 * (abs(t - at) < 0.1))
+        folder = made_runs.make(tmp_path / f"at{at}", rows=off)
+        assert checks.exact_ratio(read_run(folder)).state == state
+
+
 def test_missing_numbers_are_not_clear(tmp_path: Path) -> None:
     folder = made_runs.make(tmp_path / "one", rows=[{"step": u + 1} for u in range(40)])
     (folder / "samples/after.npz").unlink()

@@ -11,6 +11,7 @@ import re
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,11 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from qirl_fast.clock import Speed, peak_flops
 from qirl_fast.config import Config, ConfigError, load_config
-from qirl_fast.tracking import Tracker, prepare_run_dir, summary_table
+from qirl_fast.rollout.workers import Workers
+from qirl_fast.run_folder import prepare_run_dir
+from qirl_fast.tracking import Tracker, summary_table
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
 
@@ -232,10 +236,64 @@ def test_work_beside_a_phase_is_told_from_waiting(read_jsonl, tmp_path: Path) ->
     assert "reward 0.01s (+0.03s beside)" in out.getvalue()
 
 
+def test_mfu_is_of_what_each_phase_did(tmp_path: Path, read_jsonl) -> None:
+    """7 TFLOPs in two phases, against 100 TFLOP/s; evaluation is no part of the step."""
+    cfg, done = make_config(tmp_path), [0]
+    speed = Speed(lambda: done[0], 100e12)
+    with Tracker(prepare_run_dir(cfg), cfg, stream=io.StringIO(), speed=speed) as tracker:
+        for name, flops in (("data", 0), ("rollout", 3), ("update", 4), ("evaluate", 50)):
+            with tracker.phase(name):
+                done[0] += flops * 10**12
+        seconds = {name: 1.0 + i for i, name in enumerate(tracker.phase_s)}
+        tracker.phase_s = dict(seconds)  # 1, 2, 3 and 4 seconds
+        tracker.judges = {"queue_mean": 1.5, "queue_max": 3, "alignment_s": 0.25}
+        tracker.log(1, {"reward": 0.5})
+        with tracker.phase("rollout"):
+            pass
+        tracker.log(2, {"reward": 0.5})
+    first, second = read_jsonl(tracker.run_dir / "timings.jsonl")
+    assert first["tflop"] == {"rollout": 3, "update": 4, "evaluate": 50, "step": 7}
+    wanted = {"rollout": 3 / 200, "update": 4 / 300, "evaluate": 50 / 400, "step": 7 / 600}
+    assert first["mfu"] == pytest.approx(wanted, rel=1e-12)
+    assert first["judges"] == {"queue_mean": 1.5, "queue_max": 3, "alignment_s": 0.25}
+    assert not {"mfu", "tflop", "judges"} & set(second), "a step's own"
+    shown = EventAccumulator(str(tracker.run_dir / "tb")).Reload()
+    assert shown.Scalars("mfu/update")[0].value == pytest.approx(4 / 300)
+    assert shown.Scalars("judges/queue_max")[0].value == 3
+
+
+@pytest.mark.parametrize(
+    ("device", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H100 PCIe", 756.5e12),
+        ("NVIDIA GH200 480GB", 989.4e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+    ],
+)
+def test_the_peak_of_a_known_gpu(monkeypatch, device: str, peak: float) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: device)
+    assert peak_flops("cuda", torch.bfloat16, Workers(1)) == peak
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_peak_of_a_cpu_is_measured(count: int) -> None:
+    """Of matrix products alone: no slower than one of them takes with all that is around it."""
+    a = torch.ones(384, 384)
+    start = time.perf_counter()
+    for _ in range(20):
+        a @ a
+    slow = 2 * 384**3 * 20 / (time.perf_counter() - start)
+    before = torch.get_rng_state()
+    assert peak_flops("cpu", torch.float32, Workers(count)) > 0.2 * slow
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 TERMINAL = """
 import sys, time
 from qirl_fast.config import load_config
-from qirl_fast.tracking import Tracker, prepare_run_dir
+from qirl_fast.run_folder import prepare_run_dir
+from qirl_fast.tracking import Tracker
 
 cfg = load_config(["output=" + sys.argv[1], "run=r", "train.steps=3", "tracking.tensorboard=false"])
 with Tracker(prepare_run_dir(cfg), cfg) as tracker:

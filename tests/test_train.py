@@ -166,6 +166,11 @@ def test_summary(cold: Path, read_jsonl: Callable[[Path], list[dict[str, Any]]])
     for phase in ("rollout", "update"):
         seconds = sum(row["phases_s"][phase] for row in timings)
         assert summary["phases_s"][phase] == pytest.approx(seconds) and seconds > 0
+    for row in timings:
+        assert set(row["mfu"]) == set(row["tflop"]) >= {"rollout", "update", "step"}
+        assert all(0 < share < 10 for share in row["mfu"].values())
+        assert row["judges"].keys() == {"alignment_s", "aesthetics_s", "queue_mean", "queue_max"}
+    assert "MFU is of" in (cold / "log.txt").read_text()
     # two updates of eight images each
     assert summary["images_per_s"] == pytest.approx(16 / sum(r["seconds"] for r in timings))
     assert summary["pre_update_clip_fraction"] == 0

@@ -107,7 +107,8 @@ class Algorithm:
         """For each chunk what `loss` needs and other weights, or the weights before any optimizer
         step, compute. Apart from `loss`, because switching weights changes the model for everyone.
 
-        chunks: all of the update, in order; tasks: of all their rows.
+        chunks: all of the update, in order; tasks: of all their rows. What is found is a tree (of
+        lists, tuples, NamedTuples) whose tensors are [B, ...]: of a part of the rows it is cut.
         """
         return [None] * len(chunks)
 

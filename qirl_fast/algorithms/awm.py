@@ -86,7 +86,7 @@ class Awm(LevelAlgorithm):
         lagging = reference = old
         if self.policy.updates > 1:
             with self.model.gathered():
-                old = list(self.policy.workers.map(self._logps, chunks))
+                old = list(self.policy.workers.tensors(self._logps, chunks))
         if self.settings.lag_weight:
             lagging = self.lagging_answers(chunks)
         if self.settings.ref_weight:

@@ -134,7 +134,7 @@ class LevelAlgorithm(Algorithm):
             return list(self.velocities(self.noised(chunk)[0]))
 
         with self.model.gathered():
-            return list(self.policy.workers.map(of, chunks))
+            return list(self.policy.workers.tensors(of, chunks))
 
     def reference_answers(self, chunks: Sequence[Trajectory]) -> list[list[Tensor]]:
         """The same of the untrained policy."""

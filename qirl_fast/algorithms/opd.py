@@ -22,7 +22,6 @@ merged adapters and a frozen anchor (Flow-OPD, arXiv 2605.08063).
 """
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -240,14 +239,14 @@ class Opd(Algorithm):
             )
 
         @torch.no_grad()
-        def of(chunk: Trajectory, own: list[int]) -> list[Tensor]:
-            if not own:
-                return []
-            part = chunk if len(own) == len(chunk.rows) else chunk.states_of(own)
+        def of(part: Trajectory) -> list[Tensor]:
             return list(velocities(model, part, guidance, self.how.replay_steps))
 
-        work = [partial(of, c, own) for c, own in zip(chunks, rows, strict=True)]
-        return list(self.policy.workers.map(lambda job: job(), work))
+        work = [
+            chunk if len(own) == len(chunk.rows) else chunk.states_of(own)
+            for chunk, own in zip(chunks, rows, strict=True)
+        ]
+        return list(self.policy.workers.tensors(of, work))
 
     def _anchors(self, chunks: Sequence[Trajectory]) -> list[list[Tensor] | None]:
         anchor = self.settings.anchor

@@ -13,8 +13,7 @@ leaves dt out). The reference is the policy with its adapter off.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -93,8 +92,7 @@ class TransitionSettings(Settings):
             )
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Prepared(NamedTuple):
     """Velocities [B, N, Z] at a chunk's recorded steps under other weights; None: not asked for."""
 
     reference: list[Tensor] | None = None
@@ -154,7 +152,7 @@ class TransitionAlgorithm(Algorithm):
             return [step.velocity for step in replay(self.model, chunk, self.how)]
 
         with self.model.gathered():
-            return list(self.policy.workers.map(of, chunks))
+            return list(self.policy.workers.tensors(of, chunks))
 
     def loss(
         self, chunk: Trajectory, advantage: Tensor | None, prepared: Prepared

@@ -36,9 +36,9 @@ from qirl_fast.models.teachers import add_lora
 from qirl_fast.rewards.judges import Judges
 from qirl_fast.rewards.verdict import BadReward, Pending, Verdict
 from qirl_fast.rollout.guidance import Guidance
-from qirl_fast.rollout.sample import Sampling, sample_then
+from qirl_fast.rollout.sample import Sampling, decode, sample_then
 from qirl_fast.rollout.schedule import make_sigmas
-from qirl_fast.rollout.workers import Workers
+from qirl_fast.rollout.workers import StepFailed, Workers
 from qirl_fast.whole import write_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -80,7 +80,8 @@ class Artist:
     def judged(self, contender: Contender) -> Judged:
         """Draw what is not there of a model's images, and judge all.
 
-        EvaluationFailed for an image that is not finite, or a judge that is broken.
+        EvaluationFailed for an image that is not finite or takes too much memory, or a judge that
+        is broken.
         """
         self._load(contender.folder)
         cfg = _recipe(self.cfg, contender, self.size)
@@ -99,7 +100,7 @@ class Artist:
                 found = [self._of_one_size(contender, conditioning, part) for part in parts]
         except ImageError as error:
             raise ConfigError([f"prompts: {error}; mend it, or take the row out"]) from error
-        except NotFinite as error:
+        except (NotFinite, StepFailed) as error:
             raise EvaluationFailed(f"{contender.name}: {error}") from error
         except BadReward as error:
             raise EvaluationFailed(f"images of {contender.name}: {error}") from error
@@ -193,7 +194,7 @@ class Artist:
         some = AHEAD * self.workers.count
         for first in range(0, len(chunks), some):
             yield from sample_then(
-                lambda chunk: self.model.decode(chunk.latents, how.height, how.width),
+                lambda chunk: decode(self.model, chunk.latents, how, self.workers),
                 self.workers,
                 self.model,
                 given.embeddings,

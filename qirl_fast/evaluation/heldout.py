@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from qirl_fast.models.adapter import require_finite
-from qirl_fast.rollout.sample import Model, Sampling, Trajectory, sample_then
+from qirl_fast.rollout.sample import Model, Sampling, Trajectory, decode, sample_then
 from qirl_fast.rollout.workers import Workers
 
 S = TypeVar("S")
@@ -44,17 +44,17 @@ class Evaluation:
         return cls(means, list(images[::samples]))
 
 
-def images_of(model: Any, chunk: Trajectory, shown: bool) -> np.ndarray:
+def images_of(
+    model: Any, chunk: Trajectory, how: Sampling, workers: Workers, shown: bool
+) -> np.ndarray:
     """uint8 [b, H, W, 3] of the chunk; shown: whether they are wanted here, else b is 0.
 
     NotFinite in either case, so that processes that draw a chunk together go on together.
     """
-    size = chunk.prompts.height, chunk.prompts.width
     if shown:
-        found: np.ndarray = model.decode(chunk.latents, *size)
-        return found
+        return decode(model, chunk.latents, how, workers)
     require_finite(chunk.latents)
-    return np.empty((0, *size, 3), np.uint8)
+    return np.empty((0, how.height, how.width, 3), np.uint8)
 
 
 def draw_and_score(
@@ -89,7 +89,7 @@ def draw_and_score(
     firsts = range(0, len(rows), how.max_rows)
     scored = [firsts[k] for k in shown]
     images = sample_then(
-        lambda chunk: images_of(model, chunk, chunk.rows.start in scored),
+        lambda chunk: images_of(model, chunk, how, workers, chunk.rows.start in scored),
         workers,
         model_,
         embeddings,

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qirl_fast.models.compiled import CompiledForward, maybe_compiled
 from qirl_fast.models.ema import exchanged
+from qirl_fast.models.flops import Pass, Work, flops
 from qirl_fast.models.fused import patch
 from qirl_fast.models.graphs import ForwardGraphs
 from qirl_fast.models.loading import check_class, load_component, load_part
@@ -93,6 +94,8 @@ class Adapter:
         self.units: Units | None = None  # set: the transformer's weights are spread over processes
         self.sequence: Ulysses | None = None  # set: processes share the tokens of each row
         self.recompute_blocks = 0  # from the first: activations computed again in backward
+        self.work = Work()
+        self._costs: dict[tuple[int, int], tuple[int, int]] = {}  # of a row, by its tokens
         self._frozen: list[Tensor] | None = None
         self._decoding = threading.Lock()
         self.modulations = ModulationCache(
@@ -222,7 +225,23 @@ class Adapter:
             raise ValueError(f"{len(x)} latent rows but a prefix of {prefix.batch} rows")
         if not len(sigma) or len(x) % len(sigma):
             raise ValueError(f"{len(sigma)} noise levels for {len(x)} rows; wanted a divisor of it")
-        return self.whole(partial(self._velocity, x, sigma, prefix, exact))
+        out = self.whole(partial(self._velocity, x, sigma, prefix, exact))
+        for rows, image, text in prefix.lengths:
+            self.count(rows, x.shape[1] + image, text)
+        return out
+
+    def passes(self, image: int, text: int) -> list[Pass]:
+        """What a velocity is computed by, of a row of so many tokens: see models/flops.py."""
+        both, single = image + text, getattr(self.transformer, "single_transformer_blocks", ())
+        passes = [Pass(block, image, text, both) for block in self.transformer.transformer_blocks]
+        return passes + [Pass(block, both, 0, both) for block in single]
+
+    def count(self, rows: int, image: int, text: int) -> None:
+        """Count the model FLOPs of these rows; image 0: of a prefix alone."""
+        if (image, text) not in self._costs:
+            self._costs[image, text] = flops(self.passes(image, text))
+        forward, backward = self._costs[image, text]
+        self.work.add(rows * (forward + backward * torch.is_grad_enabled()))
 
     def _velocity(
         self, x: Tensor, sigma: Tensor | Sequence[float], prefix: Any, exact: bool
@@ -291,6 +310,7 @@ class Adapter:
         ValueError for an unknown mode, LoRA targets that match nothing, or "full" in another dtype
         than float32 without sharding: the weights would be float32, the activations not.
         """
+        self._costs.clear()
         if mode == "full":
             if self.dtype != torch.float32 and sharding is None:
                 raise ValueError(

@@ -109,6 +109,10 @@ class ForwardGraphs:
         graph.replay()
         return graph.out.clone()
 
+    def forget(self) -> None:
+        """Free the graphs and their memory; they are recorded again where they are wanted."""
+        self._graphs.clear()
+
     def _record(self, tensors: list[Tensor], leaves: list[Any], spec: Any) -> "_Graph":
         start = time.perf_counter()
         graph = _Graph(tensors)

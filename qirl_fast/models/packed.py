@@ -83,6 +83,11 @@ class Text:
         return spread if self.pooled is None else spread + self.pooled
 
     @property
+    def lengths(self) -> list[tuple[int, int, int]]:
+        """(rows, image tokens beside the target's, text tokens) of each run of rows."""
+        return [(self.batch, 0, self.tokens.shape[1])]
+
+    @property
     def tensors(self) -> list[Tensor]:
         """What is held of the prompts."""
         return [self.tokens, *([] if self.pooled is None else [self.pooled])]

@@ -95,6 +95,11 @@ class Prefix:
     batch: int
 
     @property
+    def lengths(self) -> list[tuple[int, int, int]]:
+        """(rows, image tokens beside the target's, text tokens) of each run of rows."""
+        return [(len(k), 0, k.shape[1]) for k in self.layers[0].k]
+
+    @property
     def tensors(self) -> list[Tensor]:
         """What is held for every layer."""
         return [t for layer in self.layers for t in (*layer.k, *layer.v)]

@@ -83,6 +83,12 @@ class Texts:
     rows_t0: tuple[Tensor, ...] = ()  # of each block's image, [1, 6 D], where there are such tokens
 
     @property
+    def lengths(self) -> list[tuple[int, int, int]]:
+        """(rows, image tokens beside the target's, text tokens) of each run of rows."""
+        beside = 0 if self.condition is None else self.condition.shape[1]
+        return [(len(text), beside, text.shape[1]) for text in self.runs]
+
+    @property
     def tensors(self) -> list[Tensor]:
         """What is held of the prompts."""
         return [*self.runs, *([] if self.condition is None else [self.condition])]

@@ -29,6 +29,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from qirl_fast import ops
 from qirl_fast.models.adapter import Adapter, load_scheduler, require_finite
 from qirl_fast.models.condition import condition_size, image_slots, latent_tokens, pictures
+from qirl_fast.models.flops import Pass
 from qirl_fast.models.fused.attention import Segments
 from qirl_fast.models.fused.qwenimage21 import SharedPrefix
 from qirl_fast.models.graphs import hold
@@ -88,6 +89,11 @@ class QwenImage21(Adapter):
                 "this transformer has causal_condition off: its text is modulated at the noise "
                 "level of the sample, and a prompt's keys and values cannot be shared"
             )
+
+    def passes(self, image: int, text: int) -> list[Pass]:
+        """The target's tokens look at a prefix's keys and values; or the prefix by itself."""
+        own = image or text
+        return [Pass(block, own, 0, image + text) for block in self.blocks]
 
     def modulating(self) -> list[nn.Module]:
         """The modules whose weights `modulation` reads."""
@@ -192,6 +198,7 @@ class QwenImage21(Adapter):
             x = self._tokens([prompts[p] for p in used], layout)
             passes.append((x, rope[:length], layout.segments))
             ropes.append(rope[length:].expand(len(rows), -1, -1))
+            self.count(len(used), 0, length)
             runs.append((used, rows))
         keys, values = [], []  # by layout, then by layer
         for (used, rows), layers in zip(runs, self._prefix_forward(passes), strict=True):

@@ -64,6 +64,11 @@ class Edits:
     batch: int
 
     @property
+    def lengths(self) -> list[tuple[int, int, int]]:
+        """(rows, image tokens beside the target's, text tokens) of each run of rows."""
+        return [run for group in self.groups for run in group.lengths]
+
+    @property
     def tensors(self) -> list[Tensor]:
         """What is held of the prompts."""
         return [t for group in self.groups for t in group.tensors]

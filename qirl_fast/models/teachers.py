@@ -121,7 +121,7 @@ class FolderTeacher:
         transformer = load_component(kind, folder / "transformer", model.dtype)
         parts = dict(model.pipeline.components) | {"transformer": transformer}
         self.model = type(model)(type(model.pipeline)(**parts))
-        self.model.device = model.device
+        self.model.device, self.model.work = model.device, model.work
         self._host: list[Tensor] | None = None
         self._coming: list[Tensor] | None = None
         if model.device.type == "cuda":

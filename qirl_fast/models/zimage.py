@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen2Tokenizer, Qwen3Model
 
+from qirl_fast.models.flops import Pass
 from qirl_fast.models.fused.zimage import PATCH, refined, run_blocks
 from qirl_fast.models.graphs import hold
 from qirl_fast.models.loading import load_part
@@ -60,6 +61,11 @@ class Captions:
     order: Tensor | None
     inverse: Tensor | None
     batch: int
+
+    @property
+    def lengths(self) -> list[tuple[int, int, int]]:
+        """(rows, image tokens beside the target's, text tokens) of each run of rows."""
+        return [(len(text), 0, text.shape[1]) for text in self.runs]
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -100,6 +106,13 @@ class ZImage(Packed):
     def blocks(self) -> list[nn.Module]:
         """The blocks that `runner` counts, in order."""
         return [*self.transformer.noise_refiner, *self.transformer.layers]
+
+    def passes(self, image: int, text: int) -> list[Pass]:
+        """Refiners see the image alone; both with their padding."""
+        image, t = padded(image), self.transformer
+        refiners = [Pass(block, image, 0, image) for block in t.noise_refiner]
+        both = image + text
+        return refiners + [Pass(block, both, 0, both) for block in t.layers]
 
     def modulating(self) -> list[nn.Module]:
         """The modules whose weights `modulation` reads."""

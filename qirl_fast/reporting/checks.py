@@ -159,14 +159,17 @@ def grid_artefacts(run: Run) -> Check:
 
 def exact_ratio(run: Run) -> Check:
     """Before the first optimizer step of a rollout the ratio is exactly 1: any
-    `pre_update_ratio_error` but 0 is wrong; over ROUNDING where train.replay_steps is above 1.
+    `pre_update_ratio_error` but 0 is wrong; over ROUNDING where train.replay_steps is above 1, or
+    memory did not suffice for whole chunks.
     """
     name, errors = "ratio before an update", run.column("pre_update_ratio_error")
     known = errors[np.isfinite(errors)]
     if not len(known):
         return Check(name, "not checked", "This algorithm has no ratio.")
     several = int((run.settings.get("train") or {}).get("replay_steps") or 1) > 1
-    wrong = int((known > (ROUNDING if several else 0)).sum())
+    in_parts = np.isfinite(run.column("backoff_rows"))
+    wrong = int((errors > np.where(in_parts | several, ROUNDING, 0)).sum())
+    several = several or bool(in_parts.any())
     if wrong:
         return Check(
             name,

@@ -119,7 +119,7 @@ def unchanged(texts: Sequence[str]) -> list[str]:
 
 
 def clock(run: Run) -> list[str]:
-    """Seconds of an update by phase, images/s, memory."""
+    """Seconds of an update by phase, images/s, memory, MFU, the judges' queue."""
     x = column(run.timings, "step")
     phases = dict.fromkeys(n for row in run.timings for n in row.get("phases_s") or {})
     parts = {n: column([row.get("phases_s") or {} for row in run.timings], n) for n in phases}
@@ -128,10 +128,20 @@ def clock(run: Run) -> list[str]:
     rate = column(run.timings, "images_per_s")
     images = [Line("images/s", x, rate, 0, "pale"), Line("images/s", x, smooth(rate), 0)]
     memory = [Line(name, x, y / 1024, i) for i, (name, y) in enumerate(held.items())]
+    rest = []
+    for title, key, names in (
+        ("MFU", "mfu", ("step", "rollout", "update")),
+        ("chunks that waited for judges", "judges", ("queue_mean", "queue_max")),
+    ):
+        known = {n: column([row.get(key) or {} for row in run.timings], n) for n in names}
+        there = [(n, y) for n, y in known.items() if np.isfinite(y).any()]
+        lines = [Line(n, x, y, i) for i, (n, y) in enumerate(there)]
+        rest += [chart(title, lines)] if lines else []
     return [
         stack("seconds of an update, by phase", x, parts),
         chart("images/s", images),
         chart("memory, GiB", memory, note=" and ".join(held) if len(held) == 1 else ""),
+        *rest,
     ]
 
 

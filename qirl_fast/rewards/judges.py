@@ -81,8 +81,9 @@ def resolve(name: str, specs: Mapping[str, JudgeSettings] | None = None) -> Judg
 class Judges:
     """names: in the order of the columns. specs: the recipe's judges by name.
 
-    reask: times a failed row is asked again. `busy`: when each of them worked. Raises ValueError
-    for an unknown name, and what a judge raises while it is built.
+    reask: times a failed row is asked again. Since `begin`: `busy`, when each of them worked;
+    `seconds`, how long by name; `queue`, at each submission how many before it were not through.
+    Raises ValueError for an unknown name, and what a judge raises while it is built.
     """
 
     names: Sequence[str]
@@ -98,7 +99,9 @@ class Judges:
             for name in self.names
         }
         self.busy: list[Span] = []
-        self._asked: deque[Future[Scored]] = deque()
+        self.seconds: dict[str, float] = {}
+        self.queue: list[int] = []
+        self._asked: deque[list[Future[Scored]]] = deque()
         self._closed = False
         self._shared = ThreadPoolExecutor(1, thread_name_prefix="judges")
         self._threads = {
@@ -108,15 +111,22 @@ class Judges:
             for name, judge in self.judges.items()
         }
 
+    def begin(self) -> None:
+        """Measure anew."""
+        self.busy.clear()
+        self.seconds.clear()
+        self.queue.clear()
+
     def submit(self, images_BHW3: np.ndarray, metadata: list[Row]) -> Pending:
         """Begin to score; earlier submissions come first."""
         futures = [
             self._threads[name].submit(self._ask, name, images_BHW3, metadata)
             for name in self.names
         ]
-        while self._asked and self._asked[0].done():
+        while self._asked and all(future.done() for future in self._asked[0]):
             self._asked.popleft()
-        self._asked.extend(futures)
+        self.queue.append(len(self._asked))
+        self._asked.append(futures)
         return Pending(self.names, futures, len(metadata))
 
     def score(self, images_BHW3: np.ndarray, metadata: list[Row]) -> Verdict:
@@ -141,7 +151,9 @@ class Judges:
                 _log_failure(name, reason, "%r failed on an image: %s", reason)
             return Scored(found.values, found.status, reasons)
         finally:
-            self.busy.append((begin, time.perf_counter()))
+            end = time.perf_counter()
+            self.busy.append((begin, end))
+            self.seconds[name] = self.seconds.get(name, 0.0) + end - begin  # a name, one thread
 
     def _once(self, name: str, images_BHW3: np.ndarray, metadata: list[Row]) -> Scored:
         b = len(images_BHW3)
@@ -207,7 +219,7 @@ class Judges:
         """Give up what was submitted: the queue is emptied, and judges of this machine, whose state
         may be saved next, have come to rest. One that waits for a server is not waited for.
         """
-        for future in self._asked:
+        for future in (future for futures in self._asked for future in futures):
             future.cancel()
         self._asked.clear()
         self._shared.submit(lambda: None).result()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qirl_fast import ops
+from qirl_fast.models.adapter import require_finite
 from qirl_fast.rollout.dynamics import StepCoefficients, step_coefficients
 from qirl_fast.rollout.guidance import Guidance
 from qirl_fast.rollout.schedule import make_sigmas
@@ -31,6 +32,7 @@ KEPT: dict[Keeps, tuple[str, ...]] = {
     "states": ("x",),
     "levels": (),
 }
+RECORDED = KEPT["transitions"]
 
 INITIAL_NOISE = 1 << 40  # Philox offset of the initial noise; steps use their own index
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -109,9 +111,45 @@ class Trajectory:
     delta: tuple[Tensor | None, ...] = ()  # guidance offset added to the mean
     logp: tuple[Tensor, ...] = ()  # S of [B]
 
+    def part(self, rows: slice) -> Self:
+        """These rows of the chunk, with all that was recorded of them."""
+        if rows == slice(0, len(self.rows)):
+            return self
+
+        def cut(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(None if t is None else t[rows] for t in tensors)
+
+        return replace(
+            self,
+            prompts=self.prompts.of(range(rows.start, rows.stop)),
+            latents=self.latents[rows],
+            rows=self.rows[rows],
+            seeds=self.seeds[rows],
+            **{name: cut(getattr(self, name)) for name in RECORDED},
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence["Trajectory"], prompts: Prompts) -> "Trajectory":
+        """A chunk of its parts, in order; prompts: the chunk's."""
+        if len(parts) == 1:
+            return parts[0]
+
+        def of(name: str) -> tuple[Any, ...]:
+            same = zip(*(getattr(part, name) for part in parts), strict=True)
+            return tuple(None if step[0] is None else torch.cat(step) for step in same)
+
+        return replace(
+            parts[0],
+            prompts=prompts,
+            latents=torch.cat([part.latents for part in parts]),
+            rows=range(parts[0].rows.start, parts[-1].rows.stop),
+            seeds=torch.cat([part.seeds for part in parts]),
+            **{name: of(name) for name in RECORDED},
+        )
+
     def states_of(self, rows: Sequence[int]) -> Self:
         """Prompts and recorded states of these rows of the chunk, and no more of them."""
-        at = torch.tensor(rows, device=self.latents.device)
+        at = torch.tensor(rows, dtype=torch.int64, device=self.latents.device)
         return replace(
             self,
             prompts=self.prompts.of(rows),
@@ -235,10 +273,26 @@ def sample_then(
         noise_seeds = row_seeds(seed, update, prompt if shared_noise else own, stream=0)
         x = initial_noise(noise_seeds, (tokens, channels), model.device)
         seeds = row_seeds(seed, update, own, stream=1).to(model.device)
-        return then(_sample_chunk(model, prompts, rows, x, seeds, how, sigmas, tuple(recorded)))
+
+        def draw(part: slice) -> Trajectory:
+            whole = part == slice(0, len(rows))
+            mine = prompts if whole else prompts.of(range(part.start, part.stop))
+            of_rows = (mine, rows[part], x[part], seeds[part])
+            return _sample_chunk(model, *of_rows, how, sigmas, tuple(recorded))
+
+        return then(Trajectory.joined(workers.parts(draw, len(rows)), prompts))
 
     firsts = range(0, total, how.max_rows)
     return workers.map(chunk, firsts if chunks is None else [firsts[k] for k in chunks])
+
+
+def decode(model: Any, latents: Tensor, how: Sampling, workers: Workers) -> np.ndarray:
+    """uint8 images [B, H, W, 3] of a chunk's latents, by the model adapter; NotFinite as there."""
+    require_finite(latents)  # a part's own error would count its rows
+    found = workers.parts(
+        lambda part: model.decode(latents[part], how.height, how.width), len(latents), "decode"
+    )
+    return found[0] if len(found) == 1 else np.concatenate(found)
 
 
 @torch.no_grad()

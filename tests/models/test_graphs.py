@@ -186,3 +186,13 @@ def test_cuda_graphs_replay_what_was_recorded(weights, prompts) -> None:
             for seed, level in ((0, 0.9), (1, 0.4)):
                 x = noise(3, seed).cuda()
                 assert torch.equal(*both(model, x, [level], prefix))
+
+
+def test_what_is_forgotten_is_recorded_again(recorded) -> None:
+    model, recorder = recorded
+    prefix = model.prefix(model.encode(["a red circle"]), [0, 0], SIZE, SIZE)
+    first, _ = both(model, noise(2), [0.5], prefix)
+    model.denoiser.forget()
+    again, computed = both(model, noise(2), [0.5], prefix)
+    assert recorder.recorded == 2
+    assert torch.equal(again, computed) and torch.equal(again, first)

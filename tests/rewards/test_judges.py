@@ -337,3 +337,28 @@ def test_the_state_of_a_judge_is_copied_out_and_back(some):
         np.testing.assert_array_equal(found.score(IMAGES, ROWS).scores, first)
     with pytest.raises(ValueError, match=r"'some_judges:running' had a state"):
         Judges(["some_judges:half"]).load_state_dict(held)
+
+
+def test_the_queue_before_a_slow_judge_and_how_long_each_worked(some):
+    """Three chunks are handed over while the first is held; the fourth finds nothing waiting."""
+    may_go, started = threading.Event(), threading.Event()
+
+    def slow(images, rows):
+        started.set()
+        assert may_go.wait(20)
+        return np.zeros(len(images), np.float32)
+
+    some.slow = slow
+    found = Judges(["some_judges:slow", "some_judges:half"])
+    pending = [found.submit(IMAGES, ROWS) for _ in range(3)]
+    assert started.wait(20) and found.queue == [0, 1, 2]
+    may_go.set()
+    for one in pending:
+        one.result()
+    found.score(IMAGES, ROWS)
+    assert found.queue == [0, 1, 2, 0]
+    assert set(found.seconds) == {"some_judges:slow", "some_judges:half"}
+    assert sum(found.seconds.values()) == pytest.approx(covered(found.busy))
+    found.begin()
+    assert not found.queue and not found.seconds and not found.busy
+    found.close()
