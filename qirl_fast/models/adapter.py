@@ -226,8 +226,9 @@ class Adapter:
         if not len(sigma) or len(x) % len(sigma):
             raise ValueError(f"{len(sigma)} noise levels for {len(x)} rows; wanted a divisor of it")
         out = self.whole(partial(self._velocity, x, sigma, prefix, exact))
+        sharing = 1 if self.sequence is None else self.sequence.size
         for rows, image, text in prefix.lengths:
-            self.count(rows, x.shape[1] + image, text)
+            self.count(rows, x.shape[1] + image, text, sharing)
         return out
 
     def passes(self, image: int, text: int) -> list[Pass]:
@@ -236,12 +237,12 @@ class Adapter:
         passes = [Pass(block, image, text, both) for block in self.transformer.transformer_blocks]
         return passes + [Pass(block, both, 0, both) for block in single]
 
-    def count(self, rows: int, image: int, text: int) -> None:
-        """Count the model FLOPs of these rows; image 0: of a prefix alone."""
+    def count(self, rows: int, image: int, text: int, sharing: int = 1) -> None:
+        """Count the model FLOPs of these rows; image 0: of a prefix alone. sharing: processes."""
         if (image, text) not in self._costs:
             self._costs[image, text] = flops(self.passes(image, text))
         forward, backward = self._costs[image, text]
-        self.work.add(rows * (forward + backward * torch.is_grad_enabled()))
+        self.work.add(rows * (forward + backward * torch.is_grad_enabled()) // sharing)
 
     def _velocity(
         self, x: Tensor, sigma: Tensor | Sequence[float], prefix: Any, exact: bool
