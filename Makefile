@@ -11,6 +11,7 @@ READY := .venv/.ready
 KEY := $(CURDIR) PYTHON=$(PYTHON) QIRL_CUDA=$(QIRL_CUDA)
 # Tests run on all cores, four at most; those of a file on one, as they share what they set up.
 WORKERS := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+LOCKS := .ci/locks/build.txt .ci/locks/dev.txt .ci/locks/cuda.txt
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help setup train train-edit pipeline evaluate test chaos fuzz soak lint format docs wheel \
@@ -36,7 +37,7 @@ help:
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt CMakeLists.txt .ci/setup $(shell find csrc -type f)
+$(READY): pyproject.toml $(LOCKS) CMakeLists.txt .ci/setup .ci/install $(shell find csrc -type f)
 	@.ci/setup
 	@echo '$(KEY)' > $@
 
@@ -81,7 +82,7 @@ format: $(READY)
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 docs: $(READY)
-	@$(BIN)/python -c 'import material' 2>/dev/null || $(BIN)/python -m pip install --quiet -c constraints.txt mkdocs-material
+	@$(BIN)/python -c 'import material' 2>/dev/null || .ci/install docs
 	$(BIN)/python .ci/site_pages.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict -f .ci/mkdocs.yml
 
