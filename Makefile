@@ -24,7 +24,7 @@ help:
 	@echo 'make evaluate    the tiny model against the last make train       ARGS="key=value ..."'
 	@echo 'make test        run the fast tests                         ARGS="pytest arguments"'
 	@echo 'make chaos       kill, starve and mislead runs; a table at the end'
-	@echo 'make fuzz        120,000 strange inputs: prompts, recipes, images, checkpoints, requests'
+	@echo 'make fuzz        120,000 strange inputs: prompts, recipes, images, checkpoints, HTTP, tensors'
 	@echo 'make soak        2,000 small steps: do memory, open files, step time stay flat?'
 	@echo 'make lint        ruff, mypy, clang-format; changes nothing'
 	@echo 'make format      let ruff and clang-format rewrite the files'
@@ -64,7 +64,9 @@ chaos: $(READY)
 	$(BIN)/python -m pytest $(WORKERS) -m chaos $(ARGS)
 
 fuzz: $(READY)
-	QIRL_FUZZ=$${QIRL_FUZZ:-24000} $(BIN)/python -m pytest --timeout 7200 -n logical --dist load tests/test_fuzz.py $(ARGS)
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || .ci/install fuzz
+	QIRL_FUZZ=$${QIRL_FUZZ:-2000} $(BIN)/python -m pytest --timeout 7200 -n logical --dist load tests/test_fuzz.py tests/ops/test_fuzz_ops.py
+	$(BIN)/python tests/fuzz/guided.py $(if $(ARGS),$(ARGS),20000)
 
 soak: $(READY)
 	rm -rf outputs/soak
