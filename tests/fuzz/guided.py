@@ -8,6 +8,7 @@ that reach something new are added to the corpus instead.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import sys
@@ -73,7 +74,11 @@ def guide(name: str, runs: int, options: list[str]) -> None:
 
     def once(data: bytes) -> None:
         nonlocal count, before
-        read(data)
+        try:
+            read(data)
+        except Exception:
+            (corpus / f"crash-{hashlib.sha256(data).hexdigest()[:12]}").write_bytes(data)
+            raise
         count += 1
         if count == warm:
             before = memory_mb()
@@ -96,15 +101,16 @@ def main(runs: str, *rest: str) -> int:
     print(f"{instrument()} functions guide", flush=True)
     chosen = [rest[0]] if rest and rest[0] in names else names
     options = [word for word in rest if word not in names]
+    failed = []
     for name in chosen:
         child = os.fork()
         if child == 0:
             guide(name, int(int(runs) * SHARE.get(name, 1)), options)
         _, status = os.waitpid(child, 0)
         if status:
-            print(f"{name}: FAILED, see above", flush=True)
-            return 1
-    return 0
+            failed.append(name)
+    print(f"failed: {', '.join(failed) or 'none'}", flush=True)
+    return len(failed)
 
 
 if __name__ == "__main__":
