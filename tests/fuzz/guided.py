@@ -1,9 +1,10 @@
-"""python tests/fuzz/guided.py RUNS [READER] [libFuzzer options]: inputs guided by coverage (atheris).
+"""python tests/fuzz/guided.py RUNS [READER] [libFuzzer options]: inputs guided by coverage.
 
-Each reader has a process. It begins with corpora/READER, runs RUNS inputs (SHARE says which fewer) and ends with 1 at the
-first that crashes, takes over 20 s, or once memory grows: the input is left in corpora/READER, where
-`make test` finds it. New inputs are kept in found/READER, which git ignores; with -merge=1 the ones
-that reach something new are added to the corpus instead.
+Each reader, in a process of its own, is given RUNS inputs by atheris (SHARE: fewer for slow ones),
+from corpora/READER on. It fails at the first that crashes, takes over 20 s, or once memory grows.
+An input that crashes is left in corpora/READER, where `make test` finds it; new ones are kept in
+found/READER, which git ignores. With -merge=1 those of them that reach something new are added to
+corpora/READER instead.
 """
 
 from __future__ import annotations

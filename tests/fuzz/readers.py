@@ -1,6 +1,7 @@
-"""What reads bytes of others, as functions of bytes: each returns, or ends in its reader's own error,
-which is caught here. Anything else that comes out is a fault. Hypothesis (test_fuzz.py) and atheris
-(guided.py) feed them, and every file of corpora/<reader>/ is fed again by `make test`.
+"""What reads bytes of others, as functions of bytes: each returns, or its reader's own error comes.
+
+That error is caught here; anything else is a fault. Hypothesis (test_fuzz.py) and atheris
+(guided.py) feed them, and `make test` feeds them every file of corpora/<reader>/ again.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def checkpoint(place: Path) -> dict[Path, bytes]:
 
 
 def checkpoints(place: Path, data: bytes) -> None:
-    """A checkpoint with one file replaced, which its first byte names: altered, then signed anew."""
+    """A checkpoint with the file that the first byte names replaced; then signed anew."""
     whole = checkpoint(place)
     file = list(whole)[data[0] % 3 if data else 0]
     file.write_bytes(data[1:])
