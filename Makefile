@@ -11,7 +11,7 @@ READY := .venv/.ready
 KEY := $(CURDIR) PYTHON=$(PYTHON) QIRL_CUDA=$(QIRL_CUDA)
 # Tests run on all cores, four at most; those of a file on one, as they share what they set up.
 WORKERS := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-LOCKS := .ci/locks/build.txt .ci/locks/dev.txt .ci/locks/cuda.txt
+LOCKS := $(patsubst %,.ci/locks/%.txt,build dev cpu cuda)
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help setup train train-edit pipeline evaluate test chaos fuzz soak lint format docs wheel \
