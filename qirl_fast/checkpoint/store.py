@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from qirl_fast.checkpoint.lora import Lora, write_lora
@@ -40,6 +40,7 @@ from qirl_fast.checkpoint.manifest import (
     write_manifest,
 )
 from qirl_fast.checkpoint.shards import SHARDS, read_shards
+from qirl_fast.checkpoint.tensors import save_file
 
 FORMAT, SHARED = 2, 3  # of a state in one piece, of one that processes share out
 LATEST = "latest"
@@ -78,8 +79,8 @@ def save_checkpoint(
     more leave one to fall back on. Later steps than `step` belong to a course that was abandoned
     by resuming before them and are deleted, which is logged. One process at a time may write.
     Returns the checkpoint's folder. Raises CheckpointError for a state that JSON changes, OSError
-    or SafetensorError if the disk refuses, before anything is written where too little is free; the
-    checkpoints already there stay as they were.
+    if the disk refuses, before anything is written where too little is free; the checkpoints
+    already there stay as they were.
     """
     if keep < 1:
         raise CheckpointError(f"got keep {keep}; wanted 1 or more")
