@@ -1,6 +1,6 @@
 """python tests/fuzz/guided.py RUNS [READER] [libFuzzer options]: inputs guided by coverage.
 
-Each reader, in a process of its own, is given RUNS inputs by atheris (SHARE: fewer for slow ones),
+Each reader, in a process of its own, is given RUNS inputs by atheris (SHARE: slow ones fewer),
 from corpora/READER on. It fails at the first that crashes, takes over 20 s, or once memory grows.
 An input that crashes is left in corpora/READER, where `make test` finds it; new ones are kept in
 found/READER, which git ignores. With -merge=1 those of them that reach something new are added to
@@ -22,7 +22,7 @@ import atheris
 import readers
 
 HERE = Path(__file__).parent
-SHARE = {"recipes": 0.1, "checkpoints": 0.5}  # of RUNS, for the slow ones
+SHARE = {"recipes": 0.1, "checkpoints": 0.5, "requests": 5, "answers": 5}  # by how long one takes
 GROWTH_MB = 128  # libFuzzer's own corpus and tables among it
 READS = (  # whose branches guide
     "qirl_fast.data",
