@@ -24,7 +24,7 @@ help:
 	@echo 'make evaluate    the tiny model against the last make train       ARGS="key=value ..."'
 	@echo 'make test        run the fast tests                         ARGS="pytest arguments"'
 	@echo 'make chaos       kill, starve and mislead runs; a table at the end'
-	@echo 'make fuzz        120,000 strange inputs: prompts, recipes, images, checkpoints, HTTP, tensors'
+	@echo 'make fuzz        300,000 strange inputs: prompts, recipes, images, checkpoints, HTTP, tensors'
 	@echo 'make soak        2,000 small steps: do memory, open files, step time stay flat?'
 	@echo 'make lint        ruff, mypy, clang-format; changes nothing'
 	@echo 'make format      let ruff and clang-format rewrite the files'
