@@ -11,6 +11,7 @@ READY := .venv/.ready
 KEY := $(CURDIR) PYTHON=$(PYTHON) QIRL_CUDA=$(QIRL_CUDA)
 # Tests run on all cores, four at most; those of a file on one, as they share what they set up.
 WORKERS := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+LOCKS := $(patsubst %,.ci/locks/%.txt,build dev cpu cuda)
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help setup train train-edit pipeline evaluate test chaos fuzz soak lint format docs wheel \
@@ -23,7 +24,7 @@ help:
 	@echo 'make evaluate    the tiny model against the last make train       ARGS="key=value ..."'
 	@echo 'make test        run the fast tests                         ARGS="pytest arguments"'
 	@echo 'make chaos       kill, starve and mislead runs; a table at the end'
-	@echo 'make fuzz        120,000 strange inputs: prompts, recipes, images, checkpoints, requests'
+	@echo 'make fuzz        300,000 strange inputs: prompts, recipes, images, checkpoints, HTTP, tensors'
 	@echo 'make soak        2,000 small steps: do memory, open files, step time stay flat?'
 	@echo 'make lint        ruff, mypy, clang-format; changes nothing'
 	@echo 'make format      let ruff and clang-format rewrite the files'
@@ -36,7 +37,7 @@ help:
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt CMakeLists.txt .ci/setup $(shell find csrc -type f)
+$(READY): pyproject.toml $(LOCKS) CMakeLists.txt .ci/setup .ci/install $(shell find csrc -type f)
 	@.ci/setup
 	@echo '$(KEY)' > $@
 
@@ -63,7 +64,9 @@ chaos: $(READY)
 	$(BIN)/python -m pytest $(WORKERS) -m chaos $(ARGS)
 
 fuzz: $(READY)
-	QIRL_FUZZ=$${QIRL_FUZZ:-24000} $(BIN)/python -m pytest --timeout 7200 -n logical --dist load tests/test_fuzz.py $(ARGS)
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || .ci/install fuzz
+	QIRL_FUZZ=$${QIRL_FUZZ:-2000} $(BIN)/python -m pytest --timeout 7200 -n logical --dist load tests/test_fuzz.py tests/ops/test_fuzz_ops.py
+	$(BIN)/python tests/fuzz/guided.py $(if $(ARGS),$(ARGS),20000)
 
 soak: $(READY)
 	rm -rf outputs/soak
@@ -81,7 +84,7 @@ format: $(READY)
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 docs: $(READY)
-	@$(BIN)/python -c 'import material' 2>/dev/null || $(BIN)/python -m pip install --quiet -c constraints.txt mkdocs-material
+	@$(BIN)/python -c 'import material' 2>/dev/null || .ci/install docs
 	$(BIN)/python .ci/site_pages.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict -f .ci/mkdocs.yml
 

@@ -155,6 +155,38 @@ def test_a_disk_that_becomes_read_only(
     assert content(disk / "r", 3) == content(whole, 3)
 
 
+# Root passes over permissions; a run without this capability does not, whoever runs it.
+HELD_TO_PERMISSIONS = """
+import ctypes, os
+libc, head, sets = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+assert libc.capget(head, sets) == 0
+sets[0] &= ~2  # CAP_DAC_OVERRIDE, of those in effect
+assert libc.capset(head, sets) == 0
+"""
+
+
+@pytest.mark.chaos("write permission is taken away: said, the checkpoint before stays, same bits")
+@pytest.mark.parametrize("place", ["checkpoints", "checkpoints/.beside-2"])
+def test_a_folder_that_may_no_longer_be_written(
+    start: Start, small, finished, meddle, tmp_path: Path, place: str
+) -> None:
+    own = [*small, "train.steps=3", f"output={tmp_path}", "run=r"]
+    folder = tmp_path / "r" / place
+    where = "checkpoint.store.save_file" if place.endswith("2") else "saving.Saver.write"
+    lost = meddle(where, 2, f"os.chmod({str(folder)!r}, 0o555)", after=False)
+    run = start(own, hook=HELD_TO_PERMISSIONS + lost)
+    assert run.wait() == 1, run.output()
+    assert "ermission denied" in run.output() and "resume=auto" in run.output()
+    assert "Traceback" not in run.output()
+    folder = tmp_path / "r/checkpoints"
+    folder.chmod(0o755)
+    kept = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+    assert kept == ["checkpoint-1", "latest"]
+    again = start([*own, "resume=auto"])
+    assert again.wait() == 0, again.output()
+    assert content(tmp_path / "r", 3) == content(finished("three-plain", "train.steps=3"), 3)
+
+
 CLOCK = """
 import random, time
 real, draw = time.time, random.Random(3)

@@ -1,41 +1,34 @@
 """Whatever bytes come in, what comes out is a value or the one error that the reader promises.
 
-`make fuzz` gives each reader QIRL_FUZZ inputs (20,000), `make test` a few dozen. Inputs that once
-failed stand as examples beside their test; hypothesis keeps new ones in tests/fuzz-corpus.
+`make fuzz` gives each reader QIRL_FUZZ inputs of hypothesis, then many more that atheris guides
+(fuzz/guided.py); `make test` gives a few dozen, and every file of fuzz/corpora. Inputs that once
+failed stand there or as examples beside their test.
 """
 
 from __future__ import annotations
 
 import gc
-import io
 import json
 import os
-from contextlib import suppress
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.database import DirectoryBasedExampleDatabase
-from PIL import Image
-
-from qirl_fast.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from qirl_fast.config import ConfigError, load_config
-from qirl_fast.data.images import Decoder, ImageError
-from qirl_fast.data.prompts import PromptError, load_prompts
-from qirl_fast.data.sources import Source
-from qirl_fast.rewards import wire, wire_answer
-from qirl_fast.rewards.wire import WireError
+from readers import CORPORA, QUESTION, READERS, checkpoint, picture, readers
 
 COUNT = int(os.environ.get("QIRL_FUZZ", "50"))
 fuzz = settings(
     max_examples=COUNT,
     deadline=None,
-    database=DirectoryBasedExampleDatabase(str(Path(__file__).parent / "fuzz-corpus")),
+    database=DirectoryBasedExampleDatabase(str(Path(__file__).parent / "fuzz" / "found")),
     suppress_health_check=list(HealthCheck),
 )
+Feed = dict[str, Callable[[bytes], None]]
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -72,15 +65,30 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fuzz")
 
 
+@pytest.fixture(scope="module")
+def feed(place: Path) -> Feed:
+    return readers(place)
+
+
+KEPT = sorted(path for path in CORPORA.glob("*/*"))
+
+
+@pytest.mark.parametrize("file", KEPT, ids=lambda path: f"{path.parent.name}-{path.name[:12]}")
+def test_what_is_kept(feed: Feed, file: Path) -> None:
+    feed[file.parent.name](file.read_bytes())
+
+
+def test_every_reader_has_a_corpus(feed: Feed) -> None:
+    assert {path.parent.name for path in KEPT} == set(feed) and set(READERS) < set(feed)
+    assert all(path.stat().st_size <= 4096 for path in KEPT)
+
+
 @fuzz
 @given(st.lists(ROW.map(lambda row: json.dumps(row).encode()) | TEXT, max_size=4))
 @example([b'{"prompt": "a", "include": [{"class": "circle", "count": 1e400}]}'])
 @example([b"[" * 100_000])
-def test_prompt_files(place: Path, lines: list[bytes]) -> None:
-    file = place / "rows.jsonl"
-    file.write_bytes(b"\n".join(lines))
-    with suppress(PromptError):
-        assert all(isinstance(p.prompt, str) and p.prompt for p in load_prompts(file))
+def test_prompt_files(feed: Feed, lines: list[bytes]) -> None:
+    feed["prompts"](b"\n".join(lines))
 
 
 YAML = st.recursive(
@@ -94,95 +102,68 @@ YAML = st.recursive(
 
 
 @fuzz
-@given(TEXT | YAML.map(lambda value: json.dumps(value).encode()), st.text(max_size=20))
-@example(b"a: &a [*a, *a]", "x")
-@example(b"!!python/object/apply:os.system ['false']", "x")
-@example(b"train: ${train}", "x")
-@example(b"", "seed=${oc.env:HOME}")
-def test_recipes(place: Path, text: bytes, word: str) -> None:
-    file = place / "recipe.yaml"
-    file.write_bytes(text)
-    with suppress(ConfigError):
-        load_config([str(file), f"run={word}"])
-    with suppress(ConfigError):
-        load_config([word])
-
-
-def pictures() -> dict[str, bytes]:
-    pixels = np.arange(16 * 12 * 4, dtype=np.uint8).reshape(16, 12, 4)
-    found = {}
-    for name, mode in (("a.png", "RGBA"), ("a.jpg", "RGB"), ("a.webp", "RGB")):
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).convert(mode).save(buffer, {"a.jpg": "JPEG"}.get(name, name[2:]))
-        found[name] = buffer.getvalue()
-    return found
-
-
-PICTURES = pictures()
-DECODER = Decoder("pil", threads=1)
+@given(TEXT | YAML.map(lambda value: json.dumps(value).encode()))
+@example(b"a: &a [*a, *a]")
+@example(b"!!python/object/apply:os.system ['false']")
+@example(b"train: ${train}")
+@example(b"seed=${oc.env:HOME}")
+def test_recipes(feed: Feed, text: bytes) -> None:
+    feed["recipes"](text)
 
 
 @fuzz
-@given(st.data(), st.sampled_from(sorted(PICTURES)))
-def test_images(place: Path, data: st.DataObject, name: str) -> None:
-    file = place / name
-    file.write_bytes(changed(data, PICTURES[name]))
-    (found,) = DECODER([Source(name, file)], [[(8, 8)]])
-    if not isinstance(found, ImageError):
-        assert found[0].shape[:2] == (8, 8) and found[0].dtype == np.uint8
+@given(st.data(), st.sampled_from([picture(form) for form in ("PNG", "JPEG", "WEBP")]))
+def test_images(feed: Feed, data: st.DataObject, whole: bytes) -> None:
+    feed["images"](changed(data, whole))
 
 
 @fuzz
 @given(data=st.data())
-def test_checkpoints(place: Path, data: st.DataObject) -> None:
-    run = place / "run"
-    tensors, state = {"w": torch.arange(5.0)}, {"tree": [1, 2]}
-    if not run.exists():
-        save_checkpoint(run, 1, tensors, state, None, keep=1)
-    folder = run / "checkpoints" / "checkpoint-1"
-    file = folder / data.draw(st.sampled_from(sorted(p.name for p in folder.iterdir())))
-    whole = file.read_bytes()
-    file.write_bytes(changed(data, whole))
-    try:
-        with suppress(CheckpointError):
-            found = load_checkpoint(folder)
-            assert torch.equal(found.tensors["w"], tensors["w"]) and found.state == state
-    finally:
-        file.write_bytes(whole)
-
-
-LIMITS = wire.Limits()
-QUESTION = wire.encode(
-    "r", "j", ["a", "b"], np.zeros((2, 4, 4, 3), np.uint8), [{"prompt": "a"}, {}]
-)
+def test_checkpoints(feed: Feed, place: Path, data: st.DataObject) -> None:
+    files = list(checkpoint(place).values())
+    which = data.draw(st.integers(0, len(files) - 1))
+    feed["checkpoints"](bytes([which]) + changed(data, files[which]))
 
 
 @fuzz
 @given(data=st.data())
-def test_requests_and_answers(data: st.DataObject) -> None:
+def test_requests_and_answers(feed: Feed, data: st.DataObject) -> None:
     body = data.draw(st.binary(max_size=200)) if data.draw(st.booleans()) else None
-    with suppress(WireError):
-        wire.decode(changed(data, QUESTION) if body is None else body, LIMITS).unpack()
+    feed["requests"](changed(data, QUESTION) if body is None else body)
     answer = json.dumps({"version": 1, "request": "r"} | data.draw(ROW)).encode()
-    with suppress(WireError):
-        wire_answer.decode(changed(data, answer), "r", ["a"])
+    feed["answers"](changed(data, answer))
 
 
-def test_nothing_is_kept_of_what_came(place: Path) -> None:
+HEAD = b"POST /score HTTP/1.1\r\nHost: here\r\nContent-Length: %d\r\n\r\n" % len(QUESTION)
+
+
+@fuzz
+@given(st.data(), st.sampled_from([HEAD, HEAD + QUESTION, b"GET /health HTTP/1.0\r\n\r\n"]))
+def test_http(feed: Feed, data: st.DataObject, whole: bytes) -> None:
+    feed["http"](changed(data, whole))
+
+
+@pytest.mark.slow
+def test_guided_by_coverage() -> None:
+    """A few hundred inputs a reader under atheris, as `make fuzz` gives tens of thousands."""
+    pytest.importorskip("atheris", reason=".ci/install fuzz")
+    script = Path(__file__).parent / "fuzz" / "guided.py"
+    done = subprocess.run(
+        [sys.executable, script, "300"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.stdout.count(" inputs, ") == len(READERS) + 1
+
+
+def test_nothing_is_kept_of_what_came(feed: Feed) -> None:
     """After hundreds of bad inputs there are as many objects as after the first dozens."""
-    file = place / "leak.jsonl"
 
-    def feed(times: int) -> int:
+    def objects(times: int) -> int:
         for i in range(times):
-            file.write_bytes(b'{"prompt": "' + bytes([i % 256]) * (i % 97))
-            with suppress(PromptError):
-                load_prompts(file)
-            with suppress(ConfigError):
-                load_config([f"train.lr={'x' * (i % 97)}"])
-            with suppress(WireError):
-                wire.decode(bytes([i % 256]) * (i % 97), LIMITS)
+            for name in ("prompts", "recipes", "requests", "http"):
+                feed[name](b'{"prompt": "' + bytes([i % 256]) * (i % 97))
         gc.collect()
         return len(gc.get_objects())
 
-    first = feed(40)
-    assert feed(120) - first < 120
+    first = objects(40)
+    assert objects(120) - first < 120

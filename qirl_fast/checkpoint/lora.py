@@ -18,8 +18,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from qirl_fast.checkpoint.tensors import save_file
 
 ALWAYS = ("r", "lora_alpha", "target_modules")
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 Entry = dict[str, Any]
+# What reading JSON that may say anything ends in, where it does not say what is wanted.
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 class CheckpointError(ValueError):
@@ -53,20 +55,21 @@ def verify(folder: Path, but: str = "") -> int:
         del content["sha256"]
         if _manifest_text(content) != text:
             raise ValueError("its SHA-256 differs")
-        step, files = int(content["step"]), dict(content["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{manifest} is missing or damaged ({error})") from error
-    for name, wanted in files.items():
+        step = int(content["step"])
+        files = {str(n): (int(e["size"]), str(e["sha256"])) for n, e in content["files"].items()}
+    except (OSError, *MALFORMED) as error:
+        raise CheckpointError(f"{manifest} is missing or damaged ({error!r})") from error
+    for name, (size, digest) in files.items():
         path = folder / name
         if but and name.startswith(but):
             continue
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
-        if path.stat().st_size != wanted["size"]:
+        if path.stat().st_size != size:
             raise CheckpointError(
-                f"{path} is damaged: {path.stat().st_size} bytes, {wanted['size']} were written"
+                f"{path} is damaged: {path.stat().st_size} bytes, {size} were written"
             )
-        if _digest(path) != wanted["sha256"]:
+        if _digest(path) != digest:
             raise CheckpointError(f"{path} is damaged: SHA-256 differs from the manifest's")
     return step
 

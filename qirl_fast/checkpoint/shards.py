@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, Shard
 
 from qirl_fast.checkpoint.manifest import CheckpointError, sync
+from qirl_fast.checkpoint.tensors import save_file
 
 SHARDS = "shards"
 INFO, VERSION = "DCP_SHARDING_INFO", {"DCP_VERSION": "1.0", "format": "pt"}

@@ -26,12 +26,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from qirl_fast.checkpoint.lora import Lora, write_lora
-from qirl_fast.checkpoint.manifest import CheckpointError, Entry, sync, verify, write_manifest
+from qirl_fast.checkpoint.manifest import (
+    MALFORMED,
+    CheckpointError,
+    Entry,
+    sync,
+    verify,
+    write_manifest,
+)
 from qirl_fast.checkpoint.shards import SHARDS, read_shards
+from qirl_fast.checkpoint.tensors import save_file
 
 FORMAT, SHARED = 2, 3  # of a state in one piece, of one that processes share out
 LATEST = "latest"
@@ -70,8 +79,8 @@ def save_checkpoint(
     more leave one to fall back on. Later steps than `step` belong to a course that was abandoned
     by resuming before them and are deleted, which is logged. One process at a time may write.
     Returns the checkpoint's folder. Raises CheckpointError for a state that JSON changes, OSError
-    or SafetensorError if the disk refuses, before anything is written where too little is free; the
-    checkpoints already there stay as they were.
+    if the disk refuses, before anything is written where too little is free; the checkpoints
+    already there stay as they were.
     """
     if keep < 1:
         raise CheckpointError(f"got keep {keep}; wanted 1 or more")
@@ -288,17 +297,22 @@ def load_checkpoint(
 
     shards: what processes shared out is put together in memory; or verified only, to be read by
     `fill_from`; or left to another process to verify.
-    Raises CheckpointError naming the file: missing, of another size, altered.
+    Raises CheckpointError naming the file: missing, of another size, altered, no such state.
     """
     folder = Path(path).resolve()
     step = verify(folder, but=f"{SHARDS}/" if shards == "leave" else "")
-    data = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    if data["format"] not in (FORMAT, SHARED):
+    try:  # sound as the manifest has it does not say that it was written here
+        data = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        version, state = data["format"], dict(data["state"])
+        if version in (FORMAT, SHARED):
+            tensors = load_file(folder / "state.safetensors")
+    except (OSError, SafetensorError, *MALFORMED) as error:
+        raise CheckpointError(f"{folder} holds no state of a run ({error!r})") from error
+    if version not in (FORMAT, SHARED):
         raise CheckpointError(
-            f"{folder}: format {data['format']}; this version reads {FORMAT} and {SHARED}"
+            f"{folder}: format {version}; this version reads {FORMAT} and {SHARED}"
         )
-    tensors = load_file(folder / "state.safetensors")
     parts = folder / SHARDS if (folder / SHARDS).is_dir() else None
     if parts is not None and shards == "read":
         tensors |= read_shards(parts)
-    return Checkpoint(folder, step, tensors, data["state"], parts)
+    return Checkpoint(folder, step, tensors, state, parts)

@@ -134,9 +134,12 @@ def _override(arg: str, schema: Schema) -> Any:
     node = schema.node(key.split("."))
     is_text = bool(node) and accepted_types(node) <= {"string", "null"} and "enum" not in node
     is_null = "null" in accepted_types(node) and value in ("null", "~", "") if is_text else False
-    if is_text and not is_null:
-        return OmegaConf.from_dotlist([f"{key}={json.dumps(value)}"])
-    return OmegaConf.from_dotlist([arg])
+    word = f"{key}={json.dumps(value)}" if is_text and not is_null else arg
+    try:
+        return OmegaConf.from_dotlist([word])
+    except (LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        what = f"{arg[:80]!r}: no setting ({error}); wanted key=value, as train.lr=0.001"
+        raise ConfigError([what]) from error
 
 
 def _validate(
