@@ -2,9 +2,8 @@
 
 Each reader, in a process of its own, is given RUNS inputs by atheris (SHARE: slow ones fewer),
 from corpora/READER on. It fails at the first that crashes, takes over 20 s, or once memory grows.
-An input that crashes is left in corpora/READER, where `make test` finds it; new ones are kept in
-found/READER, which git ignores. With -merge=1 those of them that reach something new are added to
-corpora/READER instead.
+An input that crashes is left in corpora/READER, where `make test` finds it; those that reach
+something new are kept in found/READER, which git ignores: some of them, small, are in the corpus.
 """
 
 from __future__ import annotations
@@ -94,9 +93,10 @@ def guide(name: str, runs: int, options: list[str]) -> None:
             assert grown < GROWTH_MB, f"memory grew by {grown:.0f} MB in {runs - warm} inputs"
 
     limits = ["-timeout=20", "-rss_limit_mb=4096", "-max_len=4096", "-print_final_stats=1"]
-    folders = [str(corpus), str(found)] if "-merge=1" in options else [str(found), str(corpus)]
     artifacts = f"-artifact_prefix={corpus}/"
-    atheris.Setup([name, f"-runs={runs}", artifacts, *limits, *options, *folders], once)
+    atheris.Setup(
+        [name, f"-runs={runs}", artifacts, *limits, *options, str(found), str(corpus)], once
+    )
     atheris.Fuzz()
 
 
