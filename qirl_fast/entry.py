@@ -48,7 +48,7 @@ def run(
     except (Interrupted, KeyboardInterrupt) as error:
         number, done = signal.SIGINT, ""
         if isinstance(error, Interrupted):
-            number, done = error.signal, f", {error.done}"
+            number, done = error.signal, ", all steps that were finished saved"
         name = "Ctrl-C" if number == signal.SIGINT else number.name
         console.print(f"stopped by {name}{done}; to go on {again}", style="red", markup=False)
         return 128 + number

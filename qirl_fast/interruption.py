@@ -15,12 +15,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(BaseException):
-    """The run was asked to stop by `signal`. No Exception: nobody on the way mends it.
-
-    done: what has become of the steps before, for the line that says so.
-    """
-
-    done = "all steps that were finished saved"
+    """The run was asked to stop by `signal`. No Exception: nobody on the way mends it."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -31,10 +26,12 @@ class Interruption:
     """Handles SIGTERM and SIGINT inside `with`; a second SIGINT is an ordinary KeyboardInterrupt.
 
     In another thread than the main one, where Python allows no handlers, it does nothing.
+    waits: nothing is raised, but for that; whoever runs looks at `asked`.
     """
 
-    def __init__(self) -> None:
-        self._asked: int | None = None
+    def __init__(self, waits: bool = False) -> None:
+        self.waits = waits
+        self.asked: int | None = None  # a signal, the last of them
         self._allowed = False
         self._before: dict[int, Any] = {}
 
@@ -48,9 +45,9 @@ class Interruption:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._asked is not None and number == signal.SIGINT:
+        if self.asked is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._asked = number
+        self.asked = number
         if self._allowed:
             self._allowed = False
             raise Interrupted(number)
@@ -59,7 +56,7 @@ class Interruption:
     def allowed(self) -> Iterator[None]:
         """Inside, until `hold`, a signal raises Interrupted at once, whatever is being done."""
         try:
-            self._allowed = True
+            self._allowed = not self.waits
             self.check()
             yield
         finally:
@@ -72,5 +69,5 @@ class Interruption:
 
     def check(self) -> None:
         """Raise Interrupted if there was a signal."""
-        if self._asked is not None:
-            raise Interrupted(self._asked)
+        if self.asked is not None and not self.waits:
+            raise Interrupted(self.asked)

@@ -84,10 +84,6 @@ def train(cfg: Config) -> Path:
             trainer, step = prepared(cfg, run_dir, fresh, world)
             try:
                 return loop(trainer, step, cfg, run_dir)
-            except Interrupted as error:
-                if trainer.learner.spread:
-                    error.done = "back to its newest checkpoint, as no process has all weights"
-                raise
             finally:
                 trainer.close()
 
@@ -108,16 +104,19 @@ def prepared(cfg: Config, run_dir: Path, fresh: bool, world: World) -> tuple[Tra
 
 
 def loop(trainer: Trainer, step: int, cfg: Config, run_dir: Path) -> Path:
-    """The loop of `train`."""
-    world, saver = trainer.world, Saver(trainer, run_dir, cfg)
+    """The loop of `train`.
+
+    Where processes share out trained weights none can save alone: they finish a step together and
+    save it when one of them is asked to stop.
+    """
+    world, saver, spread = trainer.world, Saver(trainer, run_dir, cfg), trainer.learner.spread
     with (
-        Interruption() as interruption,
+        Interruption(waits=spread) as interruption,
         Tracker(run_dir, cfg, step=step, rank=world.rank, speed=trainer.speed()) as tracker,
     ):
         several = f", {world.size} processes" if world.size > 1 else ""
         tracker.say(f"{run_dir}: from step {step} to {cfg.train.steps}{several}")
-        stops = "stops" if trainer.learner.spread else "saves and stops"
-        tracker.say(f"{in_short(cfg)}; Ctrl-C {stops}")
+        tracker.say(f"{in_short(cfg)}; Ctrl-C saves and stops{' after a step' * spread}")
         for text in trainer.judges.warnings():
             tracker.say(f"warning: {text}")
         if not (run_dir / "samples" / "before.npz").exists():
@@ -160,9 +159,12 @@ def loop(trainer: Trainer, step: int, cfg: Config, run_dir: Path) -> Path:
                     tracker.log(update, metrics, images=images)
                 saver.save_alone(update)
                 raise
-            if due(update, cfg.tracking.checkpoint_every, cfg.train.steps):
+            asked = [n for n in world.gather(interruption.asked) if n] if spread else []
+            if asked or due(update, cfg.tracking.checkpoint_every, cfg.train.steps):
                 saver.save(update)
-            saver.settle(wait=update == cfg.train.steps)
+            saver.settle(wait=bool(asked) or update == cfg.train.steps)
+            if asked:
+                raise Interrupted(asked[0])
         tracker.say("evaluating the trained policy on the held-out prompts")
         with interruption.allowed():
             after = trainer.evaluate()

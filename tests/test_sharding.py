@@ -325,14 +325,22 @@ def test_what_cannot_be_spread_is_refused(small, tmp_path, count, settings, said
         sharding(load_config([*small, *own]), World(0, count), "cpu")
 
 
-def test_a_signal_says_that_no_process_can_save(processes, meddle, tmp_path) -> None:
-    own = [*FULL, "processes.shard=0", f"output={tmp_path}", "run=r"]
+@pytest.mark.parametrize("ranks", ["01", "1"])
+def test_a_signal_ends_a_step_that_all_save(processes, whole_run, meddle, tmp_path, ranks) -> None:
+    own = [*FULL, "processes.shard=0", f"output={tmp_path}", "run=r", "train.steps=3"]
+    own.append("tracking.checkpoint_every=0")
     hook = meddle("trainer.Trainer.rollout", 2, "os.kill(os.getpid(), signal.SIGTERM)")
-    runs = processes(2, own, hook=hook)
+    runs = processes(2, own, hook=f"if os.environ['RANK'] in '{ranks}':" + indented(hook))
     assert ended(runs) == [128 + signal.SIGTERM] * 2, runs[0].output()
-    assert "; Ctrl-C stops" in runs[0].output()
-    said = "stopped by SIGTERM, back to its newest checkpoint, as no process has all weights; to go"
+    assert "; Ctrl-C saves and stops after a step" in runs[0].output()
+    said = "stopped by SIGTERM, all steps that were finished saved; to go on"
     assert said in runs[0].output() and "stopped" not in runs[1].output()
+    assert load_checkpoint(tmp_path / "r/checkpoints/latest").step == 2
+    again = processes(2, [*own, "resume=auto"])
+    assert ended(again) == [0, 0], again[0].output()
+    whole = two(processes, whole_run, "three", "train.steps=3")
+    assert same(state_of(tmp_path / "r", 3), state_of(whole, 3))
+    assert (tmp_path / "r/metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
 def test_the_plan_shares_out_what_is_spread(small) -> None:
