@@ -12,6 +12,8 @@ import multiprocessing
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -31,7 +33,8 @@ from qirl_fast.models.qwenimage21 import QwenImage21
 
 torch.set_num_threads(1)
 
-WEIGHTS = Path(__file__).resolve().parents[1] / "qirl_fast" / "tiny" / "weights"
+ROOT = Path(__file__).resolve().parents[1]
+WEIGHTS = ROOT / "qirl_fast" / "tiny" / "weights"
 
 # Two updates of two prompts x four samples: what a run does, in two or three seconds. Whatever the
 # tests count on is set here, not left to the packaged recipe, which is tuned for its result.
@@ -118,6 +121,31 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
         return started[-1]
 
     return fork
+
+
+@pytest.fixture
+def restarted(small: Sequence[str], tmp_path: Path) -> Callable[[int, str, Sequence[str]], str]:
+    """`restarted(count, source, settings)`: torchrun with one restart of a program of this source;
+    what it said, when it has ended well.
+    """
+
+    def run(count: int, source: str, settings: Sequence[str]) -> str:
+        node = tmp_path / "node.py"
+        node.write_text(source)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        many = ["--nproc-per-node", str(count), "--max-restarts", "1", str(node)]
+        done = subprocess.run(
+            [*torchrun, *many, *small, *settings],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout
+
+    return run
 
 
 # The n-th time that `name` of qirl_fast.`module` is called, `then` happens: after it, or before.

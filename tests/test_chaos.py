@@ -80,23 +80,11 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.slow
 @pytest.mark.chaos("one of two processes killed: torchrun starts both again, the same bits")
-def test_one_of_two_processes_is_killed(small, finished, tmp_path: Path) -> None:
+def test_one_of_two_processes_is_killed(restarted, finished, tmp_path: Path) -> None:
     own = ["train.steps=3", "rollout.max_rows=4"]
-    node = tmp_path / "node.py"
-    node.write_text(NODE)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    many = ["--nproc-per-node", "2", "--max-restarts", "1", str(node)]
-    done = subprocess.run(
-        [*torchrun, *many, *small, *own, f"output={tmp_path}", "run=r", "resume=auto"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "from step 0 to 3, 2 processes" in done.stdout
-    assert "from step 1 to 3, 2 processes" in done.stdout
+    said = restarted(2, NODE, [*own, f"output={tmp_path}", "run=r", "resume=auto"])
+    assert "from step 0 to 3, 2 processes" in said
+    assert "from step 1 to 3, 2 processes" in said
     assert content(tmp_path / "r", 3) == content(finished("three", *own), 3)
 
 

@@ -6,8 +6,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -118,24 +116,12 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.slow
 @pytest.mark.chaos("a reward rank killed: torchrun starts all again, the same bits")
-def test_a_reward_rank_is_killed(small, finished, tmp_path: Path) -> None:
+def test_a_reward_rank_is_killed(restarted, finished, tmp_path: Path) -> None:
     own = ["train.steps=3", "rollout.max_rows=4"]
-    node = tmp_path / "node.py"
-    node.write_text(NODE)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    many = ["--nproc-per-node", "3", "--max-restarts", "1", str(node)]
     rest = ["processes.rewards=1", f"output={tmp_path}", "run=r", "resume=auto"]
-    done = subprocess.run(
-        [*torchrun, *many, *small, *own, *rest],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "from step 0 to 3, 2 processes" in done.stdout
-    assert "from step 1 to 3, 2 processes" in done.stdout
+    said = restarted(3, NODE, [*own, *rest])
+    assert "from step 0 to 3, 2 processes" in said
+    assert "from step 1 to 3, 2 processes" in said
     assert content(tmp_path / "r", 3) == content(finished("three", *own), 3)
 
 
