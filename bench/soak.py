@@ -80,8 +80,26 @@ def run(
     say("flat" if result["flat"] else f"NOT flat: something rose by {RISE:.0%} or more")
     if out is not None:
         out.write_text(json.dumps(result) + "\n")
+        out.with_suffix(".md").write_text(markdown(result))
         plot(result, out.with_suffix(".png"))
     return result
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table of a result."""
+    machine = ", ".join(f"{k} {v}" for k, v in result["machine"].items())
+    seen = result["seen"] | {"step_s": result["seconds"]}
+    lines = [
+        f"Commit {result['commit'][:12]}, {result['date']}; {machine}. {result['steps']} steps; a "
+        "line is fitted to the second half of what was seen of them.",
+        "",
+        "| what | median of the second half | moves by |",
+        "|---|---|---|",
+    ]
+    for name, rise_ in result["rises"].items():
+        median = np.median(seen[name][len(seen[name]) // 2 :])
+        lines.append(f"| {name} | {median:.3g} | {rise_:+.1%} |")
+    return "\n".join(lines) + "\n"
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

@@ -73,7 +73,7 @@ SETTINGS = {
     "LoRA targets": (["model.lora.targets=[nope]"], r"LoRA targets \['nope'\] match no module"),
     "full in bfloat16": (
         ["model.adapter=full", "model.dtype=bfloat16"],
-        r"set model\.dtype=float32 or model\.adapter=lora",
+        r"set model\.dtype=float32, model\.adapter=lora, or processes\.shard",
     ),
     "no such checkpoint": (["resume=/no/checkpoint"], r"resume: no such checkpoint folder"),
     "no such recipe": (["no.yaml"], r"no\.yaml: no such recipe file"),

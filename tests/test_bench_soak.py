@@ -32,3 +32,4 @@ def test_a_short_run_is_written_and_drawn(tmp_path) -> None:
     assert all(1 <= step < 12 for step in result["seen"]["step"]) and result["seen"]["step"]
     assert json.loads(out.read_text())["rises"].keys() == {"rss_mib", "files", "threads", "step_s"}
     assert out.with_suffix(".png").stat().st_size > 10_000
+    assert "| threads | " in out.with_suffix(".md").read_text()
