@@ -72,7 +72,7 @@ def run(
     rows = [json.loads(line) for line in timings.read_text().splitlines()]
     seconds = [row["seconds"] for row in rows]
     rises = {name: rise(seen[name]) for name in ("rss_mib", "files", "threads")}
-    rises["step_s"] = rise([float(np.median(s)) for s in np.array_split(seconds, 40)])
+    rises["step_s"] = rise([float(np.median(s)) for s in np.array_split(seconds, min(40, steps))])
     result = about("cpu") | {"steps": steps, "seconds": seconds, "seen": seen, "rises": rises}
     result["flat"] = all(value < RISE for value in rises.values())
     for name, value in rises.items():
