@@ -2,7 +2,9 @@
 
 Every process holds the whole state and computes the same update from it; only chunks of samples are
 shared out. What comes back is put together in the order of the chunks, and gradients are added in
-the order of a tree (`TreeSum`), so the bits do not depend on how many processes there are.
+the order of a tree (`TreeSum`), so the bits do not depend on how many processes there are. They do
+where processes share more: weights that are trained (models/sharding.py), or the tokens of a chunk
+(models/sequence.py), whose gradient is then the sum of what each of a group has of it.
 
 Processes are those that torchrun starts, of one program and one output folder. Nothing they send
 each other is unpickled: tensors, and JSON.
@@ -214,7 +216,8 @@ class World:
                 raise kind(text) if kind else PeerFailed(f"process {rank}: {names[0]}: {text}")
 
     def total(self, tree: TreeSum, like: Sequence[Tensor]) -> list[Tensor]:
-        """All: the sum of all processes' leaves, in the order of the tree; zeros without any.
+        """All: the sum of all processes' leaves, in the order of the tree; zeros without any. The
+        parts of a leaf or node that several processes of a group have are added up first, by rank.
 
         like: tensors of the shapes, all of one dtype and device. Each process adds up one part of
         the elements: of W processes each sends (W - 1) / W of their bytes for each node of the one

@@ -194,14 +194,19 @@ def test_the_address_is_one_that_the_others_reach(monkeypatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.raises(ConfigError, match="start torchrun with --local-addr"):
         reward_ranks._address()
-    monkeypatch.setenv("MASTER_ADDR", "198.51.100.1")  # of no machine; nothing is sent
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("198.51.100.1", 9))
-        except OSError:
-            pytest.skip("no way out of this machine")
-        wanted = probe.getsockname()[0]
-    assert reward_ranks._address() == wanted != "127.0.0.1"
+    asked = []
+
+    class Probe(socket.socket):  # a machine with a way to the first, whatever this one has
+        def connect(self, where) -> None:
+            asked.append((self.type, where))
+
+        def getsockname(self) -> tuple[str, int]:
+            return "198.51.100.7", 40000
+
+    monkeypatch.setenv("MASTER_ADDR", "198.51.100.1")
+    monkeypatch.setattr(reward_ranks.socket, "socket", Probe)
+    assert reward_ranks._address() == "198.51.100.7"
+    assert asked == [(socket.SOCK_DGRAM, ("198.51.100.1", 29500))]
 
 
 def test_judges_are_told_the_number_of_their_gpu(monkeypatch) -> None:
