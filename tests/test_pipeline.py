@@ -78,7 +78,7 @@ def test_rows_are_mixed_in_turn_and_say_their_task(tmp_path: Path) -> None:
         mix(tmp_path, recipes | {"edit": again})
 
 
-@pytest.mark.parametrize("side_by_side", [1, 2])
+@pytest.mark.parametrize("side_by_side", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_stage_runs_once_and_under_the_same_words_only(
     side_by_side: int, tmp_path: Path, capfd
 ) -> None:
@@ -97,6 +97,7 @@ def test_a_stage_runs_once_and_under_the_same_words_only(
         run("b stage", "train", ["nowhere.yaml"], "never")
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_stops_those_beside_it(tmp_path: Path, capfd) -> None:
     stages = Stages(tmp_path, 2)
     recipe = [str(ROOT / "configs" / "tiny_grpo.yaml"), f"output={tmp_path}", "run=long"]

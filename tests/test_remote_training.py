@@ -65,6 +65,7 @@ def outcome(run: Path) -> tuple[str, bytes]:
     return (run / "metrics.jsonl").read_text(), state.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.chaos("the reward server is killed and started again: no number changes")
 def test_a_server_killed_in_the_middle_of_a_step_changes_no_number(
     serve: Any, start: Any, small: tuple[str, ...], tmp_path: Path

@@ -228,7 +228,10 @@ MOMENTS = [
 
 
 @pytest.mark.chaos("kill -9 while shards are written: only whole checkpoints, the same bits")
-@pytest.mark.parametrize(("where", "n", "rank", "after"), MOMENTS)
+@pytest.mark.parametrize(
+    ("where", "n", "rank", "after"),
+    [MOMENTS[2], *(pytest.param(*m, marks=pytest.mark.slow) for m in MOMENTS[:2] + MOMENTS[3:])],
+)
 def test_a_kill_leaves_whole_checkpoints_alone(
     processes, whole_run, meddle, tmp_path, where, n, rank, after
 ) -> None:
@@ -325,7 +328,7 @@ def test_what_cannot_be_spread_is_refused(small, tmp_path, count, settings, said
         sharding(load_config([*small, *own]), World(0, count), "cpu")
 
 
-@pytest.mark.parametrize("ranks", ["01", "1"])
+@pytest.mark.parametrize("ranks", [pytest.param("01", marks=pytest.mark.slow), "1"])
 def test_a_signal_ends_a_step_that_all_save(processes, whole_run, meddle, tmp_path, ranks) -> None:
     own = [*FULL, "processes.shard=0", f"output={tmp_path}", "run=r", "train.steps=3"]
     own.append("tracking.checkpoint_every=0")
@@ -410,7 +413,8 @@ def talk(count: int, *arguments: object) -> None:
     assert [process.wait(300) for process in started] == [0] * count
 
 
-@pytest.mark.parametrize("write", [(2, 0), pytest.param((4, 2), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("write", [(2, 0), (4, 2)])
 def test_parts_are_read_by_any_number_of_processes(tmp_path, write) -> None:
     """Rows that do not divide, fewer of them than processes, and copies among these."""
     (tmp_path / "shards").mkdir()

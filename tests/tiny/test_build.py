@@ -31,6 +31,9 @@ def build(output: Path, *flags: str, command: str = "build") -> str:
     return done.stdout
 
 
+pytestmark = pytest.mark.slow  # the model is built once for all, in half a minute
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("built")
@@ -90,7 +93,6 @@ def test_it_can_be_trained(
     assert run.wait() == 0, run.output()
 
 
-@pytest.mark.slow
 def test_the_editing_stage_continues_from_a_folder(built: Path, tmp_path: Path) -> None:
     """The autoencoder stays; text encoder and transformer move; the files are those of build."""
     said = build(tmp_path, "--base", str(built / "weights"), command="edits")
@@ -106,7 +108,6 @@ def test_the_editing_stage_continues_from_a_folder(built: Path, tmp_path: Path) 
         assert (old == new) == stays, name
 
 
-@pytest.mark.slow
 def test_a_seed_gives_the_same_bytes(built: Path, tmp_path: Path) -> None:
     again, other = tmp_path / "again", tmp_path / "other"
     for output, flags in ((again, ()), (other, ("--seed", "1"))):
