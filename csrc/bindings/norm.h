@@ -11,37 +11,39 @@
 
 namespace qirl {
 
-using ThreeRows = std::array<Rows, kNormRows>;                     // gate, scale, shift
-using ThreeAddresses = std::array<uintptr_t, kNormRows>;           // in the same order
-using T0 = std::tuple<uintptr_t, int64_t, int64_t>;                // address and strides
-using NormSizes = std::tuple<int64_t, int64_t, int64_t, int64_t>;  // samples, tokens, width, chunk
+using ThreeRows = std::array<Array, kNormRows>;  // gate, scale, shift
 
-inline NormRow norm_row(const Rows& r) { return {address_of(r), stride_of(r), dtype_of(r)}; }
+inline NormRow norm_row(const Array& r) { return {r.data, r.stride[0], r.dtype()}; }
 
-inline NormArgs norm_args(const ThreeRows& rows, const ThreeRows& rows_t0, const T0& t0,
-                          const NormSizes& sizes, bool tanh) {
+// x: a tensor [samples, tokens, width]. chunk: tokens of one sample that a task takes.
+inline NormArgs norm_args(const Array& x, const ThreeRows& rows, const ThreeRows& rows_t0,
+                          const Array& t0, int64_t chunk, bool tanh) {
   NormArgs a{};
   for (int k = 0; k < kNormRows; ++k) {
     a.rows[0][k] = norm_row(rows[k]);
     a.rows[1][k] = norm_row(rows_t0[k]);
   }
-  a.t0 = as_pointer<uint8_t>(std::get<0>(t0));
-  std::tie(std::ignore, a.t0_sample, a.t0_token) = t0;
-  std::tie(a.samples, a.tokens, a.width, a.chunk) = sizes;
+  a.t0 = as_pointer<uint8_t>(t0);
+  a.t0_sample = t0.stride[0];
+  a.t0_token = t0.stride[1];
+  a.samples = x.size[0];
+  a.tokens = x.size[1];
+  a.width = x.size[2];
+  a.chunk = chunk;
   a.tanh = tanh;
   return a;
 }
 
 // x alone: norm_modulate; u without y: gate_residual; both: the two in one pass.
-inline NormArgs norm_forward_args(const Rows& x, const Rows& u, const ThreeRows& rows,
-                                  const ThreeRows& rows_t0, const T0& t0, uintptr_t y,
-                                  uintptr_t out, uintptr_t mean, uintptr_t rstd, const Fp8& fp8,
-                                  const NormSizes& sizes, bool tanh, double eps) {
-  NormArgs a = norm_args(rows, rows_t0, t0, sizes, tanh);
-  a.x = address_of(x);
-  a.u = address_of(u);
-  a.x_dtype = dtype_of(x);
-  a.u_dtype = dtype_of(u);
+inline NormArgs norm_forward_args(const Array& x, const Array& u, const ThreeRows& rows,
+                                  const ThreeRows& rows_t0, const Array& t0, const Array& y,
+                                  const Array& out, const Array& mean, const Array& rstd,
+                                  const Fp8& fp8, int64_t chunk, bool tanh, double eps) {
+  NormArgs a = norm_args(x, rows, rows_t0, t0, chunk, tanh);
+  a.x = x.data;
+  a.u = u.data;
+  a.x_dtype = x.dtype();
+  a.u_dtype = u.dtype();
   a.y = as_pointer(y);
   a.out = as_pointer(out);
   a.mean = as_pointer<float>(mean);
@@ -51,20 +53,22 @@ inline NormArgs norm_forward_args(const Rows& x, const Rows& u, const ThreeRows&
   return a;
 }
 
-// grads: dy, dout; partial: addresses of the chunks' sums, for the rows and for rows_t0, 0 where
-// not wanted.
-inline NormArgs norm_backward_args(const std::array<Rows, 2>& grads, const Rows& x, const Rows& u,
-                                   uintptr_t mean, uintptr_t rstd, const ThreeRows& rows,
-                                   const ThreeRows& rows_t0, const T0& t0, uintptr_t dx,
-                                   uintptr_t du, const std::array<ThreeAddresses, 2>& partial,
-                                   const NormSizes& sizes, bool tanh) {
-  NormArgs a = norm_args(rows, rows_t0, t0, sizes, tanh);
-  a.dy = address_of(grads[0]);
-  a.dout = address_of(grads[1]);
-  a.x = address_of(x);
-  a.u = address_of(u);
-  a.x_dtype = a.dy ? dtype_of(grads[0]) : dtype_of(grads[1]);
-  a.u_dtype = dtype_of(u);
+// grads: dy, dout; partial: the chunks' sums, for the rows and for rows_t0, absent where not
+// wanted.
+inline NormArgs norm_backward_args(const std::array<Array, 2>& grads, const Array& x,
+                                   const Array& u, const Array& mean, const Array& rstd,
+                                   const ThreeRows& rows, const ThreeRows& rows_t0, const Array& t0,
+                                   const Array& dx, const Array& du,
+                                   const std::array<ThreeRows, 2>& partial, int64_t chunk,
+                                   bool tanh) {
+  const Array& given = grads[0].data ? grads[0] : grads[1];
+  NormArgs a = norm_args(given, rows, rows_t0, t0, chunk, tanh);
+  a.dy = grads[0].data;
+  a.dout = grads[1].data;
+  a.x = x.data;
+  a.u = u.data;
+  a.x_dtype = given.dtype();
+  a.u_dtype = u.dtype();
   a.mean = as_pointer<float>(mean);
   a.rstd = as_pointer<float>(rstd);
   a.y = as_pointer(dx);
@@ -77,11 +81,11 @@ inline NormArgs norm_backward_args(const std::array<Rows, 2>& grads, const Rows&
 
 // What is left to do for every sum that is wanted.
 inline std::vector<NormFinishArgs> norm_finish_args(const NormArgs& a,
-                                                    const std::array<ThreeAddresses, 2>& sums) {
+                                                    const std::array<ThreeRows, 2>& sums) {
   std::vector<NormFinishArgs> all;
   for (int k = 0; k < 2; ++k) {
     for (int r = 0; r < kNormRows; ++r) {
-      if (sums[k][r] == 0) continue;
+      if (sums[k][r].data == nullptr) continue;
       NormFinishArgs f{};
       f.partial = a.partial[k][r];
       f.out = as_pointer<float>(sums[k][r]);

@@ -6,8 +6,6 @@
 
 namespace qirl {
 
-inline Operand operand(const Rows& rows) {
-  return {address_of(rows), stride_of(rows), dtype_of(rows)};
-}
+inline Operand operand(const Array& rows) { return {rows.data, rows.stride[0], rows.dtype()}; }
 
 }  // namespace qirl

@@ -5,7 +5,7 @@
 namespace qirl::emulate {
 namespace {
 
-void run_selftest(const char* name, uintptr_t out) {
+void run_selftest(const char* name, const Array& out) {
   cuda::check(name, selftest(name, as_pointer<float>(out)));
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qirl_fast.ops._checks import matrices, matrix, rows_of
+from qirl_fast.ops._checks import matrices, matrix
 from qirl_fast.ops._cuda import cuda_module, device_of, stream_of
 from qirl_fast.ops._quantized import fp8_of, fp8_outputs
 
@@ -16,7 +16,7 @@ def gelu_cuda(x: Tensor, quantize: str) -> tuple[Tensor, Tensor, Tensor]:
     (m,) = [matrix(x)] if quantize else matrices(x)
     fp8 = fp8_of(q, scale, quantize)
     with device_of(x):
-        cuda_module().gelu(rows_of(m), y.data_ptr(), fp8, *m.shape, stream_of(x))
+        cuda_module().gelu(m, y, fp8, stream_of(x))
     return y, q, scale
 
 
@@ -25,7 +25,7 @@ def gelu_backward_cuda(grad: Tensor, x: Tensor) -> Tensor:
     dx = x.new_empty(x.shape)
     dy, m = matrices(grad, x)
     with device_of(x):
-        cuda_module().gelu_backward(rows_of(dy), rows_of(m), dx.data_ptr(), *m.shape, stream_of(x))
+        cuda_module().gelu_backward(dy, m, dx, stream_of(x))
     return dx
 
 
@@ -36,7 +36,7 @@ def swiglu_cuda(gate: Tensor, up: Tensor, quantize: str) -> tuple[Tensor, Tensor
     g, u = [matrix(gate), matrix(up)] if quantize else matrices(gate, up)
     fp8 = fp8_of(q, scale, quantize)
     with device_of(gate):
-        cuda_module().swiglu(*map(rows_of, (g, u)), y.data_ptr(), fp8, *g.shape, stream_of(gate))
+        cuda_module().swiglu(g, u, y, fp8, stream_of(gate))
     return y, q, scale
 
 
@@ -46,10 +46,11 @@ def swiglu_backward_cuda(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor
     dy, g, u = matrices(grad, gate, up)
     with device_of(gate):
         cuda_module().swiglu_backward(
-            *map(rows_of, (dy, g, u)),
-            dgate.data_ptr(),
-            dup.data_ptr(),
-            *g.shape,
+            dy,
+            g,
+            u,
+            dgate,
+            dup,
             stream_of(gate),
         )
     return dgate, dup

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+
+from qirl_fast import _cpu
 
 LARGE_DTYPES = (torch.float32, torch.bfloat16)
 REFERENCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1}  # enum Dtype of csrc/cpu/dtype.h
 
 
 def require_tensor(op: str, name: str, t: object, form: str = "") -> None:
@@ -17,6 +21,39 @@ def require_tensor(op: str, name: str, t: object, form: str = "") -> None:
         raise ValueError(f"{op}: {name} must be {wanted}; got {type(t).__name__}.")
     if t.layout != torch.strided:
         raise ValueError(f"{op}: {name} must be {wanted}, not sparse; got {t.layout}.")
+
+
+def given(**tensors: object) -> dict[str, object]:
+    """Those that are not None."""
+    return {name: t for name, t in tensors.items() if t is not None}
+
+
+def require_operands(
+    op: str,
+    same: dict[str, Any],
+    *,
+    like: dict[str, Any] | None = None,
+    per_row: dict[str, Any] | None = None,
+) -> None:
+    """What the kernels on rows take, by name; ValueError tells the first that is not so.
+
+    same: floating tensors of one shape [B, ...], dtype and device, the first giving it to all.
+    like: of that shape and device, each of a floating dtype. per_row: float32 [B].
+    """
+    like, per_row = like or {}, per_row or {}
+    groups = tuple(same.values()), tuple(like.values()), tuple(per_row.values())
+    # All of it in one call, as a tensor's attributes cost one each; what it says no to is looked
+    # at again below. Not traced: Dynamo sees only the rest.
+    if not is_dynamo_compiling() and _cpu.plain_rows(*groups):
+        return
+    (first, x), *rest = same.items()
+    require_rows(op, first, x)
+    for name, t in rest:
+        require_like(op, name, t, first, x, dtype=True)
+    for name, t in like.items():
+        require_like(op, name, t, first, x, dtype=False)
+    for name, t in per_row.items():
+        require_per_row(op, name, t, x, torch.float32)
 
 
 def require_rows(op: str, name: str, x: Tensor) -> None:
@@ -87,9 +124,19 @@ def require_no_grad(op: str, why: str, **tensors: Tensor | None) -> None:
             raise ValueError(f"{op}: {name} requires grad, but {why}. Pass {name}.detach().")
 
 
-def dense_rows(x: Tensor) -> Tensor:
-    """x itself when each row x[r] is contiguous (any row stride), else a contiguous copy."""
-    if x.is_contiguous():
+def dense(rows: tuple[Any, ...], whole: tuple[Any, ...] = ()) -> tuple[Any, ...]:
+    """The tensors of both, as the kernels take them; None stays None.
+
+    Those of `rows` have contiguous rows t[r] at any row stride, those of `whole` are contiguous;
+    a tensor that is not so is copied.
+    """
+    if _cpu.dense(rows, whole):
+        return rows + whole
+    return *map(_dense_rows, rows), *(None if t is None else t.contiguous() for t in whole)
+
+
+def _dense_rows(x: Tensor | None) -> Tensor | None:
+    if x is None or x.is_contiguous():
         return x
     expected = 1
     for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
@@ -97,11 +144,6 @@ def dense_rows(x: Tensor) -> Tensor:
             return x.contiguous()
         expected *= size
     return x
-
-
-def rows_of(x: Tensor | None) -> tuple[int, int, int]:
-    """Address, row stride and dtype code of a tensor with dense rows, as _cpu takes them."""
-    return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), DTYPE_CODE[x.dtype])
 
 
 def row_sizes(x: Tensor) -> tuple[int, int]:

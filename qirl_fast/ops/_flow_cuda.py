@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qirl_fast.ops._checks import dense_rows, row_sizes, rows_of
+from qirl_fast.ops._checks import dense, row_sizes
 from qirl_fast.ops._cuda import cuda_module, device_of, stream_of
 
 _BLOCK = 1024  # elements whose squares are added together, kBlock of flow_step.cu
@@ -32,22 +32,20 @@ def flow_step_cuda(
     delta: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """CUDA kernel, csrc/cuda/flow_step.cu."""
-    x, v, delta = dense_rows(x), dense_rows(v), None if delta is None else dense_rows(delta)
-    a, c, s, w, b, seed = (t.contiguous() for t in (a, c, s, w, b, seed))
+    x, v, delta, a, c, s, w, b, seed = dense((x, v, delta), (a, c, s, w, b, seed))
     x_next, logp, sums = x.new_empty(x.shape), a.new_empty(a.shape), flow_scratch(x)
     with device_of(x):
         cuda_module().flow_step(
-            rows_of(x),
-            rows_of(v),
-            rows_of(delta),
-            tuple(t.data_ptr() for t in (a, c, w, b)),
-            s.data_ptr(),
-            seed.data_ptr(),
+            x,
+            v,
+            delta,
+            (a, c, w, b),
+            s,
+            seed,
             offset,
-            sums.data_ptr(),
-            x_next.data_ptr(),
-            logp.data_ptr(),
-            *row_sizes(x),
+            sums,
+            x_next,
+            logp,
             stream_of(x),
         )
     return x_next, logp
@@ -65,22 +63,19 @@ def flow_logp_cuda(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """CUDA kernel, csrc/cuda/flow_step.cu."""
-    x, x_next, v = dense_rows(x), dense_rows(x_next), dense_rows(v)
-    delta = None if delta is None else dense_rows(delta)
-    a, c, w, b = (t.contiguous() for t in (a, c, w, b))
+    x, x_next, v, delta, a, c, w, b = dense((x, x_next, v, delta), (a, c, w, b))
     logp, sums = a.new_empty(a.shape), flow_scratch(x)
     residual = a.new_empty(x.shape if keep else 0)
     with device_of(x):
         cuda_module().flow_logp(
-            rows_of(x),
-            rows_of(x_next),
-            rows_of(v),
-            rows_of(delta),
-            tuple(t.data_ptr() for t in (a, c, w, b)),
-            sums.data_ptr(),
-            logp.data_ptr(),
-            residual.data_ptr() if keep else 0,
-            *row_sizes(x),
+            x,
+            x_next,
+            v,
+            delta,
+            (a, c, w, b),
+            sums,
+            logp,
+            residual,
             stream_of(x),
         )
     return logp, residual
@@ -96,20 +91,18 @@ def flow_logp_backward_cuda(
     v_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """CUDA kernel, csrc/cuda/flow_step.cu."""
-    residual = residual.contiguous()
-    grad, a, c, w = (t.contiguous() for t in (grad, a, c, w))
+    residual, grad, a, c, w = dense((), (residual, grad, a, c, w))
     dx, dv = (
         residual.new_empty(0 if dtype is None else residual.shape, dtype=dtype)
         for dtype in (x_dtype, v_dtype)
     )
     with device_of(residual):
         cuda_module().flow_logp_backward(
-            grad.data_ptr(),
-            residual.data_ptr(),
-            (a.data_ptr(), c.data_ptr(), w.data_ptr()),
-            rows_of(dx if x_dtype else None),
-            rows_of(dv if v_dtype else None),
-            *row_sizes(residual),
+            grad,
+            residual,
+            (a, c, w),
+            dx,
+            dv,
             stream_of(residual),
         )
     return dx, dv

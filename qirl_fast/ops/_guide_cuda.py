@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qirl_fast.ops._checks import dense_rows, row_sizes, rows_of
+from qirl_fast.ops._checks import dense
 from qirl_fast.ops._cuda import cuda_module, device_of, stream_of
 
 
 def guide_cuda(v_cond: Tensor, v_uncond: Tensor, scale_B: Tensor, rescale: bool) -> Tensor:
     """CUDA kernel, csrc/cuda/guide.cu."""
-    c, u, scale_B = dense_rows(v_cond), dense_rows(v_uncond), scale_B.contiguous()
+    c, u, scale_B = dense((v_cond, v_uncond), (scale_B,))
     out = c.new_empty(c.shape)
     with device_of(c):
         cuda_module().guide(
-            rows_of(c),
-            rows_of(u),
-            scale_B.data_ptr(),
-            out.data_ptr(),
-            *row_sizes(c),
-            c.shape[-1],
+            c,
+            u,
+            scale_B,
+            out,
             rescale,
             stream_of(c),
         )
@@ -30,18 +28,16 @@ def guide_backward_cuda(
     grad: Tensor, v_cond: Tensor, v_uncond: Tensor, scale_B: Tensor, rescale: bool
 ) -> tuple[Tensor, Tensor]:
     """CUDA kernel, csrc/cuda/guide.cu."""
-    dy, c, u, scale_B = (*map(dense_rows, (grad, v_cond, v_uncond)), scale_B.contiguous())
+    dy, c, u, scale_B = dense((grad, v_cond, v_uncond), (scale_B,))
     dc, du = c.new_empty(c.shape), u.new_empty(u.shape)
     with device_of(c):
         cuda_module().guide_backward(
-            rows_of(dy),
-            rows_of(c),
-            rows_of(u),
-            scale_B.data_ptr(),
-            dc.data_ptr(),
-            du.data_ptr(),
-            *row_sizes(c),
-            c.shape[-1],
+            dy,
+            c,
+            u,
+            scale_B,
+            dc,
+            du,
             rescale,
             stream_of(c),
         )

@@ -11,7 +11,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qirl_fast.ops._checks import DTYPE_CODE, rows_of
 from qirl_fast.ops._compiled import CPU, CUDA, Compiled
 from qirl_fast.ops._quantized import fp8_of, fp8_outputs
 from qirl_fast.ops._recycled import empty
@@ -32,21 +31,12 @@ Three = tuple[Tensor | None, Tensor | None, Tensor | None]  # gate, scale, shift
 _ABSENT: Three = (None, None, None)
 
 
-def _large(x: Tensor | None) -> tuple[int, int, int]:
-    """rows_of() for a contiguous tensor; its stride is not used."""
-    return (0, 0, 0) if x is None else (x.data_ptr(), 0, DTYPE_CODE[x.dtype])
-
-
 def _ready(rows: Three) -> Three:
     """Rows [B, D] whose last dimension is contiguous; others are copied."""
     a, b, c = (
         r if r is None or r.stride(1) == 1 or r.shape[1] == 1 else r.contiguous() for r in rows
     )
     return a, b, c
-
-
-def _t0_of(t0: Tensor | None) -> tuple[int, int, int]:
-    return (0, 0, 0) if t0 is None else (t0.data_ptr(), t0.stride(0), t0.stride(1))
 
 
 def _require_width(kernels: _Kernels, norm: bool, width: int) -> None:
@@ -83,14 +73,17 @@ def _forward(
     on = kernels.on
     with on.device(x):
         on.module().norm_forward(
-            _large(x),
-            _large(u),
-            [rows_of(r) for r in rows],
-            [rows_of(r) for r in rows_t0],
-            _t0_of(t0),
-            *(t.data_ptr() if t.numel() else 0 for t in (y, out, mean, rstd)),
+            x,
+            u,
+            rows,
+            rows_t0,
+            t0,
+            y,
+            out,
+            mean,
+            rstd,
             fp8_of(q, q_scale, quantize),
-            (*x.shape, kernels.chunk_alone),
+            kernels.chunk_alone,
             tanh,
             eps,
             on.last(x),
@@ -131,27 +124,24 @@ def _backward(
     def arrays(shape: tuple[int, ...]) -> list[list[Tensor]]:
         return [[empty(dx, shape if w else 0, torch.float32) for w in ws] for ws in wants]
 
-    def addresses(tensors: list[list[Tensor]]) -> list[list[int]]:
-        return [[t.data_ptr() if t.numel() else 0 for t in ts] for ts in tensors]
-
     parts, sums = arrays(chunks), arrays((samples, width))
     mean, rstd = (None, None) if stats is None else (t.contiguous() for t in stats)
     on = kernels.on
     with on.device(given):
         on.module().norm_backward(
-            [_large(dy), _large(dout)],
-            _large(x),
-            _large(u),
-            mean.data_ptr() if mean is not None and mean.numel() else 0,
-            0 if rstd is None else rstd.data_ptr(),
-            [rows_of(r) for r in rows],
-            [rows_of(r) for r in rows_t0],
-            _t0_of(t0),
-            dx.data_ptr() if x is not None else 0,
-            du.data_ptr() if want_du else 0,
-            addresses(parts),
-            addresses(sums),
-            (samples, tokens, width, chunk),
+            (dy, dout),
+            x,
+            u,
+            mean,
+            rstd,
+            rows,
+            rows_t0,
+            t0,
+            dx,
+            du,
+            parts,
+            sums,
+            chunk,
             tanh,
             on.last(given),
         )

@@ -10,15 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qirl_fast.ops._checks import DTYPE_CODE
+from qirl_fast.ops._checks import LARGE_DTYPES
 from qirl_fast.ops._compiled import CPU, CUDA, Compiled
 from qirl_fast.ops._recycled import empty
 
-Heads = tuple[int, int, int, int]
-Tokens = tuple[Heads, Heads, Heads, tuple[int, int], tuple[int, int], tuple[int, int, int], int]
 Maybe = Tensor | None
 Six = tuple[Maybe, Maybe, Maybe, Maybe, Maybe, Maybe]  # q, k, v, weights of q and k, rope
-NO_HEADS = (0, 0, 0, 0)
 
 
 def dense_heads(x: Tensor) -> Tensor:
@@ -31,46 +28,21 @@ def dense_rope(rope: Tensor | None) -> Tensor | None:
     return None if rope is None else dense_heads(rope.resolve_conj())
 
 
-def heads_of(x: Tensor | None) -> Heads:
-    """Address and strides of B, S, H."""
-    return NO_HEADS if x is None else (x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
-
-
-def weight_of(weight: Tensor | None) -> tuple[int, int]:
-    """Address and dtype code."""
-    if weight is None:
-        return 0, 0
-    if weight.dtype not in DTYPE_CODE:
+def dense_weight(weight: Tensor) -> Tensor:
+    """weight, contiguous; ValueError for a dtype that the kernels do not read."""
+    if weight.dtype not in LARGE_DTYPES:
         raise ValueError(
             f"qk_norm_rope: weights must be float32 or bfloat16 for a compiled backend; got "
             f"{weight.dtype}. Cast, or use_backend('reference')."
         )
-    return weight.data_ptr(), DTYPE_CODE[weight.dtype]
-
-
-def rope_of(rope: Tensor | None) -> tuple[int, int, int]:
-    """Address and strides of B (0 when shared) and S, in floats."""
-    if rope is None:
-        return 0, 0, 0
-    return rope.data_ptr(), 2 * rope.stride(0) if rope.ndim == 3 else 0, 2 * rope.stride(-2)
-
-
-def tokens_of(stream: Six) -> Tokens:
-    """One stream as the bindings take it; all tensors dense already."""
-    q, k, v, q_weight, k_weight, rope = stream
-    length = 0 if q is None else q.shape[1]
-    return (
-        *(heads_of(q), heads_of(k), heads_of(v)),
-        *(weight_of(q_weight), weight_of(k_weight)),
-        *(rope_of(rope), length),
-    )
+    return weight.contiguous()
 
 
 def dense_stream(*stream: Tensor | None) -> Six:
     """The same six, copied where a last dimension is not contiguous."""
     *heads, q_weight, k_weight, rope = stream
     q, k, v = (None if t is None else dense_heads(t) for t in heads)
-    q_weight, k_weight = (None if t is None else t.contiguous() for t in (q_weight, k_weight))
+    q_weight, k_weight = (None if t is None else dense_weight(t) for t in (q_weight, k_weight))
     return q, k, v, q_weight, k_weight, dense_rope(rope)
 
 
@@ -107,12 +79,10 @@ def _qk_norm_rope(
     Q, K, V = joint_buffers(q, k, text_q)
     with on.device(q):
         on.module().qk_norm_rope(
-            tokens_of(text),
-            tokens_of(image),
-            (Q.data_ptr(), K.data_ptr(), 0 if V is None else V.data_ptr()),
-            (q.shape[0], q.shape[2], k.shape[2], q.shape[3]),
+            text,
+            image,
+            (Q, K, V),
             eps,
-            DTYPE_CODE[q.dtype],
             on.last(q),
         )
     return Q, K, q.new_empty(0) if V is None else V
@@ -123,7 +93,7 @@ def gradient_buffers(
 ) -> tuple[Tensor, ...]:
     """dq, dk, text_dq, text_dk to write to, contiguous; empty where there is no text."""
     none = q.new_empty(0)
-    return tuple(none if t is None else empty(t, t.shape) for t in (q, k, text_q, text_k))
+    return tuple(none if t is None else empty(t) for t in (q, k, text_q, text_k))
 
 
 def weight_gradients(
@@ -170,15 +140,14 @@ def _qk_norm_rope_backward(
         dw = dQ.new_empty((4, q.shape[3]), dtype=torch.float32)
     with on.device(q):
         on.module().qk_norm_rope_backward(
-            tokens_of(text),
-            tokens_of(image),
-            heads_of(dQ),
-            heads_of(dK),
-            tuple(t.data_ptr() if t.numel() else 0 for t in (text_dq, text_dk, dq, dk)),
-            *(0 if t is None else t.data_ptr() for t in (partials, dw)),
-            (q.shape[0], q.shape[2], k.shape[2], q.shape[3]),
+            text,
+            image,
+            dQ,
+            dK,
+            (text_dq, text_dk, dq, dk),
+            partials,
+            dw,
             eps,
-            DTYPE_CODE[q.dtype],
             on.last(q),
         )
     rows = (text_q_weight, text_k_weight, q_weight, k_weight)

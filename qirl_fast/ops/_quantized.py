@@ -42,11 +42,11 @@ def fp8_outputs(y: Tensor, quantize: str) -> tuple[Tensor, Tensor]:
     return y.new_empty(0, dtype=torch.float8_e4m3fn), y.new_empty(0, dtype=torch.float32)
 
 
-def fp8_of(q: Tensor, scale: Tensor, quantize: str) -> tuple[int, int, int]:
+def fp8_of(q: Tensor, scale: Tensor, quantize: str) -> tuple[Tensor | None, Tensor | None, int]:
     """q, scale and the elements that share a scale, as the bindings take them."""
     if not quantize:
-        return 0, 0, 0
-    return q.data_ptr(), scale.data_ptr(), BLOCK if quantize == "block" else q.shape[-1]
+        return None, None, 0
+    return q, scale, BLOCK if quantize == "block" else q.shape[-1]
 
 
 def and_quantized(reference: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:

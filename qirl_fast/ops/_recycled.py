@@ -1,33 +1,37 @@
-"""Outputs of CPU kernels in memory that earlier ones have given back, see csrc/cpu/recycled.h."""
+"""Outputs of CPU kernels; large ones in memory that earlier ones have given back.
+
+See csrc/bindings/cpu/arrays.cpp and csrc/cpu/recycled.h.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
 
 import torch
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack
 
 from qirl_fast import _cpu
 
 New = Callable[..., Tensor]  # Tensor.new_empty, for fake tensors, or empty
-_FLOOR = 1 << 20  # bytes; smaller arrays are kept by the C library itself
 _INT, _FLOAT, _BFLOAT = 1, 2, 4  # DLPack's type codes
 _DLPACK = {torch.float32: (_FLOAT, 32), torch.float64: (_FLOAT, 64), torch.bfloat16: (_BFLOAT, 16)}
 
 
-def empty(like: Tensor, shape: tuple[int, ...] | int, dtype: torch.dtype | None = None) -> Tensor:
-    """like.new_empty(shape, dtype=dtype); a large one on the CPU in recycled memory.
+def empty(
+    like: Tensor, shape: tuple[int, ...] | int | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """like.new_empty(shape, dtype=dtype), in the shape of `like` where none is given.
 
-    MemoryError where there is none.
+    On the CPU a large one lies in recycled memory. MemoryError where there is none.
     """
+    if shape is None and dtype is None:
+        made = _cpu.empty_like(like)  # one call: a tensor's attributes cost one each
+        if made is not None:
+            return made
     dtype = dtype or like.dtype
-    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
-    if like.device.type != "cpu" or prod(sizes) * dtype.itemsize < _FLOOR:
+    sizes = like.shape if shape is None else (shape,) if isinstance(shape, int) else tuple(shape)
+    if not like.is_cpu or 0 in sizes:
         return like.new_empty(sizes, dtype=dtype)
     if dtype in _DLPACK:
-        return from_dlpack(_cpu.recycled(sizes, *_DLPACK[dtype]))
-    return from_dlpack(_cpu.recycled((*sizes[:-1], sizes[-1] * dtype.itemsize), _INT, 8)).view(
-        dtype
-    )
+        return _cpu.empty(tuple(sizes), *_DLPACK[dtype])
+    return _cpu.empty((*sizes[:-1], sizes[-1] * dtype.itemsize), _INT, 8).view(dtype)

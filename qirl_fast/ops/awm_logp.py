@@ -28,14 +28,11 @@ from qirl_fast import _cpu
 from qirl_fast.ops._checks import (
     LARGE_DTYPES,
     REFERENCE_DTYPES,
-    dense_rows,
+    dense,
     require_finite,
-    require_like,
     require_no_grad,
-    require_per_row,
-    require_rows,
+    require_operands,
     row_sizes,
-    rows_of,
 )
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._loss_cuda import awm_logp_backward_cuda, awm_logp_cuda
@@ -103,15 +100,14 @@ def awm_logp_cpu(
     factor: float,
 ) -> tuple[Tensor, Tensor]:
     """C++ kernel, csrc/cpu/awm_logp.inl.cpp."""
-    v, noise, x0, time = dense_rows(v), dense_rows(noise), dense_rows(x0), time.contiguous()
-    logp, slope = time.new_empty(time.shape), time.new_empty(time.shape)
+    v, noise, x0, time = dense((v, noise, x0), (time,))
+    logp, slope = empty(time), empty(time)
     _cpu.awm_logp(
-        (rows_of(v), rows_of(noise), rows_of(x0)),
-        time.data_ptr(),
+        (v, noise, x0),
+        time,
         (time_power, power, factor),
-        logp.data_ptr(),
-        slope.data_ptr(),
-        *row_sizes(v),
+        logp,
+        slope,
         torch.get_num_threads(),
     )
     return logp, slope
@@ -121,15 +117,13 @@ def awm_logp_backward_cpu(
     grad: Tensor, slope: Tensor, v: Tensor, noise: Tensor, x0: Tensor
 ) -> Tensor:
     """C++ kernel, csrc/cpu/awm_logp.inl.cpp."""
-    v, noise, x0 = dense_rows(v), dense_rows(noise), dense_rows(x0)
-    grad, slope = grad.contiguous(), slope.contiguous()
-    dv = empty(v, v.shape)
+    v, noise, x0, grad, slope = dense((v, noise, x0), (grad, slope))
+    dv = empty(v)
     _cpu.awm_logp_backward(
-        grad.data_ptr(),
-        slope.data_ptr(),
-        (rows_of(v), rows_of(noise), rows_of(x0)),
-        dv.data_ptr(),
-        *row_sizes(v),
+        grad,
+        slope,
+        (v, noise, x0),
+        dv,
         torch.get_num_threads(),
     )
     return dv
@@ -205,10 +199,7 @@ def require_awm(
     op: str, v: Tensor, noise: Tensor, x0: Tensor, time: Tensor, weighting: str, power: float
 ) -> None:
     """The arguments are what awm_logp takes; `op` names the one that asks."""
-    require_rows(op, "v", v)
-    require_like(op, "noise", noise, "v", v, dtype=False)
-    require_like(op, "x0", x0, "v", v, dtype=False)
-    require_per_row(op, "time", time, v, torch.float32)
+    require_operands(op, {"v": v}, like={"noise": noise, "x0": x0}, per_row={"time": time})
     if weighting not in WEIGHTINGS:
         raise ValueError(f"{op}: weighting is {weighting!r}; choose from {', '.join(WEIGHTINGS)}.")
     if not 0 < power <= 1:

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from qirl_fast import _cpu
+
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 logger = logging.getLogger("qirl_fast.ops")
 
@@ -56,11 +58,19 @@ class Op:
     backends: Mapping[str, Backend]
     default: Mapping[str, str]
     _logged: set[str] = field(default_factory=set)
+    _chosen: dict[tuple[str, int], tuple[str, Backend]] = field(default_factory=dict)
 
     def choose_for(self, forced: str, *tensors: torch.Tensor | None) -> Backend:
         """The backend for these large tensors, all on the device of the first; None is absent."""
+        kinds = _cpu.kinds(*tensors)
+        chosen = None if kinds is None else self._chosen.get((forced, kinds))
+        if chosen is not None and self.backends.get(chosen[0]) is chosen[1]:
+            return chosen[1]
         given = [t for t in tensors if t is not None]
-        return self.choose(forced, given[0].device, *(t.dtype for t in given))
+        backend = self.choose(forced, given[0].device, *(t.dtype for t in given))
+        if kinds is not None:
+            self._chosen[forced, kinds] = forced or self.default[given[0].device.type], backend
+        return backend
 
     def choose(self, forced: str, device: torch.device, *dtypes: torch.dtype) -> Backend:
         """The backend for tensors of these dtypes on ``device``; ``forced`` is a name or ''."""

@@ -27,14 +27,11 @@ from qirl_fast import _cpu
 from qirl_fast.ops._checks import (
     LARGE_DTYPES,
     REFERENCE_DTYPES,
-    dense_rows,
+    dense,
+    given,
     require_finite,
-    require_like,
     require_no_grad,
-    require_per_row,
-    require_rows,
-    row_sizes,
-    rows_of,
+    require_operands,
 )
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._flow_cuda import flow_logp_backward_cuda, flow_logp_cuda
@@ -102,22 +99,19 @@ def flow_logp_cpu(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """C++ kernel, csrc/cpu/flow_logp.inl.cpp."""
-    x, x_next, v = dense_rows(x), dense_rows(x_next), dense_rows(v)
-    delta = None if delta is None else dense_rows(delta)
-    coefficients = [t.contiguous() for t in (a, c, w, b)]
-    logp, residual = a.new_empty(a.shape), empty(a, x.shape if keep else 0)
+    x, x_next, v, delta, a, c, w, b = dense((x, x_next, v, delta), (a, c, w, b))
+    logp, residual = empty(a), empty(x, dtype=torch.float32) if keep else None
     _cpu.flow_logp(
-        rows_of(x),
-        rows_of(x_next),
-        rows_of(v),
-        rows_of(delta),
-        tuple(t.data_ptr() for t in coefficients),
-        logp.data_ptr(),
-        residual.data_ptr() if keep else 0,
-        *row_sizes(x),
+        x,
+        x_next,
+        v,
+        delta,
+        (a, c, w, b),
+        logp,
+        residual,
         torch.get_num_threads(),
     )
-    return logp, residual
+    return logp, a.new_empty(0) if residual is None else residual
 
 
 def flow_logp_backward_cpu(
@@ -130,19 +124,17 @@ def flow_logp_backward_cpu(
     v_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """C++ kernel, csrc/cpu/flow_logp.inl.cpp."""
-    residual = residual.contiguous()
-    grad, *coefficients = (t.contiguous() for t in (grad, a, c, w))
+    residual, grad, a, c, w = dense((), (residual, grad, a, c, w))
     dx, dv = (
-        empty(residual, 0 if dtype is None else residual.shape, dtype)
+        residual.new_empty(0) if dtype is None else empty(residual, dtype=dtype)
         for dtype in (x_dtype, v_dtype)
     )
     _cpu.flow_logp_backward(
-        grad.data_ptr(),
-        residual.data_ptr(),
-        tuple(t.data_ptr() for t in coefficients),
-        rows_of(dx if x_dtype else None),
-        rows_of(dv if v_dtype else None),
-        *row_sizes(residual),
+        grad,
+        residual,
+        (a, c, w),
+        dx,
+        dv,
         torch.get_num_threads(),
     )
     return dx, dv
@@ -256,13 +248,12 @@ def flow_logp(
     Raises ValueError for shapes, dtypes, devices or values outside this (on CUDA, values are not
     read: a non-finite coefficient gives non-finite results).
     """
-    require_rows("flow_logp", "x", x)
-    require_like("flow_logp", "x_next", x_next, "x", x, dtype=True)
-    require_like("flow_logp", "v", v, "x", x, dtype=False)
-    if delta is not None:
-        require_like("flow_logp", "delta", delta, "x", x, dtype=False)
-    for name, value in (("a", a), ("c", c), ("w", w), ("b", b)):
-        require_per_row("flow_logp", name, value, x, torch.float32)
+    require_operands(
+        "flow_logp",
+        {"x": x, "x_next": x_next},
+        like={"v": v, **given(delta=delta)},
+        per_row={"a": a, "c": c, "w": w, "b": b},
+    )
     backend = forced_backend()
     if torch.is_grad_enabled():
         require_no_grad(

@@ -29,13 +29,11 @@ from qirl_fast import _cpu
 from qirl_fast.ops._checks import (
     LARGE_DTYPES,
     REFERENCE_DTYPES,
-    dense_rows,
+    dense,
+    given,
     require_finite,
-    require_like,
+    require_operands,
     require_per_row,
-    require_rows,
-    row_sizes,
-    rows_of,
 )
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._flow_cuda import flow_step_cuda
@@ -88,21 +86,17 @@ def flow_step_cpu(
     delta: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """C++ kernel, csrc/cpu/flow_step.inl.cpp."""
-    x, v = dense_rows(x), dense_rows(v)
-    delta = None if delta is None else dense_rows(delta)
-    coefficients = [t.contiguous() for t in (a, c, s, w, b)]
-    seed = seed.contiguous()
-    x_next, logp = empty(x, x.shape), a.new_empty(a.shape)
+    x, v, delta, a, c, s, w, b, seed = dense((x, v, delta), (a, c, s, w, b, seed))
+    x_next, logp = empty(x), empty(a)
     _cpu.flow_step(
-        rows_of(x),
-        rows_of(v),
-        rows_of(delta),
-        tuple(t.data_ptr() for t in coefficients),
-        seed.data_ptr(),
+        x,
+        v,
+        delta,
+        (a, c, s, w, b),
+        seed,
         offset,
-        x_next.data_ptr(),
-        logp.data_ptr(),
-        *row_sizes(x),
+        x_next,
+        logp,
         torch.get_num_threads(),
     )
     return x_next, logp
@@ -158,12 +152,12 @@ def flow_step(
     Raises ValueError for shapes, dtypes, devices or values outside this (on CUDA, values are not
     read: a non-finite coefficient gives non-finite results).
     """
-    require_rows("flow_step", "x", x)
-    require_like("flow_step", "v", v, "x", x, dtype=False)
-    if delta is not None:
-        require_like("flow_step", "delta", delta, "x", x, dtype=False)
-    for name, value in (("a", a), ("c", c), ("s", s), ("w", w), ("b", b)):
-        require_per_row("flow_step", name, value, x, torch.float32)
+    require_operands(
+        "flow_step",
+        {"x": x},
+        like={"v": v, **given(delta=delta)},
+        per_row={"a": a, "c": c, "s": s, "w": w, "b": b},
+    )
     require_per_row("flow_step", "seed", seed, x, torch.int64)
     if not 0 <= offset < 2**63:
         raise ValueError(f"flow_step: offset must be in [0, 2^63); got {offset}.")

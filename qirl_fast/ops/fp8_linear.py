@@ -141,8 +141,7 @@ def _widened(q: Tensor, scale: Tensor) -> Tensor:
     unit = {1: 0, 2: q.shape[1] if scale.shape[-1] == 1 else BLOCK}[scale.ndim]
     threads = torch.get_num_threads()
     scale = scale.contiguous()
-    given = (q.data_ptr(), scale.data_ptr(), out.data_ptr(), *q.shape, unit)
-    _cpu.fp8_widen(*given, q.dtype == torch.float8_e5m2, threads)
+    _cpu.fp8_widen(q, scale, out, unit, q.dtype == torch.float8_e5m2, threads)
     return out
 
 

@@ -36,7 +36,6 @@ from qirl_fast.ops._checks import (
     matrix,
     require_no_grad,
     require_rows,
-    rows_of,
 )
 from qirl_fast.ops._cuda import cuda_module, device_of, missing_cuda, stream_of
 from qirl_fast.ops._recycled import New, empty
@@ -108,10 +107,9 @@ def fp8_quantize_cpu(
     q, scale, unit = empty_outputs(x, granularity, e5m2, transpose, empty)
     x = matrix(x)
     _cpu.fp8_quantize(
-        rows_of(x),
-        q.data_ptr(),
-        scale.data_ptr(),
-        *x.shape,
+        x,
+        q,
+        scale,
         unit,
         int(e5m2),
         transpose,
@@ -129,11 +127,10 @@ def fp8_quantize_cuda(
     amax = x.new_empty(x.shape[0] if unit == 0 else 0, dtype=torch.float32)
     with device_of(x):
         cuda_module().fp8_quantize(
-            rows_of(x),
-            q.data_ptr(),
-            scale.data_ptr(),
-            amax.data_ptr(),
-            *x.shape,
+            x,
+            q,
+            scale,
+            amax,
             unit,
             int(e5m2),
             transpose,

@@ -33,7 +33,6 @@ from qirl_fast.ops._checks import (
     matrices,
     matrix,
     require_rows,
-    rows_of,
 )
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._quantized import (
@@ -69,19 +68,19 @@ def gelu_backward_reference(grad: Tensor, x: Tensor) -> Tensor:
 # ---- cpu ----------------------------------------------------------------------------------------
 def gelu_cpu(x: Tensor, quantize: str) -> tuple[Tensor, Tensor, Tensor]:
     """C++ kernel, csrc/cpu/gelu.inl.cpp."""
-    y = empty(x, x.shape)
+    y = empty(x)
     q, scale = fp8_outputs(y, quantize)
     (x,) = [matrix(x)] if quantize else matrices(x)
     fp8 = fp8_of(q, scale, quantize)
-    _cpu.gelu(rows_of(x), y.data_ptr(), fp8, *x.shape, torch.get_num_threads())
+    _cpu.gelu(x, y, fp8, torch.get_num_threads())
     return y, q, scale
 
 
 def gelu_backward_cpu(grad: Tensor, x: Tensor) -> Tensor:
     """C++ kernel, csrc/cpu/gelu.inl.cpp."""
-    dx = empty(x, x.shape)
+    dx = empty(x)
     grad, x = matrices(grad, x)
-    _cpu.gelu_backward(rows_of(grad), rows_of(x), dx.data_ptr(), *x.shape, torch.get_num_threads())
+    _cpu.gelu_backward(grad, x, dx, torch.get_num_threads())
     return dx
 
 

@@ -25,14 +25,11 @@ from qirl_fast import _cpu
 from qirl_fast.ops._checks import (
     LARGE_DTYPES,
     REFERENCE_DTYPES,
-    dense_rows,
+    dense,
     require_finite,
-    require_like,
     require_no_grad,
+    require_operands,
     require_per_row,
-    require_rows,
-    row_sizes,
-    rows_of,
 )
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._guide_cuda import guide_backward_cuda, guide_cuda
@@ -87,15 +84,13 @@ def _norm_factor(c: Tensor, g: Tensor) -> Tensor:
 # ---- cpu ----------------------------------------------------------------------------------------
 def guide_cpu(v_cond: Tensor, v_uncond: Tensor, scale_B: Tensor, rescale: bool) -> Tensor:
     """C++ kernel, csrc/cpu/guide.inl.cpp."""
-    c, u, scale_B = dense_rows(v_cond), dense_rows(v_uncond), scale_B.contiguous()
-    out = empty(c, c.shape)
+    c, u, scale_B = dense((v_cond, v_uncond), (scale_B,))
+    out = empty(c)
     _cpu.guide(
-        rows_of(c),
-        rows_of(u),
-        scale_B.data_ptr(),
-        out.data_ptr(),
-        *row_sizes(c),
-        c.shape[-1],
+        c,
+        u,
+        scale_B,
+        out,
         rescale,
         torch.get_num_threads(),
     )
@@ -106,17 +101,15 @@ def guide_backward_cpu(
     grad: Tensor, v_cond: Tensor, v_uncond: Tensor, scale_B: Tensor, rescale: bool
 ) -> tuple[Tensor, Tensor]:
     """C++ kernel, csrc/cpu/guide.inl.cpp."""
-    dy, c, u, scale_B = (*map(dense_rows, (grad, v_cond, v_uncond)), scale_B.contiguous())
-    dc, du = empty(c, c.shape), empty(u, u.shape)
+    dy, c, u, scale_B = dense((grad, v_cond, v_uncond), (scale_B,))
+    dc, du = empty(c), empty(u)
     _cpu.guide_backward(
-        rows_of(dy),
-        rows_of(c),
-        rows_of(u),
-        scale_B.data_ptr(),
-        dc.data_ptr(),
-        du.data_ptr(),
-        *row_sizes(c),
-        c.shape[-1],
+        dy,
+        c,
+        u,
+        scale_B,
+        dc,
+        du,
         rescale,
         torch.get_num_threads(),
     )
@@ -212,8 +205,7 @@ def guide(
     rescale: bring each last-dimension vector to the norm it has in v_cond.
     Raises ValueError for shapes, dtypes, devices or values outside this.
     """
-    require_rows("guide", "v_cond", v_cond)
-    require_like("guide", "v_uncond", v_uncond, "v_cond", v_cond, dtype=True)
+    require_operands("guide", {"v_cond": v_cond, "v_uncond": v_uncond})
     scale_B = guidance_rows("guide", scale, v_cond, rescale)
     backend = forced_backend()
     if torch.is_grad_enabled() and (v_cond.requires_grad or v_uncond.requires_grad):

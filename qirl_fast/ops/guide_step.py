@@ -29,12 +29,9 @@ from torch import Tensor
 from qirl_fast.ops._checks import (
     LARGE_DTYPES,
     REFERENCE_DTYPES,
-    dense_rows,
-    require_like,
+    dense,
+    require_operands,
     require_per_row,
-    require_rows,
-    row_sizes,
-    rows_of,
 )
 from qirl_fast.ops._compiled import CPU, CUDA, Compiled
 from qirl_fast.ops._cuda import missing_cuda
@@ -85,29 +82,25 @@ def _guide_step_compiled(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """csrc/cpu/guide_step.inl.cpp and csrc/cuda/guide_step.cu; `rest`: as the reference's."""
     *coefficients, seed, offset, frozen = rest
-    x, v_cond, v_uncond = map(dense_rows, (x, v_cond, v_uncond))
-    coefficients = [t.contiguous() for t in coefficients]
-    scale_B, seed = scale_B.contiguous(), seed.contiguous()
-    logp = coefficients[0].new_empty(x.shape[0])
-    x_next, delta, sums = (
-        empty(x, x.shape),
-        empty(x, x.shape if frozen else 0),
-        flow_scratch(x),
+    x, v_cond, v_uncond, scale_B, seed, *coefficients = dense(
+        (x, v_cond, v_uncond), (scale_B, seed, *coefficients)
     )
+    logp, x_next, sums = empty(coefficients[0]), empty(x), flow_scratch(x)
+    delta = empty(x) if frozen else x.new_empty(0)
     with on.device(x):
         on.module().guide_step(
-            *map(rows_of, (x, v_cond, v_uncond)),
-            scale_B.data_ptr(),
+            x,
+            v_cond,
+            v_uncond,
+            scale_B,
             rescale,
-            x.shape[-1],
-            tuple(t.data_ptr() for t in coefficients),
-            seed.data_ptr(),
+            tuple(coefficients),
+            seed,
             offset,
-            sums.data_ptr(),
-            x_next.data_ptr(),
-            logp.data_ptr(),
-            delta.data_ptr() if frozen else 0,
-            *row_sizes(x),
+            sums,
+            x_next,
+            logp,
+            delta,
             on.last(x),
         )
     return x_next, logp, delta
@@ -173,12 +166,10 @@ def guide_step(
     read: a non-finite coefficient gives non-finite results).
     """
     op = "guide_step"
-    require_rows(op, "x", x)
-    require_like(op, "v_cond", v_cond, "x", x, dtype=False)
-    require_like(op, "v_uncond", v_uncond, "v_cond", v_cond, dtype=True)
+    per_row = {"a": a, "c": c, "s": s, "w": w, "b": b}
+    require_operands(op, {"x": x}, like={"v_cond": v_cond}, per_row=per_row)
+    require_operands(op, {"v_cond": v_cond, "v_uncond": v_uncond})
     scale_B = guidance_rows(op, scale, v_cond, rescale)
-    for name, value in (("a", a), ("c", c), ("s", s), ("w", w), ("b", b)):
-        require_per_row(op, name, value, x, torch.float32)
     require_per_row(op, "seed", seed, x, torch.int64)
     if not 0 <= offset < 2**63:
         raise ValueError(f"{op}: offset must be in [0, 2^63); got {offset}.")

@@ -38,14 +38,12 @@ from qirl_fast import _cpu
 from qirl_fast.ops._checks import (
     LARGE_DTYPES,
     REFERENCE_DTYPES,
-    dense_rows,
+    dense,
+    given,
     require_finite,
-    require_like,
     require_no_grad,
-    require_per_row,
-    require_rows,
+    require_operands,
     row_sizes,
-    rows_of,
 )
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._gradient import scaled
@@ -123,17 +121,15 @@ def nft_loss_cpu(
     want_grad: bool,
 ) -> _Outputs:
     """C++ kernel, csrc/cpu/nft_loss.inl.cpp."""
-    large = [None if t is None else dense_rows(t) for t in (v, v_old, v_ref, x_t, x0)]
-    sigma, advantage = sigma.contiguous(), advantage.contiguous()
+    *large, sigma, advantage = dense((v, v_old, v_ref, x_t, x0), (sigma, advantage))
     loss, metrics, dv = outputs = _empty_outputs(v, want_grad, empty)
     _cpu.nft_loss(
-        tuple(rows_of(t) for t in large),
-        (sigma.data_ptr(), advantage.data_ptr()),
+        tuple(large),
+        (sigma, advantage),
         (beta, adv_clip, ref_weight),
-        loss.data_ptr(),
-        metrics.data_ptr(),
-        dv.data_ptr() if want_grad else 0,
-        *row_sizes(v),
+        loss,
+        metrics,
+        dv,
         torch.get_num_threads(),
     )
     return outputs
@@ -211,12 +207,12 @@ def nft_loss(
     Raises ValueError for shapes, dtypes, devices or values outside this, and when anything but v
     asks for a gradient.
     """
-    require_rows("nft_loss", "v", v)
-    for name, t in (("v_old", v_old), ("x_t", x_t), ("x0", x0), ("v_ref", v_ref)):
-        if t is not None or name != "v_ref":
-            require_like("nft_loss", name, t, "v", v, dtype=False)  # type: ignore[arg-type]
-    for name, t in (("sigma", sigma), ("advantage", advantage)):
-        require_per_row("nft_loss", name, t, v, torch.float32)
+    require_operands(
+        "nft_loss",
+        {"v": v},
+        like={"v_old": v_old, "x_t": x_t, "x0": x0, **given(v_ref=v_ref)},
+        per_row={"sigma": sigma, "advantage": advantage},
+    )
     for name, value in (("beta", beta), ("adv_clip", adv_clip)):
         if not 0 < value < math.inf:
             raise ValueError(f"nft_loss: {name} is {value}; want a finite {name} > 0.")

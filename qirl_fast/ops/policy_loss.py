@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qirl_fast import _cpu
-from qirl_fast.ops._checks import require_no_grad, require_tensor
+from qirl_fast.ops._checks import dense, require_no_grad, require_tensor
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._loss_cuda import policy_loss_cuda
 from qirl_fast.ops._triton import missing_triton, triton_launcher
@@ -69,12 +69,11 @@ def policy_loss_cpu(
     logp: Tensor, logp_old: Tensor, advantage: Tensor, clip_low: float, clip_high: float
 ) -> _Outputs:
     """C++ kernel, csrc/cpu/policy_loss.inl.cpp."""
-    inputs = [t.contiguous() for t in (logp, logp_old, advantage)]
+    inputs = dense((), (logp, logp_old, advantage))
     outputs = _empty_outputs(logp)
     _cpu.policy_loss(
-        *(t.data_ptr() for t in inputs),
-        *(t.data_ptr() for t in outputs),
-        len(logp),
+        *inputs,
+        *outputs,
         1.0 - clip_low,
         1.0 + clip_high,
         logp.dtype == torch.float64,

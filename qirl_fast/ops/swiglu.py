@@ -32,7 +32,6 @@ from qirl_fast.ops._checks import (
     matrix,
     require_like,
     require_rows,
-    rows_of,
 )
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._quantized import (
@@ -67,14 +66,14 @@ def swiglu_backward_reference(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[T
 # ---- cpu ----------------------------------------------------------------------------------------
 def swiglu_cpu(gate: Tensor, up: Tensor, quantize: str) -> tuple[Tensor, Tensor, Tensor]:
     """C++ kernel, csrc/cpu/swiglu.inl.cpp."""
-    y = empty(gate, gate.shape)
+    y = empty(gate)
     q, scale = fp8_outputs(y, quantize)
     gate, up = [matrix(gate), matrix(up)] if quantize else matrices(gate, up)
     _cpu.swiglu(
-        *map(rows_of, (gate, up)),
-        y.data_ptr(),
+        gate,
+        up,
+        y,
         fp8_of(q, scale, quantize),
-        *gate.shape,
         torch.get_num_threads(),
     )
     return y, q, scale
@@ -82,13 +81,14 @@ def swiglu_cpu(gate: Tensor, up: Tensor, quantize: str) -> tuple[Tensor, Tensor,
 
 def swiglu_backward_cpu(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """C++ kernel, csrc/cpu/swiglu.inl.cpp."""
-    dgate, dup = empty(gate, gate.shape), empty(up, up.shape)
+    dgate, dup = empty(gate), empty(up)
     grad, gate, up = matrices(grad, gate, up)
     _cpu.swiglu_backward(
-        *map(rows_of, (grad, gate, up)),
-        dgate.data_ptr(),
-        dup.data_ptr(),
-        *gate.shape,
+        grad,
+        gate,
+        up,
+        dgate,
+        dup,
         torch.get_num_threads(),
     )
     return dgate, dup

@@ -31,14 +31,12 @@ from qirl_fast import _cpu
 from qirl_fast.ops._checks import (
     LARGE_DTYPES,
     REFERENCE_DTYPES,
-    dense_rows,
+    dense,
+    given,
     require_finite,
-    require_like,
     require_no_grad,
-    require_per_row,
-    require_rows,
+    require_operands,
     row_sizes,
-    rows_of,
 )
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._gradient import scaled
@@ -80,17 +78,15 @@ def velocity_loss_cpu(
     v: Tensor, target: Tensor, weight_B: Tensor | None, want_grad: bool
 ) -> _Outputs:
     """C++ kernel, csrc/cpu/velocity_loss.inl.cpp."""
-    v, target = dense_rows(v), dense_rows(target)
-    weight_B = None if weight_B is None else weight_B.contiguous()
+    v, target, weight_B = dense((v, target), (weight_B,))
     loss, mse, dv = outputs = _empty_outputs(v, want_grad, empty)
     _cpu.velocity_loss(
-        rows_of(v),
-        rows_of(target),
-        0 if weight_B is None else weight_B.data_ptr(),
-        loss.data_ptr(),
-        mse.data_ptr(),
-        dv.data_ptr() if want_grad else 0,
-        *row_sizes(v),
+        v,
+        target,
+        weight_B,
+        loss,
+        mse,
+        dv,
         torch.get_num_threads(),
     )
     return outputs
@@ -156,10 +152,9 @@ def velocity_loss(v: Tensor, target: Tensor, *, weight: Tensor | None = None) ->
     Raises ValueError for shapes, dtypes, devices or values outside this, and when the target or
     the weight asks for a gradient.
     """
-    require_rows("velocity_loss", "v", v)
-    require_like("velocity_loss", "target", target, "v", v, dtype=False)
-    if weight is not None:
-        require_per_row("velocity_loss", "weight", weight, v, torch.float32)
+    require_operands(
+        "velocity_loss", {"v": v}, like={"target": target}, per_row=given(weight=weight)
+    )
     require_no_grad("velocity_loss", "it is a constant here", target=target, weight=weight)
     backend = forced_backend()
     if torch.is_grad_enabled() and v.requires_grad:

@@ -50,7 +50,7 @@ def threads() -> Iterator[Callable[[int], object]]:
 
 
 @pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every output an op allocates starts as NaN (all ones): an element left unwritten shows."""
     real = Tensor.new_empty
 
@@ -59,6 +59,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         return out.fill_(float("nan")) if out.is_floating_point() else out.fill_(1)
 
     monkeypatch.setattr(Tensor, "new_empty", new_nan)
+    _cpu.poison(True)
+    yield
+    _cpu.poison(False)
 
 
 def max_error(result: Tensor, truth: Tensor) -> float:

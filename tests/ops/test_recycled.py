@@ -55,7 +55,7 @@ def test_outputs_are_plain_contiguous_tensors(dtype: torch.dtype) -> None:
     assert torch.equal(y.clone().view(torch.uint8), y.view(torch.uint8))
 
 
-def test_small_fake_and_empty_outputs_are_pytorchs_own() -> None:
+def test_small_fake_and_empty_outputs_are_not_kept() -> None:
     for shape in ((), 0, (0, 5), (4, 4)):
         assert empty(LIKE, shape).shape == LIKE.new_empty(shape).shape
     with FakeTensorMode():
@@ -76,10 +76,17 @@ def test_at_most_a_gibibyte_waits_and_the_oldest_goes_first() -> None:
     assert _cpu.kept_bytes() == 0, "the 300 MiB had to go"
 
 
-def test_a_capsule_that_nobody_takes_is_given_back() -> None:
-    capsule = _cpu.recycled((2, MIB), 2, 32)
-    assert _cpu.kept_bytes() == 0
-    del capsule
+def test_what_pytorch_does_not_take_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(capsule: object) -> None:
+        raise BufferError("not today")
+
+    monkeypatch.setattr("torch.utils.dlpack.from_dlpack", refuse)
+    _cpu.hide_exchange(True)
+    try:
+        with pytest.raises(BufferError, match="not today"):
+            empty(LIKE, (2, MIB))
+    finally:
+        _cpu.hide_exchange(False)
     assert _cpu.kept_bytes() == 8 * MIB
 
 

@@ -9,21 +9,23 @@
 namespace qirl {
 namespace {
 
-using Inputs = std::tuple<Rows, Rows, Rows>;  // v, noise, x0
+using Inputs = std::tuple<Array, Array, Array>;  // v, noise, x0
 
-AwmArgs arguments(const Inputs& inputs, int64_t row_size) {
+AwmArgs arguments(const Inputs& inputs) {
   AwmArgs args{};
   args.v = operand(std::get<0>(inputs));
   args.noise = operand(std::get<1>(inputs));
   args.x0 = operand(std::get<2>(inputs));
-  args.row_size = row_size;
+  args.row_size = std::get<0>(inputs).row_size();
   return args;
 }
 
 // form: time_power, power, factor.
-void awm_logp(const Inputs& inputs, uintptr_t time_B, const std::tuple<int, double, double>& form,
-              uintptr_t logp_B, uintptr_t slope_B, int64_t rows, int64_t row_size, int threads) {
-  AwmArgs args = arguments(inputs, row_size);
+void awm_logp(const Inputs& inputs, const Array& time_B,
+              const std::tuple<int, double, double>& form, const Array& logp_B,
+              const Array& slope_B, int threads) {
+  AwmArgs args = arguments(inputs);
+  const int64_t rows = std::get<0>(inputs).rows(), row_size = args.row_size;
   const float* time = as_pointer<float>(time_B);
   require_finite("awm_logp", "time", time, rows);
   const AwmForm shape{std::get<0>(form), std::get<1>(form), std::get<2>(form)};
@@ -42,9 +44,10 @@ void awm_logp(const Inputs& inputs, uintptr_t time_B, const std::tuple<int, doub
   }
 }
 
-void awm_logp_backward(uintptr_t grad_B, uintptr_t slope_B, const Inputs& inputs, uintptr_t dv,
-                       int64_t rows, int64_t row_size, int threads) {
-  AwmArgs args = arguments(inputs, row_size);
+void awm_logp_backward(const Array& grad_B, const Array& slope_B, const Inputs& inputs,
+                       const Array& dv, int threads) {
+  AwmArgs args = arguments(inputs);
+  const int64_t rows = dv.rows(), row_size = args.row_size;
   args.grad_B = as_pointer<float>(grad_B);
   args.slope_B = as_pointer<float>(slope_B);
   args.dv = as_pointer(dv);

@@ -10,8 +10,8 @@ constexpr int64_t kFlowGrain = 16;  // blocks a thread should at least have
 
 // Fills the inputs common to all flow kernels; `a_c_w` are the coefficients every one of them
 // needs.
-FlowArgs flow_inputs(const char* op, const Rows& x, const Rows& v, const Rows& delta, uintptr_t a_B,
-                     uintptr_t c_B, uintptr_t w_B, int64_t rows, int64_t row_size);
+FlowArgs flow_inputs(const char* op, const Array& x, const Array& v, const Array& delta,
+                     const Array& a_B, const Array& c_B, const Array& w_B);
 
 int64_t flow_tasks(int64_t rows, int64_t row_size);
 

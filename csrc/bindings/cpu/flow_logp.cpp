@@ -7,15 +7,16 @@
 namespace qirl {
 namespace {
 
-// coefficients: addresses of a, c, w, b, each float32 [rows]. residual: address 0 when not wanted.
-void flow_logp(const Rows& x, const Rows& x_next, const Rows& v, const Rows& delta,
-               const std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>& coefficients,
-               uintptr_t logp_B, uintptr_t residual, int64_t rows, int64_t row_size, int threads) {
+// coefficients: a, c, w, b, each float32 [rows]. residual: absent when not wanted.
+void flow_logp(const Array& x, const Array& x_next, const Array& v, const Array& delta,
+               const std::tuple<Array, Array, Array, Array>& coefficients, const Array& logp_B,
+               const Array& residual, int threads) {
   const auto [a, c, w, b] = coefficients;
-  FlowArgs args = flow_inputs("flow_logp", x, v, delta, a, c, w, rows, row_size);
+  FlowArgs args = flow_inputs("flow_logp", x, v, delta, a, c, w);
+  const int64_t rows = x.rows(), row_size = args.row_size;
   require_finite("flow_logp", "b", as_pointer<float>(b), rows);
-  args.x_next_in = address_of(x_next);
-  args.x_next_stride = stride_of(x_next);
+  args.x_next_in = x_next.data;
+  args.x_next_stride = x_next.stride[0];
   args.residual = as_pointer<float>(residual);
   const int64_t tasks = flow_tasks(rows, row_size);
   std::vector<float> sums(tasks);
@@ -26,12 +27,12 @@ void flow_logp(const Rows& x, const Rows& x_next, const Rows& v, const Rows& del
   finish_log_prob(args, as_pointer<float>(b), as_pointer<float>(logp_B), rows);
 }
 
-// coefficients: addresses of a, c, w. dx, dv: address 0 when not wanted.
-void flow_logp_backward(uintptr_t grad_B, uintptr_t residual,
-                        const std::tuple<uintptr_t, uintptr_t, uintptr_t>& coefficients,
-                        const Rows& dx, const Rows& dv, int64_t rows, int64_t row_size,
-                        int threads) {
-  const auto [a, c, w] = coefficients;
+// coefficients: a, c, w. dx, dv: absent when not wanted.
+void flow_logp_backward(const Array& grad_B, const Array& residual,
+                        const std::tuple<Array, Array, Array>& coefficients, const Array& dx,
+                        const Array& dv, int threads) {
+  const auto& [a, c, w] = coefficients;
+  const int64_t rows = residual.rows(), row_size = residual.row_size();
   FlowArgs args{};
   args.a_B = as_pointer<float>(a);
   args.c_B = as_pointer<float>(c);
@@ -39,10 +40,10 @@ void flow_logp_backward(uintptr_t grad_B, uintptr_t residual,
   args.grad_B = as_pointer<float>(grad_B);
   args.residual = as_pointer<float>(residual);
   args.row_size = row_size;
-  args.dx = address_of(dx);
-  args.dv = address_of(dv);
-  args.x_dtype = dtype_of(dx);
-  args.v_dtype = dtype_of(dv);
+  args.dx = dx.data;
+  args.dv = dv.data;
+  args.x_dtype = dx.dtype();
+  args.v_dtype = dv.dtype();
   args.stream =
       (!args.dx || worth_streaming(args.dx, row_size * dtype_bytes(args.x_dtype), rows)) &&
       (!args.dv || worth_streaming(args.dv, row_size * dtype_bytes(args.v_dtype), rows));

@@ -8,22 +8,23 @@
 
 namespace qirl {
 
-FlowArgs flow_inputs(const char* op, const Rows& x, const Rows& v, const Rows& delta, uintptr_t a_B,
-                     uintptr_t c_B, uintptr_t w_B, int64_t rows, int64_t row_size) {
+FlowArgs flow_inputs(const char* op, const Array& x, const Array& v, const Array& delta,
+                     const Array& a_B, const Array& c_B, const Array& w_B) {
+  const int64_t rows = x.rows();
   FlowArgs args{};
-  args.x = address_of(x);
-  args.v = address_of(v);
-  args.delta = address_of(delta);
-  args.x_stride = stride_of(x);
-  args.v_stride = stride_of(v);
-  args.delta_stride = stride_of(delta);
-  args.x_dtype = dtype_of(x);
-  args.v_dtype = dtype_of(v);
-  args.delta_dtype = dtype_of(delta);
+  args.x = x.data;
+  args.v = v.data;
+  args.delta = delta.data;
+  args.x_stride = x.stride[0];
+  args.v_stride = v.stride[0];
+  args.delta_stride = delta.stride[0];
+  args.x_dtype = x.dtype();
+  args.v_dtype = v.dtype();
+  args.delta_dtype = delta.dtype();
   args.a_B = as_pointer<float>(a_B);
   args.c_B = as_pointer<float>(c_B);
   args.w_B = as_pointer<float>(w_B);
-  args.row_size = row_size;
+  args.row_size = x.row_size();
   require_finite(op, "a", args.a_B, rows);
   require_finite(op, "c", args.c_B, rows);
   require_finite(op, "w", args.w_B, rows);
@@ -45,14 +46,14 @@ void finish_log_prob(const FlowArgs& args, const float* b_B, float* logp_B, int6
 
 namespace {
 
-// coefficients: addresses of a, c, s, w, b, each float32 [rows].
-void flow_step(
-    const Rows& x, const Rows& v, const Rows& delta,
-    const std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>& coefficients,
-    uintptr_t seed_B, int64_t offset, uintptr_t x_next, uintptr_t logp_B, int64_t rows,
-    int64_t row_size, int threads) {
+// coefficients: a, c, s, w, b, each float32 [rows].
+void flow_step(const Array& x, const Array& v, const Array& delta,
+               const std::tuple<Array, Array, Array, Array, Array>& coefficients,
+               const Array& seed_B, int64_t offset, const Array& x_next, const Array& logp_B,
+               int threads) {
   const auto [a, c, s, w, b] = coefficients;
-  FlowArgs args = flow_inputs("flow_step", x, v, delta, a, c, w, rows, row_size);
+  FlowArgs args = flow_inputs("flow_step", x, v, delta, a, c, w);
+  const int64_t rows = x.rows(), row_size = args.row_size;
   args.s_B = as_pointer<float>(s);
   require_finite("flow_step", "s", args.s_B, rows);
   require_finite("flow_step", "b", as_pointer<float>(b), rows);

@@ -10,8 +10,9 @@ namespace {
 constexpr int64_t kGrainElements = 65536;
 
 // unit: elements a scale along a row; 0: one scale for everything.
-void widen(uintptr_t q, uintptr_t scale, uintptr_t out, int64_t rows, int64_t width, int64_t unit,
-           bool e5m2, int threads) {
+void widen(const Array& q, const Array& scale, const Array& out, int64_t unit, bool e5m2,
+           int threads) {
+  const int64_t rows = q.size[0], width = q.size[1];
   Fp8WidenArgs a{};
   a.q = as_pointer<const uint8_t>(q);
   a.scale = as_pointer<const float>(scale);

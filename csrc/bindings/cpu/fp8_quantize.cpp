@@ -22,12 +22,13 @@ void whole_scale(Fp8Args& a, int64_t grain, int threads) {
 }
 
 // unit: elements a scale along a row of q; 0: one scale for everything.
-void quantize(const Rows& x, uintptr_t q, uintptr_t scale, int64_t rows, int64_t width,
-              int64_t unit, int format, bool transposed, int threads) {
+void quantize(const Array& x, const Array& q, const Array& scale, int64_t unit, int format,
+              bool transposed, int threads) {
+  const int64_t rows = x.size[0], width = x.size[1];
   Fp8Args a{};
-  a.x = address_of(x);
-  a.x_stride = stride_of(x);
-  a.dtype = dtype_of(x);
+  a.x = x.data;
+  a.x_stride = x.stride[0];
+  a.dtype = x.dtype();
   a.q = as_pointer<uint8_t>(q);
   a.scale = as_pointer<float>(scale);
   a.rows = rows;

@@ -5,13 +5,12 @@
 namespace qirl {
 namespace {
 
-void forward(const Rows& x, uintptr_t y, const Fp8& fp8, int64_t rows, int64_t width, int threads) {
-  run_pointwise(gelu_kernels, {x}, {y}, rows, width, threads, fp8);
+void forward(const Array& x, const Array& y, const Fp8& fp8, int threads) {
+  run_pointwise(gelu_kernels, {x}, {y}, threads, fp8);
 }
 
-void backward(const Rows& dy, const Rows& x, uintptr_t dx, int64_t rows, int64_t width,
-              int threads) {
-  run_pointwise(gelu_backward_kernels, {dy, x}, {dx}, rows, width, threads);
+void backward(const Array& dy, const Array& x, const Array& dx, int threads) {
+  run_pointwise(gelu_backward_kernels, {dy, x}, {dx}, threads);
 }
 
 const Binding binding([](py::module_& m) {

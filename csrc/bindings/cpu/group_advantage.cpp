@@ -7,11 +7,11 @@
 namespace qirl {
 namespace {
 
-void forward(uintptr_t rewards_NK, uintptr_t group_N, uintptr_t weights_NK, uintptr_t valid_NK,
-             uintptr_t advantage_N, uintptr_t keep_N, uintptr_t mean_MK, uintptr_t std_MK,
-             uintptr_t range_M, int64_t n, int64_t k, int64_t m, int mode, bool global_std,
-             int ddof, double eps, double std_floor, double clamp, double min_range,
-             bool is_double) {
+void forward(const Array& rewards_NK, const Array& group_N, const Array& weights_NK,
+             const Array& valid_NK, const Array& advantage_N, const Array& keep_N,
+             const Array& mean_MK, const Array& std_MK, const Array& range_M, int64_t n, int64_t k,
+             int64_t m, int mode, bool global_std, int ddof, double eps, double std_floor,
+             double clamp, double min_range, bool is_double) {
   const std::unique_ptr<double[]> reals(new double[2 * n + 4 * m]);
   const std::unique_ptr<int64_t[]> integers(new int64_t[2 * m]);
   const std::unique_ptr<bool[]> flags(new bool[m + n]);

@@ -6,17 +6,16 @@
 namespace qirl {
 namespace {
 
-GuideArgs inputs(const Rows& c, const Rows& u, uintptr_t scale_B, int64_t row_size, int64_t width,
-                 bool rescale) {
+GuideArgs inputs(const Array& c, const Array& u, const Array& scale_B, bool rescale) {
   GuideArgs a{};
-  a.c = address_of(c);
-  a.u = address_of(u);
-  a.c_stride = stride_of(c);
-  a.u_stride = stride_of(u);
-  a.dtype = dtype_of(c);
+  a.c = c.data;
+  a.u = u.data;
+  a.c_stride = c.stride[0];
+  a.u_stride = u.stride[0];
+  a.dtype = c.dtype();
   a.scale_B = as_pointer<float>(scale_B);
-  a.row_size = row_size;
-  a.width = width;
+  a.row_size = c.row_size();
+  a.width = c.last;
   a.rescale = rescale;
   return a;
 }
@@ -33,22 +32,21 @@ void run(const Kernel (&table)[kIsaCount], GuideArgs& a, int64_t rows, int threa
   run_kernel(table, &a, tasks, grain, threads);
 }
 
-void forward(const Rows& c, const Rows& u, uintptr_t scale_B, uintptr_t out, int64_t rows,
-             int64_t row_size, int64_t width, bool rescale, int threads) {
-  GuideArgs a = inputs(c, u, scale_B, row_size, width, rescale);
+void forward(const Array& c, const Array& u, const Array& scale_B, const Array& out, bool rescale,
+             int threads) {
+  GuideArgs a = inputs(c, u, scale_B, rescale);
   a.out = as_pointer(out);
-  run(guide_kernels, a, rows, threads);
+  run(guide_kernels, a, c.rows(), threads);
 }
 
-void backward(const Rows& dy, const Rows& c, const Rows& u, uintptr_t scale_B, uintptr_t dc,
-              uintptr_t du, int64_t rows, int64_t row_size, int64_t width, bool rescale,
-              int threads) {
-  GuideArgs a = inputs(c, u, scale_B, row_size, width, rescale);
-  a.dy = address_of(dy);
-  a.dy_stride = stride_of(dy);
+void backward(const Array& dy, const Array& c, const Array& u, const Array& scale_B,
+              const Array& dc, const Array& du, bool rescale, int threads) {
+  GuideArgs a = inputs(c, u, scale_B, rescale);
+  a.dy = dy.data;
+  a.dy_stride = dy.stride[0];
   a.out = as_pointer(dc);
   a.out2 = as_pointer(du);
-  run(guide_backward_kernels, a, rows, threads);
+  run(guide_backward_kernels, a, c.rows(), threads);
 }
 
 const Binding binding([](py::module_& m) {

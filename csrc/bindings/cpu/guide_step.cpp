@@ -6,25 +6,24 @@
 namespace qirl {
 namespace {
 
-// coefficients: addresses of a, c, s, w, b, each float32 [rows]; delta 0: no frozen offset.
-void guide_step(
-    const Rows& x, const Rows& v_cond, const Rows& v_uncond, uintptr_t scale_B, bool rescale,
-    int64_t width,
-    const std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>& coefficients,
-    uintptr_t seed_B, int64_t offset, uintptr_t sums, uintptr_t x_next, uintptr_t logp_B,
-    uintptr_t delta, int64_t rows, int64_t row_size, int threads) {
+// coefficients: a, c, s, w, b, each float32 [rows]. delta: absent for no frozen offset.
+void guide_step(const Array& x, const Array& v_cond, const Array& v_uncond, const Array& scale_B,
+                bool rescale, const std::tuple<Array, Array, Array, Array, Array>& coefficients,
+                const Array& seed_B, int64_t offset, const Array& sums, const Array& x_next,
+                const Array& logp_B, const Array& delta, int threads) {
   const auto [a, c, s, w, b] = coefficients;
   GuideStepArgs g{};
-  g.flow = flow_inputs("guide_step", x, v_cond, Rows{0, 0, 0}, a, c, w, rows, row_size);
+  g.flow = flow_inputs("guide_step", x, v_cond, Array{}, a, c, w);
+  const int64_t rows = x.rows(), row_size = x.row_size();
   g.scale_B = as_pointer<float>(scale_B);
   g.flow.s_B = as_pointer<float>(s);
   require_finite("guide_step", "scale", g.scale_B, rows);
   require_finite("guide_step", "s", g.flow.s_B, rows);
   require_finite("guide_step", "b", as_pointer<float>(b), rows);
-  g.u = address_of(v_uncond);
-  g.u_stride = stride_of(v_uncond);
+  g.u = v_uncond.data;
+  g.u_stride = v_uncond.stride[0];
   g.rescale = rescale;
-  g.width = width;
+  g.width = x.last;
   g.delta_out = as_pointer(delta);
   g.flow.seed_B = as_pointer<int64_t>(seed_B);
   g.flow.offset = offset;

@@ -46,7 +46,7 @@ void require_finite(const char* op, const char* name, const float* values_B, int
 
 PYBIND11_MODULE(_cpu, m) {
   using namespace qirl;
-  m.doc() = "C++ kernels for CPU tensors; arguments are addresses, sizes and strides.";
+  m.doc() = "C++ kernels for CPU tensors; arguments are tensors, None for absent.";
   m.def("available_isas", &available_isas, "Instruction sets this CPU can run, worst to best.");
   m.def("last_isa", &last_isa, "Instruction set of the kernel that ran last; '' before the first.");
   m.def("active_isa", [] { return kIsaTable[active_isa()].name; }, "The one that runs next.");

@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kGroupBytes = 8 << 20;
 
 // v, v_old, v_ref, x_t, x0
-using Inputs = std::tuple<Rows, Rows, Rows, Rows, Rows>;
+using Inputs = std::tuple<Array, Array, Array, Array, Array>;
 
 void finish_row(const NftArgs& args, const NftOptions& options, const float* sums, float advantage,
                 int64_t row, int64_t rows, NftRow& out) {
@@ -24,11 +24,12 @@ void finish_row(const NftArgs& args, const NftOptions& options, const float* sum
   out = nft_row(total, args.row_size, rows, args.sigma_B[row], advantage, options);
 }
 
-// coefficients: addresses of sigma and advantage, float32 [rows]. numbers: beta, adv_clip,
-// ref_weight. metrics: [4, rows]. dv: address 0 when not wanted.
-void nft_loss(const Inputs& inputs, const std::tuple<uintptr_t, uintptr_t>& coefficients,
-              const std::tuple<double, double, double>& numbers, uintptr_t loss, uintptr_t metrics,
-              uintptr_t dv, int64_t rows, int64_t row_size, int threads) {
+// coefficients: sigma and advantage, float32 [rows]. numbers: beta, adv_clip,
+// ref_weight. metrics: [4, rows]. dv: absent when not wanted.
+void nft_loss(const Inputs& inputs, const std::tuple<Array, Array>& coefficients,
+              const std::tuple<double, double, double>& numbers, const Array& loss,
+              const Array& metrics, const Array& dv, int threads) {
+  const int64_t rows = std::get<0>(inputs).rows(), row_size = std::get<0>(inputs).row_size();
   NftArgs args{};
   args.v = operand(std::get<0>(inputs));
   args.v_old = operand(std::get<1>(inputs));
@@ -42,7 +43,8 @@ void nft_loss(const Inputs& inputs, const std::tuple<uintptr_t, uintptr_t>& coef
   args.beta = options.beta;
   args.dv = as_pointer(dv);
   args.row_size = row_size;
-  args.stream = dv != 0 && worth_streaming(args.dv, row_size * dtype_bytes(args.v.dtype), rows);
+  args.stream =
+      args.dv != nullptr && worth_streaming(args.dv, row_size * dtype_bytes(args.v.dtype), rows);
   const int64_t blocks = blocks_per_row(row_size);
   const int64_t group = std::clamp<int64_t>(kGroupBytes / (row_size * 20), 1, rows);
   std::vector<float> sums(group * blocks * kNftSums);
@@ -61,7 +63,7 @@ void nft_loss(const Inputs& inputs, const std::tuple<uintptr_t, uintptr_t>& coef
                  rows, results[row]);
       total += nft_term(results[row], options);
     }
-    if (dv != 0) {
+    if (args.dv != nullptr) {
       run_kernel(nft_loss_gradient_kernels, &args, count * blocks, kRowGrain, threads);
     }
   }

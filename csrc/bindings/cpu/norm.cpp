@@ -17,11 +17,11 @@ void run(const Kernel (&table)[kIsaCount], NormArgs& a, int out_dtype, int threa
   run_kernel(table, &a, a.samples * norm_chunks(a), grain, threads);
 }
 
-void forward(const Rows& x, const Rows& u, const ThreeRows& rows, const ThreeRows& rows_t0,
-             const T0& t0, uintptr_t y, uintptr_t out, uintptr_t mean, uintptr_t rstd,
-             const Fp8& fp8, const NormSizes& sizes, bool tanh, double eps, int threads) {
+void forward(const Array& x, const Array& u, const ThreeRows& rows, const ThreeRows& rows_t0,
+             const Array& t0, const Array& y, const Array& out, const Array& mean,
+             const Array& rstd, const Fp8& fp8, int64_t chunk, bool tanh, double eps, int threads) {
   NormArgs a =
-      norm_forward_args(x, u, rows, rows_t0, t0, y, out, mean, rstd, fp8, sizes, tanh, eps);
+      norm_forward_args(x, u, rows, rows_t0, t0, y, out, mean, rstd, fp8, chunk, tanh, eps);
   py::gil_scoped_release released;
   run(a.u == nullptr   ? norm_modulate_kernels
       : a.y == nullptr ? gate_residual_kernels
@@ -29,13 +29,12 @@ void forward(const Rows& x, const Rows& u, const ThreeRows& rows, const ThreeRow
       a, a.x_dtype, threads);
 }
 
-void backward(const std::array<Rows, 2>& grads, const Rows& x, const Rows& u, uintptr_t mean,
-              uintptr_t rstd, const ThreeRows& rows, const ThreeRows& rows_t0, const T0& t0,
-              uintptr_t dx, uintptr_t du, const std::array<ThreeAddresses, 2>& partial,
-              const std::array<ThreeAddresses, 2>& sums, const NormSizes& sizes, bool tanh,
-              int threads) {
+void backward(const std::array<Array, 2>& grads, const Array& x, const Array& u, const Array& mean,
+              const Array& rstd, const ThreeRows& rows, const ThreeRows& rows_t0, const Array& t0,
+              const Array& dx, const Array& du, const std::array<ThreeRows, 2>& partial,
+              const std::array<ThreeRows, 2>& sums, int64_t chunk, bool tanh, int threads) {
   NormArgs a =
-      norm_backward_args(grads, x, u, mean, rstd, rows, rows_t0, t0, dx, du, partial, sizes, tanh);
+      norm_backward_args(grads, x, u, mean, rstd, rows, rows_t0, t0, dx, du, partial, chunk, tanh);
   py::gil_scoped_release released;
   run(a.u == nullptr    ? norm_modulate_backward_kernels
       : a.dy == nullptr ? gate_residual_backward_kernels

@@ -9,24 +9,24 @@
 
 namespace qirl {
 
-// Inputs of one dtype, contiguous outputs; fp8: the one output again.
-inline void run_pointwise(const Kernel (&table)[kIsaCount], std::initializer_list<Rows> inputs,
-                          std::initializer_list<uintptr_t> outputs, int64_t rows, int64_t width,
-                          int threads, const Fp8& fp8 = {}) {
+// Inputs [rows, width] of one dtype, contiguous outputs; fp8: the one output again.
+inline void run_pointwise(const Kernel (&table)[kIsaCount], std::initializer_list<Array> inputs,
+                          std::initializer_list<Array> outputs, int threads, const Fp8& fp8 = {}) {
+  const int64_t rows = inputs.begin()->size[0], width = inputs.begin()->size[1];
   PointwiseArgs a{};
   int count = 0;
-  for (const Rows& in : inputs) {
-    a.in[count] = address_of(in);
-    a.in_stride[count++] = stride_of(in);
+  for (const Array& in : inputs) {
+    a.in[count] = in.data;
+    a.in_stride[count++] = in.stride[0];
   }
   a.rows = rows;
   a.width = width;
   a.fp8 = fp8_out(fp8);
   a.block = a.fp8.q != nullptr && a.fp8.unit == width ? width : kPointwiseBlock;
-  a.dtype = dtype_of(*inputs.begin());
+  a.dtype = inputs.begin()->dtype();
   a.stream = true;
   count = 0;
-  for (const uintptr_t out : outputs) {
+  for (const Array& out : outputs) {
     a.out[count] = as_pointer(out);
     a.stream = a.stream && worth_streaming(a.out[count++], width * dtype_bytes(a.dtype), rows);
   }

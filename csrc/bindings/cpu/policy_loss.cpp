@@ -5,9 +5,9 @@
 namespace qirl {
 namespace {
 
-void forward(uintptr_t logp_B, uintptr_t logp_old_B, uintptr_t advantage_B, uintptr_t loss,
-             uintptr_t ratio_B, uintptr_t clip_fraction, uintptr_t approx_kl, uintptr_t grad_B,
-             int64_t rows, double low, double high, bool is_double) {
+void forward(const Array& logp_B, const Array& logp_old_B, const Array& advantage_B,
+             const Array& loss, const Array& ratio_B, const Array& clip_fraction,
+             const Array& approx_kl, const Array& grad_B, double low, double high, bool is_double) {
   PolicyArgs a{};
   a.logp_B = as_pointer<void>(logp_B);
   a.logp_old_B = as_pointer<void>(logp_old_B);
@@ -17,7 +17,7 @@ void forward(uintptr_t logp_B, uintptr_t logp_old_B, uintptr_t advantage_B, uint
   a.clip_fraction = as_pointer<void>(clip_fraction);
   a.approx_kl = as_pointer<void>(approx_kl);
   a.grad_B = as_pointer<void>(grad_B);
-  a.rows = rows;
+  a.rows = logp_B.count;
   a.low = low;
   a.high = high;
   a.is_double = is_double;

@@ -28,9 +28,9 @@ bool streamed(const QkArgs& a, void* const* outputs, int count, int64_t tokens) 
   return all;
 }
 
-void forward(const Stream& text, const Stream& image, const QkOutputs& out, const QkSizes& sizes,
-             float eps, int dtype, int threads) {
-  QkArgs a = qk_forward_args(text, image, out, sizes, eps, dtype);
+void forward(const Stream& text, const Stream& image, const QkOutputs& out, float eps,
+             int threads) {
+  QkArgs a = qk_forward_args(text, image, out, eps);
   require_width(a);
   a.streamed = streamed(a, a.out, 3, a.total);
   py::gil_scoped_release released;
@@ -52,10 +52,10 @@ void finish(const QkArgs& a, int which_stream, int which) {
   for (int64_t i = 0; i < a.width; ++i) out[i] = static_cast<float>(sums[i]);
 }
 
-void backward(const Stream& text, const Stream& image, const Heads& dQ, const Heads& dK,
-              const QkGradients& dx, uintptr_t partials, uintptr_t dw, const QkSizes& sizes,
-              float eps, int dtype, int threads) {
-  QkArgs a = qk_backward_args(text, image, dQ, dK, dx, partials, dw, sizes, eps, dtype);
+void backward(const Stream& text, const Stream& image, const Array& dQ, const Array& dK,
+              const QkGradients& dx, const Array& partials, const Array& dw, float eps,
+              int threads) {
+  QkArgs a = qk_backward_args(text, image, dQ, dK, dx, partials, dw, eps);
   require_width(a);
   // One choice for both streams, by the image's size; the text's gradients are small beside it.
   a.streamed = streamed(a, a.stream[1].dx, 2, a.stream[1].length);

@@ -5,14 +5,13 @@
 namespace qirl {
 namespace {
 
-void forward(const Rows& gate, const Rows& up, uintptr_t y, const Fp8& fp8, int64_t rows,
-             int64_t width, int threads) {
-  run_pointwise(swiglu_kernels, {gate, up}, {y}, rows, width, threads, fp8);
+void forward(const Array& gate, const Array& up, const Array& y, const Fp8& fp8, int threads) {
+  run_pointwise(swiglu_kernels, {gate, up}, {y}, threads, fp8);
 }
 
-void backward(const Rows& dy, const Rows& gate, const Rows& up, uintptr_t dgate, uintptr_t dup,
-              int64_t rows, int64_t width, int threads) {
-  run_pointwise(swiglu_backward_kernels, {dy, gate, up}, {dgate, dup}, rows, width, threads);
+void backward(const Array& dy, const Array& gate, const Array& up, const Array& dgate,
+              const Array& dup, int threads) {
+  run_pointwise(swiglu_backward_kernels, {dy, gate, up}, {dgate, dup}, threads);
 }
 
 const Binding binding([](py::module_& m) {

@@ -7,9 +7,10 @@
 namespace qirl {
 namespace {
 
-// weight_B, dv: address 0 when absent.
-void velocity_loss(const Rows& v, const Rows& target, uintptr_t weight_B, uintptr_t loss,
-                   uintptr_t mse_B, uintptr_t dv, int64_t rows, int64_t row_size, int threads) {
+// weight_B and dv may be absent.
+void velocity_loss(const Array& v, const Array& target, const Array& weight_B, const Array& loss,
+                   const Array& mse_B, const Array& dv, int threads) {
+  const int64_t rows = v.rows(), row_size = v.row_size();
   VelocityArgs args{};
   args.v = operand(v);
   args.target = operand(target);
@@ -18,7 +19,8 @@ void velocity_loss(const Rows& v, const Rows& target, uintptr_t weight_B, uintpt
   args.dv = as_pointer(dv);
   args.rows = rows;
   args.row_size = row_size;
-  args.stream = dv != 0 && worth_streaming(args.dv, row_size * dtype_bytes(args.v.dtype), rows);
+  args.stream =
+      args.dv != nullptr && worth_streaming(args.dv, row_size * dtype_bytes(args.v.dtype), rows);
   const int64_t blocks = blocks_per_row(row_size);
   std::vector<float> sums(rows * blocks);
   args.sums = sums.data();

@@ -6,23 +6,22 @@
 namespace qirl::cuda {
 namespace {
 
-using Inputs = std::tuple<Rows, Rows, Rows>;  // v, noise, x0
+using Inputs = std::tuple<Array, Array, Array>;  // v, noise, x0
 
-AwmArgs arguments(const Inputs& inputs, int64_t rows, int64_t row_size) {
+AwmArgs arguments(const Inputs& inputs) {
   AwmArgs args{};
   args.v = operand(std::get<0>(inputs));
   args.noise = operand(std::get<1>(inputs));
   args.x0 = operand(std::get<2>(inputs));
-  args.rows = rows;
-  args.row_size = row_size;
+  args.rows = std::get<0>(inputs).rows();
+  args.row_size = std::get<0>(inputs).row_size();
   return args;
 }
 
 // form: time_power, power, factor.
-void forward(const Inputs& inputs, uintptr_t time_B, const std::tuple<int, double, double>& form,
-             uintptr_t sums, uintptr_t logp_B, uintptr_t slope_B, int64_t rows, int64_t row_size,
-             uintptr_t stream) {
-  AwmArgs args = arguments(inputs, rows, row_size);
+void forward(const Inputs& inputs, const Array& time_B, const std::tuple<int, double, double>& form,
+             const Array& sums, const Array& logp_B, const Array& slope_B, uintptr_t stream) {
+  AwmArgs args = arguments(inputs);
   args.time_B = as_pointer<float>(time_B);
   args.form = {std::get<0>(form), std::get<1>(form), std::get<2>(form)};
   args.sums = as_pointer<float>(sums);
@@ -31,9 +30,9 @@ void forward(const Inputs& inputs, uintptr_t time_B, const std::tuple<int, doubl
   check("awm_logp", awm_logp(args, as_pointer(stream)));
 }
 
-void backward(uintptr_t grad_B, uintptr_t slope_B, const Inputs& inputs, uintptr_t dv, int64_t rows,
-              int64_t row_size, uintptr_t stream) {
-  AwmArgs args = arguments(inputs, rows, row_size);
+void backward(const Array& grad_B, const Array& slope_B, const Inputs& inputs, const Array& dv,
+              uintptr_t stream) {
+  AwmArgs args = arguments(inputs);
   args.grad_B = as_pointer<float>(grad_B);
   args.slope_B = as_pointer<float>(slope_B);
   args.dv = as_pointer(dv);

@@ -6,27 +6,27 @@
 
 namespace qirl::cuda {
 
-using Coefficients = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;  // a, c, w, b
+using Coefficients = std::tuple<Array, Array, Array, Array>;  // a, c, w, b
 
-inline FlowArgs flow_inputs(const Rows& x, const Rows& v, const Rows& delta,
-                            const Coefficients& coefficients, int64_t rows, int64_t row_size) {
+inline FlowArgs flow_inputs(const Array& x, const Array& v, const Array& delta,
+                            const Coefficients& coefficients) {
   const auto [a, c, w, b] = coefficients;
   FlowArgs args{};
-  args.x = address_of(x);
-  args.v = address_of(v);
-  args.delta = address_of(delta);
-  args.x_stride = stride_of(x);
-  args.v_stride = stride_of(v);
-  args.delta_stride = stride_of(delta);
-  args.x_dtype = dtype_of(x);
-  args.v_dtype = dtype_of(v);
-  args.delta_dtype = dtype_of(delta);
+  args.x = x.data;
+  args.v = v.data;
+  args.delta = delta.data;
+  args.x_stride = x.stride[0];
+  args.v_stride = v.stride[0];
+  args.delta_stride = delta.stride[0];
+  args.x_dtype = x.dtype();
+  args.v_dtype = v.dtype();
+  args.delta_dtype = delta.dtype();
   args.a_B = as_pointer<float>(a);
   args.c_B = as_pointer<float>(c);
   args.w_B = as_pointer<float>(w);
   args.b_B = as_pointer<float>(b);
-  args.rows = rows;
-  args.row_size = row_size;
+  args.rows = x.rows();
+  args.row_size = x.row_size();
   return args;
 }
 

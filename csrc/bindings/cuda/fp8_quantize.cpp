@@ -5,17 +5,17 @@
 namespace qirl::cuda {
 namespace {
 
-void quantize(const Rows& x, uintptr_t q, uintptr_t scale, uintptr_t amax, int64_t rows,
-              int64_t width, int64_t unit, int format, bool transposed, uintptr_t stream) {
+void quantize(const Array& x, const Array& q, const Array& scale, const Array& amax, int64_t unit,
+              int format, bool transposed, uintptr_t stream) {
   Fp8Args args{};
-  args.x = address_of(x);
-  args.x_stride = stride_of(x);
-  args.dtype = dtype_of(x);
+  args.x = x.data;
+  args.x_stride = x.stride[0];
+  args.dtype = x.dtype();
   args.q = as_pointer<uint8_t>(q);
   args.scale = as_pointer<float>(scale);
   args.amax = as_pointer<uint32_t>(amax);
-  args.rows = rows;
-  args.width = width;
+  args.rows = x.size[0];
+  args.width = x.size[1];
   args.unit = unit;
   args.format = format;
   args.transposed = transposed;

@@ -6,11 +6,12 @@ namespace qirl::cuda {
 namespace {
 
 // reals: 8-byte scratch, n + m (2 k + 3) + k + 1 doubles; integers: n + m.
-void forward(uintptr_t rewards_NK, uintptr_t group_N, uintptr_t weights_NK, uintptr_t valid_NK,
-             uintptr_t advantage_N, uintptr_t keep_N, uintptr_t mean_MK, uintptr_t std_MK,
-             uintptr_t range_M, uintptr_t reals, uintptr_t integers, int64_t n, int64_t k,
-             int64_t m, int mode, bool global_std, int ddof, double eps, double std_floor,
-             double clamp, double min_range, bool is_double, uintptr_t stream) {
+void forward(const Array& rewards_NK, const Array& group_N, const Array& weights_NK,
+             const Array& valid_NK, const Array& advantage_N, const Array& keep_N,
+             const Array& mean_MK, const Array& std_MK, const Array& range_M, const Array& reals,
+             const Array& integers, int64_t n, int64_t k, int64_t m, int mode, bool global_std,
+             int ddof, double eps, double std_floor, double clamp, double min_range, bool is_double,
+             uintptr_t stream) {
   AdvantageArgs a{};
   a.rewards_NK = as_pointer(rewards_NK);
   a.group_N = as_pointer<int64_t>(group_N);

@@ -5,35 +5,33 @@
 namespace qirl::cuda {
 namespace {
 
-GuideArgs inputs(const Rows& c, const Rows& u, uintptr_t scale_B, int64_t rows, int64_t row_size,
-                 int64_t width, bool rescale) {
+GuideArgs inputs(const Array& c, const Array& u, const Array& scale_B, bool rescale) {
   GuideArgs args{};
-  args.c = address_of(c);
-  args.u = address_of(u);
-  args.c_stride = stride_of(c);
-  args.u_stride = stride_of(u);
-  args.dtype = dtype_of(c);
+  args.c = c.data;
+  args.u = u.data;
+  args.c_stride = c.stride[0];
+  args.u_stride = u.stride[0];
+  args.dtype = c.dtype();
   args.scale_B = as_pointer<float>(scale_B);
-  args.rows = rows;
-  args.row_size = row_size;
-  args.width = width;
+  args.rows = c.rows();
+  args.row_size = c.row_size();
+  args.width = c.last;
   args.rescale = rescale;
   return args;
 }
 
-void forward(const Rows& c, const Rows& u, uintptr_t scale_B, uintptr_t out, int64_t rows,
-             int64_t row_size, int64_t width, bool rescale, uintptr_t stream) {
-  GuideArgs args = inputs(c, u, scale_B, rows, row_size, width, rescale);
+void forward(const Array& c, const Array& u, const Array& scale_B, const Array& out, bool rescale,
+             uintptr_t stream) {
+  GuideArgs args = inputs(c, u, scale_B, rescale);
   args.out = as_pointer(out);
   check("guide", guide(args, as_pointer(stream)));
 }
 
-void backward(const Rows& dy, const Rows& c, const Rows& u, uintptr_t scale_B, uintptr_t dc,
-              uintptr_t du, int64_t rows, int64_t row_size, int64_t width, bool rescale,
-              uintptr_t stream) {
-  GuideArgs args = inputs(c, u, scale_B, rows, row_size, width, rescale);
-  args.dy = address_of(dy);
-  args.dy_stride = stride_of(dy);
+void backward(const Array& dy, const Array& c, const Array& u, const Array& scale_B,
+              const Array& dc, const Array& du, bool rescale, uintptr_t stream) {
+  GuideArgs args = inputs(c, u, scale_B, rescale);
+  args.dy = dy.data;
+  args.dy_stride = dy.stride[0];
   args.out = as_pointer(dc);
   args.out2 = as_pointer(du);
   check("guide_backward", guide_backward(args, as_pointer(stream)));

@@ -1,4 +1,4 @@
-// qirl_fast._cuda: CUDA kernels, bound as addresses, sizes, strides and a stream.
+// qirl_fast._cuda: CUDA kernels, bound with tensors and a stream.
 #include <stdexcept>
 #include <string>
 
@@ -16,6 +16,6 @@ void check(const char* op, int error) {
 }  // namespace qirl::cuda
 
 PYBIND11_MODULE(_cuda, m) {
-  m.doc() = "CUDA kernels; arguments are addresses, sizes, strides and a stream.";
+  m.doc() = "CUDA kernels; arguments are tensors, None for absent, and a stream.";
   qirl::Binding::bind_all(m);
 }

@@ -6,13 +6,13 @@
 namespace qirl::cuda {
 namespace {
 
-// inputs: v, v_old, v_ref, x_t, x0. coefficients: addresses of sigma and advantage. numbers: beta,
-// adv_clip, ref_weight. scratch: addresses of sums, slopes and terms. dv: 0 when not wanted.
-void run(const std::tuple<Rows, Rows, Rows, Rows, Rows>& inputs,
-         const std::tuple<uintptr_t, uintptr_t>& coefficients,
+// inputs: v, v_old, v_ref, x_t, x0. coefficients: sigma, advantage. numbers: beta, adv_clip,
+// ref_weight. scratch: sums, slopes, terms. dv: absent when not wanted.
+void run(const std::tuple<Array, Array, Array, Array, Array>& inputs,
+         const std::tuple<Array, Array>& coefficients,
          const std::tuple<double, double, double>& numbers,
-         const std::tuple<uintptr_t, uintptr_t, uintptr_t>& scratch, uintptr_t loss,
-         uintptr_t metrics, uintptr_t dv, int64_t rows, int64_t row_size, uintptr_t stream) {
+         const std::tuple<Array, Array, Array>& scratch, const Array& loss, const Array& metrics,
+         const Array& dv, uintptr_t stream) {
   NftArgs args{};
   args.v = operand(std::get<0>(inputs));
   args.v_old = operand(std::get<1>(inputs));
@@ -28,8 +28,8 @@ void run(const std::tuple<Rows, Rows, Rows, Rows, Rows>& inputs,
   args.loss = as_pointer<float>(loss);
   args.metrics = as_pointer<float>(metrics);
   args.dv = as_pointer(dv);
-  args.rows = rows;
-  args.row_size = row_size;
+  args.rows = std::get<0>(inputs).rows();
+  args.row_size = std::get<0>(inputs).row_size();
   check("nft_loss", nft_loss(args, as_pointer(stream)));
 }
 

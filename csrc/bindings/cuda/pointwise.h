@@ -8,22 +8,21 @@
 
 namespace qirl::cuda {
 
-// Inputs of one dtype, contiguous outputs; fp8: the one output again.
-inline PointwiseArgs pointwise_args(std::initializer_list<Rows> inputs,
-                                    std::initializer_list<uintptr_t> outputs, int64_t rows,
-                                    int64_t width, const Fp8& fp8 = {}) {
+// Inputs [rows, width] of one dtype, contiguous outputs; fp8: the one output again.
+inline PointwiseArgs pointwise_args(std::initializer_list<Array> inputs,
+                                    std::initializer_list<Array> outputs, const Fp8& fp8 = {}) {
   PointwiseArgs args{};
   int count = 0;
-  for (const Rows& in : inputs) {
-    args.in[count] = address_of(in);
-    args.in_stride[count++] = stride_of(in);
+  for (const Array& in : inputs) {
+    args.in[count] = in.data;
+    args.in_stride[count++] = in.stride[0];
   }
   count = 0;
-  for (const uintptr_t out : outputs) args.out[count++] = as_pointer(out);
-  args.rows = rows;
-  args.width = width;
+  for (const Array& out : outputs) args.out[count++] = as_pointer(out);
+  args.rows = inputs.begin()->size[0];
+  args.width = inputs.begin()->size[1];
   args.fp8 = fp8_out(fp8);
-  args.dtype = dtype_of(*inputs.begin());
+  args.dtype = inputs.begin()->dtype();
   return args;
 }
 

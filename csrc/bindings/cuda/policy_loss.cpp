@@ -5,9 +5,9 @@
 namespace qirl::cuda {
 namespace {
 
-void run(uintptr_t logp_B, uintptr_t logp_old_B, uintptr_t advantage_B, uintptr_t loss,
-         uintptr_t ratio_B, uintptr_t clip_fraction, uintptr_t approx_kl, uintptr_t grad_B,
-         int64_t rows, double low, double high, bool is_double, uintptr_t stream) {
+void run(const Array& logp_B, const Array& logp_old_B, const Array& advantage_B, const Array& loss,
+         const Array& ratio_B, const Array& clip_fraction, const Array& approx_kl,
+         const Array& grad_B, double low, double high, bool is_double, uintptr_t stream) {
   PolicyArgs args{};
   args.logp_B = as_pointer(logp_B);
   args.logp_old_B = as_pointer(logp_old_B);
@@ -17,7 +17,7 @@ void run(uintptr_t logp_B, uintptr_t logp_old_B, uintptr_t advantage_B, uintptr_
   args.clip_fraction = as_pointer(clip_fraction);
   args.approx_kl = as_pointer(approx_kl);
   args.grad_B = as_pointer(grad_B);
-  args.rows = rows;
+  args.rows = logp_B.count;
   args.low = low;
   args.high = high;
   args.is_double = is_double;

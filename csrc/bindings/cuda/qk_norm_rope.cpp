@@ -15,17 +15,17 @@ void require_width(const QkArgs& a) {
                         ". use_backend('triton') or 'reference' takes any even width.");
 }
 
-void forward(const Stream& text, const Stream& image, const QkOutputs& out, const QkSizes& sizes,
-             float eps, int dtype, uintptr_t stream) {
-  const QkArgs a = qk_forward_args(text, image, out, sizes, eps, dtype);
+void forward(const Stream& text, const Stream& image, const QkOutputs& out, float eps,
+             uintptr_t stream) {
+  const QkArgs a = qk_forward_args(text, image, out, eps);
   require_width(a);
   check("qk_norm_rope", qk_norm_rope(a, as_pointer(stream)));
 }
 
-void backward(const Stream& text, const Stream& image, const Heads& dQ, const Heads& dK,
-              const QkGradients& dx, uintptr_t partials, uintptr_t dw, const QkSizes& sizes,
-              float eps, int dtype, uintptr_t stream) {
-  const QkArgs a = qk_backward_args(text, image, dQ, dK, dx, partials, dw, sizes, eps, dtype);
+void backward(const Stream& text, const Stream& image, const Array& dQ, const Array& dK,
+              const QkGradients& dx, const Array& partials, const Array& dw, float eps,
+              uintptr_t stream) {
+  const QkArgs a = qk_backward_args(text, image, dQ, dK, dx, partials, dw, eps);
   require_width(a);
   check("qk_norm_rope_backward", qk_norm_rope_backward(a, as_pointer(stream)));
 }

@@ -5,15 +5,14 @@
 namespace qirl::cuda {
 namespace {
 
-void forward(const Rows& gate, const Rows& up, uintptr_t y, const Fp8& fp8, int64_t rows,
-             int64_t width, uintptr_t stream) {
-  const PointwiseArgs args = pointwise_args({gate, up}, {y}, rows, width, fp8);
+void forward(const Array& gate, const Array& up, const Array& y, const Fp8& fp8, uintptr_t stream) {
+  const PointwiseArgs args = pointwise_args({gate, up}, {y}, fp8);
   check("swiglu", swiglu(args, as_pointer(stream)));
 }
 
-void backward(const Rows& dy, const Rows& gate, const Rows& up, uintptr_t dgate, uintptr_t dup,
-              int64_t rows, int64_t width, uintptr_t stream) {
-  const PointwiseArgs args = pointwise_args({dy, gate, up}, {dgate, dup}, rows, width);
+void backward(const Array& dy, const Array& gate, const Array& up, const Array& dgate,
+              const Array& dup, uintptr_t stream) {
+  const PointwiseArgs args = pointwise_args({dy, gate, up}, {dgate, dup});
   check("swiglu_backward", swiglu_backward(args, as_pointer(stream)));
 }
 

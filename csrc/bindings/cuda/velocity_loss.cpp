@@ -6,10 +6,10 @@
 namespace qirl::cuda {
 namespace {
 
-// weight_B, dv: address 0 when absent. scratch: addresses of sums and terms.
-void run(const Rows& v, const Rows& target, uintptr_t weight_B,
-         const std::tuple<uintptr_t, uintptr_t>& scratch, uintptr_t loss, uintptr_t mse_B,
-         uintptr_t dv, int64_t rows, int64_t row_size, uintptr_t stream) {
+// weight_B and dv may be absent. scratch: sums and terms.
+void run(const Array& v, const Array& target, const Array& weight_B,
+         const std::tuple<Array, Array>& scratch, const Array& loss, const Array& mse_B,
+         const Array& dv, uintptr_t stream) {
   VelocityArgs args{};
   args.v = operand(v);
   args.target = operand(target);
@@ -19,8 +19,8 @@ void run(const Rows& v, const Rows& target, uintptr_t weight_B,
   args.mse_B = as_pointer<float>(mse_B);
   args.loss = as_pointer<float>(loss);
   args.dv = as_pointer(dv);
-  args.rows = rows;
-  args.row_size = row_size;
+  args.rows = v.rows();
+  args.row_size = v.row_size();
   check("velocity_loss", velocity_loss(args, as_pointer(stream)));
 }
 

@@ -1,0 +1,96 @@
+#include "bindings/array.h"
+
+#include <string>
+
+#include "cpu/dtype.h"
+
+namespace qirl {
+namespace {
+
+bool hidden = false;
+
+// What is looked up once; never given back, as it may be used while Python ends.
+struct Torch {
+  py::object module = py::module_::import("torch"), tensor = module.attr("Tensor");
+  py::object float32 = module.attr("float32"), bfloat16 = module.attr("bfloat16");
+  const DLExchange* exchange = nullptr;
+
+  Torch() {
+    const char* name = "__dlpack_c_exchange_api__";
+    if (!py::hasattr(tensor, name)) return;
+    const py::object capsule = tensor.attr(name);
+    void* found = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
+    if (found == nullptr) throw py::error_already_set();
+    exchange = static_cast<const DLExchange*>(found);
+    while (exchange != nullptr && exchange->version.major != 1) exchange = exchange->previous;
+  }
+};
+
+const Torch& torch() {
+  static const Torch* found = new Torch;
+  return *found;
+}
+
+int code_of(const DLTensor& t) {
+  if (t.dtype.lanes != 1) return -1;
+  if (t.dtype.code == kDLFloat && t.dtype.bits == 32) return kFloat32;
+  return t.dtype.code == kDLBfloat && t.dtype.bits == 16 ? kBFloat16 : -1;
+}
+
+void add_dim(Array& a, int dim, int64_t size, int64_t stride) {
+  a.dims = dim + 1;
+  a.count *= size;
+  a.last = size;
+  if (dim >= Array::kDims) return;
+  a.size[dim] = size;
+  a.stride[dim] = stride;
+}
+
+Array by_attributes(py::handle tensor) {
+  Array a;
+  const py::object dtype = tensor.attr("dtype");
+  a.code = dtype.is(torch().float32) ? kFloat32 : dtype.is(torch().bfloat16) ? kBFloat16 : -1;
+  const py::tuple shape = tensor.attr("shape"), strides = tensor.attr("stride")();
+  a.count = 1;
+  for (size_t dim = 0; dim < shape.size(); ++dim) {
+    add_dim(a, static_cast<int>(dim), shape[dim].cast<int64_t>(), strides[dim].cast<int64_t>());
+  }
+  a.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+  return a;
+}
+
+}  // namespace
+
+int Array::dtype() const {
+  if (code < 0) throw py::type_error("a kernel takes tensors of float32 or bfloat16 here.");
+  return code;
+}
+
+py::handle tensor_type() { return torch().tensor; }
+
+const DLExchange* exchange() { return hidden ? nullptr : torch().exchange; }
+
+void hide_exchange(bool on) { hidden = on; }
+
+Array look_at(py::handle tensor) {
+  Array a;
+  if (tensor.is_none()) return a;
+  if (!PyObject_TypeCheck(tensor.ptr(), (PyTypeObject*)tensor_type().ptr())) {
+    throw py::type_error(std::string("a kernel takes tensors and None; got ") +
+                         Py_TYPE(tensor.ptr())->tp_name + ".");
+  }
+  if (const DLExchange* from = exchange()) {
+    DLTensor t;
+    if (from->look(tensor.ptr(), &t) != 0) throw py::error_already_set();
+    a.code = code_of(t);
+    a.count = 1;
+    for (int dim = 0; dim < t.ndim; ++dim) add_dim(a, dim, t.shape[dim], t.strides[dim]);
+    a.data = static_cast<char*>(t.data) + t.byte_offset;
+  } else {
+    a = by_attributes(tensor);
+  }
+  if (a.count == 0) a.data = nullptr;
+  return a;
+}
+
+}  // namespace qirl

@@ -1,0 +1,57 @@
+// Tensors as the bindings see them: where they lie, their sizes and strides. No torch headers: they
+// are looked at through DLPack's exchange functions, which costs no call into Python.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <stdint.h>
+
+#include "bindings/dlpack.h"
+
+namespace qirl {
+
+namespace py = pybind11;
+
+// A torch tensor, to which it holds no reference. None, and one without elements, are absent.
+struct Array {
+  static constexpr int kDims = 4;
+
+  void* data = nullptr;  // null: absent
+  int code = 0;          // of csrc/cpu/dtype.h; -1: a dtype that has none
+  int dims = 0;
+  int64_t count = 0;                             // elements
+  int64_t last = 1;                              // size of the last dimension
+  int64_t size[kDims] = {}, stride[kDims] = {};  // of the first dimensions; strides in elements
+
+  // Throws TypeError for a dtype without a code.
+  int dtype() const;
+  int64_t rows() const { return size[0]; }
+  int64_t row_size() const { return count / size[0]; }
+};
+
+// Throws TypeError for what is neither a tensor nor None.
+Array look_at(py::handle tensor);
+
+// The class torch.Tensor.
+py::handle tensor_type();
+
+// Exchange functions of torch.Tensor, or null: PyTorch before 2.11 has none.
+const DLExchange* exchange();
+
+// As if PyTorch had none, for the tests.
+void hide_exchange(bool hidden);
+
+}  // namespace qirl
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<qirl::Array> {
+  PYBIND11_TYPE_CASTER(qirl::Array, const_name("torch.Tensor | None"));
+
+  bool load(handle from, bool) {
+    value = qirl::look_at(from);
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail

@@ -1,0 +1,204 @@
+// What the launchers ask of tensors before a kernel, and the memory of its outputs.
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "bindings/array.h"
+#include "bindings/cpu/ops.h"
+#include "cpu/recycled.h"
+
+namespace qirl {
+namespace {
+
+constexpr size_t kRecycledFrom = size_t(1) << 20;  // bytes; the C library keeps smaller ones itself
+constexpr const char* kUnused = "dltensor_versioned";
+
+bool poisoned = false;
+
+// ---- what tensors are like ----------------------------------------------------------------------
+// False where the exchange functions cannot tell.
+bool look(py::handle tensor, DLTensor& t) {
+  const DLExchange* from = exchange();
+  if (from == nullptr) return false;
+  if (from->look(tensor.ptr(), &t) == 0) return true;
+  PyErr_Clear();
+  return false;
+}
+
+// Whether the dimensions from `first` on lie as in a contiguous tensor.
+bool contiguous_from(const DLTensor& t, int first) {
+  int64_t expected = 1;
+  for (int dim = t.ndim; dim-- > first;) {
+    if (t.shape[dim] != 1 && t.strides[dim] != expected) return false;
+    expected *= t.shape[dim];
+  }
+  return true;
+}
+
+// Whether the rows of each of `rows` are contiguous, and each of `whole`; None is left out. Also
+// false where that cannot be told without a call into Python.
+bool dense(const py::tuple& rows, const py::tuple& whole) {
+  DLTensor t;
+  for (const py::handle& tensor : rows) {
+    if (!tensor.is_none() && !(look(tensor, t) && contiguous_from(t, 1))) return false;
+  }
+  for (const py::handle& tensor : whole) {
+    if (!tensor.is_none() && !(look(tensor, t) && contiguous_from(t, 0))) return false;
+  }
+  return true;
+}
+
+// Whether these are plain tensors on the CPU, no subclass's, that every check of rows lets pass:
+// `same` of one shape [B, ...] and dtype, float32 or bfloat16; `like` of that shape, each in one of
+// the two; `per_row` float32 [B]. False says nothing.
+bool plain_rows(const py::tuple& same, const py::tuple& like, const py::tuple& per_row) {
+  const auto plain = [](py::handle tensor, DLTensor& t) {
+    return py::type::handle_of(tensor).is(tensor_type()) && look(tensor, t) &&
+           t.device.type == kDLCPU && t.dtype.lanes == 1;
+  };
+  const auto is_float = [](const DLTensor& t, int code, int bits) {
+    return t.dtype.code == code && t.dtype.bits == bits;
+  };
+  DLTensor first, t;
+  if (!plain(same[0], first) || first.ndim < 1) return false;
+  for (int dim = 0; dim < first.ndim; ++dim) {
+    if (first.shape[dim] == 0) return false;
+  }
+  const auto of_its_shape = [&](const DLTensor& t) {
+    return (is_float(t, kDLFloat, 32) || is_float(t, kDLBfloat, 16)) && t.ndim == first.ndim &&
+           std::equal(t.shape, t.shape + t.ndim, first.shape);
+  };
+  for (const py::handle& tensor : same) {
+    if (!plain(tensor, t) || !of_its_shape(t) || t.dtype.code != first.dtype.code) return false;
+  }
+  for (const py::handle& tensor : like) {
+    if (!plain(tensor, t) || !of_its_shape(t)) return false;
+  }
+  for (const py::handle& tensor : per_row) {
+    const bool fits = plain(tensor, t) && is_float(t, kDLFloat, 32) && t.ndim == 1 &&
+                      t.shape[0] == first.shape[0];
+    if (!fits) return false;
+  }
+  return true;
+}
+
+// A number for the device type of the first tensor and the dtypes of all, another for others; None
+// where that cannot be told.
+py::object kinds(const py::args& tensors) {
+  constexpr uint64_t kAbsent = 1000, kOthers = 1024;
+  DLTensor t;
+  uint64_t number = 0, device = 0;
+  if (tensors.size() > 5) return py::none();
+  for (const py::handle& tensor : tensors) {
+    uint64_t kind = kAbsent;
+    if (!tensor.is_none()) {
+      if (!look(tensor, t) || t.dtype.lanes != 1 || t.dtype.code > 30) return py::none();
+      kind = 32 * (t.dtype.bits / 8) + t.dtype.code + 1;
+      if (device == 0) device = static_cast<uint64_t>(t.device.type);
+    }
+    number = number * kOthers + kind;
+  }
+  return py::int_(number * 64 + device);
+}
+
+// ---- outputs ------------------------------------------------------------------------------------
+struct Output {
+  DLManagedTensorVersioned managed;
+  std::vector<int64_t> shape, strides;
+  size_t bytes;
+};
+
+void* take(size_t bytes) {
+  return bytes < kRecycledFrom ? aligned_alloc(64, bytes + 64 - bytes % 64) : take_block(bytes);
+}
+
+void give_back(DLManagedTensorVersioned* managed) {
+  const std::unique_ptr<Output> output(static_cast<Output*>(managed->context));
+  void* data = managed->tensor.data;
+  if (output->bytes < kRecycledFrom) return free(data);
+  give_back_block(data, output->bytes);
+}
+
+// Whoever takes the tensor renames the capsule, and calls the deleter.
+void drop(PyObject* capsule) {
+  if (!PyCapsule_IsValid(capsule, kUnused)) return;
+  give_back(static_cast<DLManagedTensorVersioned*>(PyCapsule_GetPointer(capsule, kUnused)));
+}
+
+py::object new_tensor(std::vector<int64_t> shape, uint8_t code, uint8_t bits) {
+  auto output = std::make_unique<Output>();
+  output->shape = std::move(shape);
+  output->strides.resize(output->shape.size());
+  int64_t count = 1;
+  for (size_t dim = output->shape.size(); dim-- > 0;) {
+    output->strides[dim] = count;
+    count *= output->shape[dim];
+  }
+  output->bytes = static_cast<size_t>(count) * bits / 8;
+  void* data = take(output->bytes);
+  if (data == nullptr) {
+    PyErr_Format(PyExc_MemoryError, "no memory left for an output of %zu bytes", output->bytes);
+    throw py::error_already_set();
+  }
+  if (poisoned) memset(data, 0xff, output->bytes);
+  output->managed = {{1, 0},
+                     output.get(),
+                     &give_back,
+                     0,
+                     {data,
+                      {kDLCPU, 0},
+                      static_cast<int32_t>(output->shape.size()),
+                      {code, bits, 1},
+                      output->shape.data(),
+                      output->strides.data(),
+                      0}};
+  DLManagedTensorVersioned* managed = &output.release()->managed;
+  if (const DLExchange* to = exchange()) {
+    void* tensor = nullptr;
+    if (to->to_python(managed, &tensor) != 0) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(static_cast<PyObject*>(tensor));
+  }
+  const py::capsule capsule(managed, kUnused, &drop);
+  return py::module_::import("torch.utils.dlpack").attr("from_dlpack")(capsule);
+}
+
+py::object empty(const py::tuple& sizes, uint8_t code, uint8_t bits) {
+  std::vector<int64_t> shape;
+  for (const py::handle& size : sizes) shape.push_back(size.cast<int64_t>());
+  return new_tensor(std::move(shape), code, bits);
+}
+
+// None where `like` is not on the CPU, not of a floating dtype, or cannot be looked at.
+py::object empty_like(py::handle like) {
+  DLTensor t;
+  const bool served = look(like, t) && t.device.type == kDLCPU && t.dtype.lanes == 1 &&
+                      (t.dtype.code == kDLFloat || t.dtype.code == kDLBfloat);
+  if (!served) return py::none();
+  return new_tensor({t.shape, t.shape + t.ndim}, t.dtype.code, t.dtype.bits);
+}
+
+const Binding binding([](py::module_& m) {
+  m.def("dense", &dense);
+  m.def("plain_rows", &plain_rows);
+  m.def("kinds", &kinds);
+  m.def("empty", &empty, "An uninitialised tensor: sizes, DLPack's dtype code, bits.");
+  m.def("empty_like", &empty_like, "The same in the sizes and dtype of another, or None.");
+  m.def("kept_bytes", &kept_bytes, "Bytes of earlier outputs that wait for a next one.");
+  m.def("poison", [](bool on) { poisoned = on; }, "Outputs start as NaN, for the tests.");
+  m.def("hide_exchange", &hide_exchange, "As with a PyTorch before 2.11, for the tests.");
+  m.def("look_at", [](const Array& a) {
+    py::list sizes, strides;
+    for (int dim = 0; dim < Array::kDims; ++dim) {
+      sizes.append(a.size[dim]);
+      strides.append(a.stride[dim]);
+    }
+    return py::make_tuple(reinterpret_cast<uintptr_t>(a.data), a.code, a.count, a.last, sizes,
+                          strides);
+  });
+});
+
+}  // namespace
+}  // namespace qirl
