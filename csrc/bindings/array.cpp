@@ -37,13 +37,22 @@ int code_of(const DLTensor& t) {
   return t.dtype.code == kDLBfloat && t.dtype.bits == 16 ? kBFloat16 : -1;
 }
 
-void add_dim(Array& a, int dim, int64_t size, int64_t stride) {
-  a.dims = dim + 1;
-  a.count *= size;
-  a.last = size;
-  if (dim >= Array::kDims) return;
-  a.size[dim] = size;
-  a.stride[dim] = stride;
+// size(dim) and stride(dim) of a tensor of `dims` dimensions.
+template <class Size, class Stride>
+void set_dims(Array& a, int dims, Size size, Stride stride) {
+  a.dims = dims;
+  a.count = 1;
+  for (int dim = dims; dim-- > 0;) {
+    if (size(dim) != 1 && stride(dim) != a.count) {
+      a.dense = false;
+      if (dim > 0) a.dense_rows = false;
+    }
+    a.count *= size(dim);
+    if (dim >= Array::kDims) continue;
+    a.size[dim] = size(dim);
+    a.stride[dim] = stride(dim);
+  }
+  if (dims > 0) a.last = size(dims - 1);
 }
 
 Array by_attributes(py::handle tensor) {
@@ -51,10 +60,9 @@ Array by_attributes(py::handle tensor) {
   const py::object dtype = tensor.attr("dtype");
   a.code = dtype.is(torch().float32) ? kFloat32 : dtype.is(torch().bfloat16) ? kBFloat16 : -1;
   const py::tuple shape = tensor.attr("shape"), strides = tensor.attr("stride")();
-  a.count = 1;
-  for (size_t dim = 0; dim < shape.size(); ++dim) {
-    add_dim(a, static_cast<int>(dim), shape[dim].cast<int64_t>(), strides[dim].cast<int64_t>());
-  }
+  set_dims(
+      a, static_cast<int>(shape.size()), [&](int dim) { return shape[dim].cast<int64_t>(); },
+      [&](int dim) { return strides[dim].cast<int64_t>(); });
   a.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
   return a;
 }
@@ -83,13 +91,14 @@ Array look_at(py::handle tensor) {
     DLTensor t;
     if (from->look(tensor.ptr(), &t) != 0) throw py::error_already_set();
     a.code = code_of(t);
-    a.count = 1;
-    for (int dim = 0; dim < t.ndim; ++dim) add_dim(a, dim, t.shape[dim], t.strides[dim]);
+    set_dims(
+        a, t.ndim, [&](int dim) { return t.shape[dim]; }, [&](int dim) { return t.strides[dim]; });
     a.data = static_cast<char*>(t.data) + t.byte_offset;
   } else {
     a = by_attributes(tensor);
   }
   if (a.count == 0) a.data = nullptr;
+  a.tensor = tensor;
   return a;
 }
 

@@ -15,6 +15,7 @@ namespace py = pybind11;
 struct Array {
   static constexpr int kDims = 4;
 
+  py::handle tensor;
   void* data = nullptr;  // null: absent
   int code = 0;          // of csrc/cpu/dtype.h; -1: a dtype that has none
   int dims = 0;
@@ -24,12 +25,25 @@ struct Array {
 
   // Throws TypeError for a dtype without a code.
   int dtype() const;
+  bool dense = true;       // contiguous
+  bool dense_rows = true;  // each t[r] is, at any row stride
+
   int64_t rows() const { return size[0]; }
   int64_t row_size() const { return count / size[0]; }
 };
 
 // Throws TypeError for what is neither a tensor nor None.
 Array look_at(py::handle tensor);
+
+// One that is dense, or whose rows are; another is copied to be so.
+template <bool kWhole>
+struct Dense : Array {
+  py::object copy;
+
+  bool fits() const { return kWhole ? dense : dense_rows; }
+};
+using Whole = Dense<true>;
+using Rows = Dense<false>;
 
 // The class torch.Tensor.
 py::handle tensor_type();
@@ -50,6 +64,19 @@ struct type_caster<qirl::Array> {
 
   bool load(handle from, bool) {
     value = qirl::look_at(from);
+    return true;
+  }
+};
+
+template <bool kWhole>
+struct type_caster<qirl::Dense<kWhole>> {
+  PYBIND11_TYPE_CASTER(qirl::Dense<kWhole>, const_name("torch.Tensor | None"));
+
+  bool load(handle from, bool) {
+    static_cast<qirl::Array&>(value) = qirl::look_at(from);
+    if (value.fits()) return true;
+    value.copy = from.attr("contiguous")();
+    static_cast<qirl::Array&>(value) = qirl::look_at(value.copy);
     return true;
   }
 };

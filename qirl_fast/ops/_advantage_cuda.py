@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qirl_fast.ops._checks import dense
 from qirl_fast.ops._cuda import cuda_module, device_of, stream_of
 
 _MODES = ("zscore_sum", "sum_first", "gdpo")  # enum Mode of group_advantage.cu
@@ -27,7 +26,6 @@ def group_advantage_cuda(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """CUDA kernel, csrc/cuda/group_advantage.cu. One launch; two with std 'global' or gdpo."""
     (n, k), m = rewards.shape, num_groups
-    inputs = dense((), (rewards, group, weights, valid))
     outputs = (
         rewards.new_empty((n,)),
         rewards.new_empty((n,), dtype=torch.bool),
@@ -39,7 +37,10 @@ def group_advantage_cuda(
     integers = group.new_empty(n + m)
     with device_of(rewards):
         cuda_module().group_advantage(
-            *inputs,
+            rewards,
+            group,
+            weights,
+            valid,
             *outputs,
             reals,
             integers,

@@ -124,28 +124,6 @@ def require_no_grad(op: str, why: str, **tensors: Tensor | None) -> None:
             raise ValueError(f"{op}: {name} requires grad, but {why}. Pass {name}.detach().")
 
 
-def dense(rows: tuple[Any, ...], whole: tuple[Any, ...] = ()) -> tuple[Any, ...]:
-    """The tensors of both, as the kernels take them; None stays None.
-
-    Those of `rows` have contiguous rows t[r] at any row stride, those of `whole` are contiguous;
-    a tensor that is not so is copied.
-    """
-    if _cpu.dense(rows, whole):
-        return rows + whole
-    return *map(_dense_rows, rows), *(None if t is None else t.contiguous() for t in whole)
-
-
-def _dense_rows(x: Tensor | None) -> Tensor | None:
-    if x is None or x.is_contiguous():
-        return x
-    expected = 1
-    for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
-        if size != 1 and stride != expected:
-            return x.contiguous()
-        expected *= size
-    return x
-
-
 def row_sizes(x: Tensor) -> tuple[int, int]:
     """Rows and elements a row."""
     return x.shape[0], x.numel() // x.shape[0]

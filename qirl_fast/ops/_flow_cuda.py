@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qirl_fast.ops._checks import dense, row_sizes
+from qirl_fast.ops._checks import row_sizes
 from qirl_fast.ops._cuda import cuda_module, device_of, stream_of
 
 _BLOCK = 1024  # elements whose squares are added together, kBlock of flow_step.cu
@@ -32,7 +32,6 @@ def flow_step_cuda(
     delta: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """CUDA kernel, csrc/cuda/flow_step.cu."""
-    x, v, delta, a, c, s, w, b, seed = dense((x, v, delta), (a, c, s, w, b, seed))
     x_next, logp, sums = x.new_empty(x.shape), a.new_empty(a.shape), flow_scratch(x)
     with device_of(x):
         cuda_module().flow_step(
@@ -63,7 +62,6 @@ def flow_logp_cuda(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """CUDA kernel, csrc/cuda/flow_step.cu."""
-    x, x_next, v, delta, a, c, w, b = dense((x, x_next, v, delta), (a, c, w, b))
     logp, sums = a.new_empty(a.shape), flow_scratch(x)
     residual = a.new_empty(x.shape if keep else 0)
     with device_of(x):
@@ -91,7 +89,6 @@ def flow_logp_backward_cuda(
     v_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """CUDA kernel, csrc/cuda/flow_step.cu."""
-    residual, grad, a, c, w = dense((), (residual, grad, a, c, w))
     dx, dv = (
         residual.new_empty(0 if dtype is None else residual.shape, dtype=dtype)
         for dtype in (x_dtype, v_dtype)

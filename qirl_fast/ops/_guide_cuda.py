@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qirl_fast.ops._checks import dense
 from qirl_fast.ops._cuda import cuda_module, device_of, stream_of
 
 
 def guide_cuda(v_cond: Tensor, v_uncond: Tensor, scale_B: Tensor, rescale: bool) -> Tensor:
     """CUDA kernel, csrc/cuda/guide.cu."""
-    c, u, scale_B = dense((v_cond, v_uncond), (scale_B,))
-    out = c.new_empty(c.shape)
-    with device_of(c):
+    out = v_cond.new_empty(v_cond.shape)
+    with device_of(v_cond):
         cuda_module().guide(
-            c,
-            u,
+            v_cond,
+            v_uncond,
             scale_B,
             out,
             rescale,
-            stream_of(c),
+            stream_of(v_cond),
         )
     return out
 
@@ -28,17 +26,16 @@ def guide_backward_cuda(
     grad: Tensor, v_cond: Tensor, v_uncond: Tensor, scale_B: Tensor, rescale: bool
 ) -> tuple[Tensor, Tensor]:
     """CUDA kernel, csrc/cuda/guide.cu."""
-    dy, c, u, scale_B = dense((grad, v_cond, v_uncond), (scale_B,))
-    dc, du = c.new_empty(c.shape), u.new_empty(u.shape)
-    with device_of(c):
+    dc, du = v_cond.new_empty(v_cond.shape), v_cond.new_empty(v_cond.shape)
+    with device_of(v_cond):
         cuda_module().guide_backward(
-            dy,
-            c,
-            u,
+            grad,
+            v_cond,
+            v_uncond,
             scale_B,
             dc,
             du,
             rescale,
-            stream_of(c),
+            stream_of(v_cond),
         )
     return dc, du

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qirl_fast.ops._checks import dense, row_sizes
+from qirl_fast.ops._checks import row_sizes
 from qirl_fast.ops._cuda import cuda_module, device_of, stream_of
 
 _BLOCK = 1024  # elements whose values are added together, kRowBlock of csrc/math/rows.h
@@ -28,7 +28,6 @@ def velocity_loss_cuda(
     v: Tensor, target: Tensor, weight_B: Tensor | None, want_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """CUDA kernel, csrc/cuda/velocity_loss.cu."""
-    v, target, weight_B = dense((v, target), (weight_B,))
     sums, terms = _scratch(v)
     loss, mse = sums.new_empty(()), sums.new_empty(v.shape[0])
     dv = v.new_empty(v.shape if want_grad else 0)
@@ -60,7 +59,6 @@ def nft_loss_cuda(
     want_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """CUDA kernels, csrc/cuda/nft_loss.cu."""
-    *large, sigma, advantage = dense((v, v_old, v_ref, x_t, x0), (sigma, advantage))
     rows = v.shape[0]
     sums, terms = _scratch(v, 5)
     slopes = sums.new_empty((3, rows))
@@ -68,7 +66,7 @@ def nft_loss_cuda(
     dv = v.new_empty(v.shape if want_grad else 0)
     with device_of(v):
         cuda_module().nft_loss(
-            tuple(large),
+            (v, v_old, v_ref, x_t, x0),
             (sigma, advantage),
             (beta, adv_clip, ref_weight),
             (sums, slopes, terms),
@@ -90,7 +88,6 @@ def awm_logp_cuda(
     factor: float,
 ) -> tuple[Tensor, Tensor]:
     """CUDA kernels, csrc/cuda/awm_logp.cu."""
-    v, noise, x0, time = dense((v, noise, x0), (time,))
     sums, _ = _scratch(v)
     logp, slope = time.new_empty(time.shape), time.new_empty(time.shape)
     with device_of(v):
@@ -110,7 +107,6 @@ def awm_logp_backward_cuda(
     grad: Tensor, slope: Tensor, v: Tensor, noise: Tensor, x0: Tensor
 ) -> Tensor:
     """CUDA kernel, csrc/cuda/awm_logp.cu."""
-    v, noise, x0, grad, slope = dense((v, noise, x0), (grad, slope))
     dv = v.new_empty(v.shape)
     with device_of(v):
         cuda_module().awm_logp_backward(
@@ -127,12 +123,13 @@ def policy_loss_cuda(
     logp: Tensor, logp_old: Tensor, advantage: Tensor, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """CUDA kernel, csrc/cuda/policy_loss.cu: one launch, rows added in order."""
-    inputs = dense((), (logp, logp_old, advantage))
     loss, fraction, kl = (logp.new_empty(()) for _ in range(3))
     ratio, grad = logp.new_empty(logp.shape), logp.new_empty(logp.shape)
     with device_of(logp):
         cuda_module().policy_loss(
-            *inputs,
+            logp,
+            logp_old,
+            advantage,
             *(loss, ratio, fraction, kl, grad),
             1.0 - clip_low,
             1.0 + clip_high,

@@ -28,7 +28,6 @@ from qirl_fast import _cpu
 from qirl_fast.ops._checks import (
     LARGE_DTYPES,
     REFERENCE_DTYPES,
-    dense,
     require_finite,
     require_no_grad,
     require_operands,
@@ -36,7 +35,6 @@ from qirl_fast.ops._checks import (
 )
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._loss_cuda import awm_logp_backward_cuda, awm_logp_cuda
-from qirl_fast.ops._recycled import empty
 from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 
@@ -100,33 +98,15 @@ def awm_logp_cpu(
     factor: float,
 ) -> tuple[Tensor, Tensor]:
     """C++ kernel, csrc/cpu/awm_logp.inl.cpp."""
-    v, noise, x0, time = dense((v, noise, x0), (time,))
-    logp, slope = empty(time), empty(time)
-    _cpu.awm_logp(
-        (v, noise, x0),
-        time,
-        (time_power, power, factor),
-        logp,
-        slope,
-        torch.get_num_threads(),
-    )
-    return logp, slope
+    form = time_power, power, factor
+    return _cpu.awm_logp((v, noise, x0), time, form, torch.get_num_threads())
 
 
 def awm_logp_backward_cpu(
     grad: Tensor, slope: Tensor, v: Tensor, noise: Tensor, x0: Tensor
 ) -> Tensor:
     """C++ kernel, csrc/cpu/awm_logp.inl.cpp."""
-    v, noise, x0, grad, slope = dense((v, noise, x0), (grad, slope))
-    dv = empty(v)
-    _cpu.awm_logp_backward(
-        grad,
-        slope,
-        (v, noise, x0),
-        dv,
-        torch.get_num_threads(),
-    )
-    return dv
+    return _cpu.awm_logp_backward(grad, slope, (v, noise, x0), torch.get_num_threads())
 
 
 # ---- registration -------------------------------------------------------------------------------

@@ -27,7 +27,6 @@ from qirl_fast import _cpu
 from qirl_fast.ops._checks import (
     LARGE_DTYPES,
     REFERENCE_DTYPES,
-    dense,
     given,
     require_finite,
     require_no_grad,
@@ -35,7 +34,6 @@ from qirl_fast.ops._checks import (
 )
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._flow_cuda import flow_logp_backward_cuda, flow_logp_cuda
-from qirl_fast.ops._recycled import empty
 from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 
@@ -87,6 +85,9 @@ def flow_logp_backward_reference(
 
 
 # ---- cpu ----------------------------------------------------------------------------------------
+_DTYPE_CODE = {None: -1, torch.float32: 0, torch.bfloat16: 1}  # enum Dtype of csrc/cpu/dtype.h
+
+
 def flow_logp_cpu(
     x: Tensor,
     x_next: Tensor,
@@ -99,19 +100,7 @@ def flow_logp_cpu(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """C++ kernel, csrc/cpu/flow_logp.inl.cpp."""
-    x, x_next, v, delta, a, c, w, b = dense((x, x_next, v, delta), (a, c, w, b))
-    logp, residual = empty(a), empty(x, dtype=torch.float32) if keep else None
-    _cpu.flow_logp(
-        x,
-        x_next,
-        v,
-        delta,
-        (a, c, w, b),
-        logp,
-        residual,
-        torch.get_num_threads(),
-    )
-    return logp, a.new_empty(0) if residual is None else residual
+    return _cpu.flow_logp(x, x_next, v, delta, a, c, w, b, keep, torch.get_num_threads())
 
 
 def flow_logp_backward_cpu(
@@ -124,20 +113,8 @@ def flow_logp_backward_cpu(
     v_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """C++ kernel, csrc/cpu/flow_logp.inl.cpp."""
-    residual, grad, a, c, w = dense((), (residual, grad, a, c, w))
-    dx, dv = (
-        residual.new_empty(0) if dtype is None else empty(residual, dtype=dtype)
-        for dtype in (x_dtype, v_dtype)
-    )
-    _cpu.flow_logp_backward(
-        grad,
-        residual,
-        (a, c, w),
-        dx,
-        dv,
-        torch.get_num_threads(),
-    )
-    return dx, dv
+    codes = _DTYPE_CODE[x_dtype], _DTYPE_CODE[v_dtype]
+    return _cpu.flow_logp_backward(grad, residual, a, c, w, *codes, torch.get_num_threads())
 
 
 # ---- registration -------------------------------------------------------------------------------

@@ -29,7 +29,6 @@ from qirl_fast import _cpu
 from qirl_fast.ops._checks import (
     LARGE_DTYPES,
     REFERENCE_DTYPES,
-    dense,
     given,
     require_finite,
     require_operands,
@@ -38,7 +37,6 @@ from qirl_fast.ops._checks import (
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._flow_cuda import flow_step_cuda
 from qirl_fast.ops._noise import reference_noise
-from qirl_fast.ops._recycled import empty
 from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 
@@ -86,20 +84,7 @@ def flow_step_cpu(
     delta: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """C++ kernel, csrc/cpu/flow_step.inl.cpp."""
-    x, v, delta, a, c, s, w, b, seed = dense((x, v, delta), (a, c, s, w, b, seed))
-    x_next, logp = empty(x), empty(a)
-    _cpu.flow_step(
-        x,
-        v,
-        delta,
-        (a, c, s, w, b),
-        seed,
-        offset,
-        x_next,
-        logp,
-        torch.get_num_threads(),
-    )
-    return x_next, logp
+    return _cpu.flow_step(x, v, delta, a, c, s, w, b, seed, offset, torch.get_num_threads())
 
 
 # ---- registration -------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ from torch import Tensor
 
 from qirl_fast import _cpu
 from qirl_fast.ops._advantage_cuda import group_advantage_cuda
-from qirl_fast.ops._checks import dense, require_no_grad
+from qirl_fast.ops._checks import require_no_grad
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._group_checks import check_group_values, require_group_inputs, require_options
 from qirl_fast.ops._triton import missing_triton, triton_launcher
@@ -146,10 +146,12 @@ def group_advantage_cpu(
 ) -> _Outputs:
     """C++ kernel, csrc/cpu/group_advantage.inl.cpp."""
     check_group_values("group_advantage", rewards, group, weights, valid, num_groups)
-    inputs = dense((), (rewards, group, weights, valid))
     outputs = _empty_outputs(rewards, num_groups)
     _cpu.group_advantage(
-        *inputs,
+        rewards,
+        group,
+        weights,
+        valid,
         *outputs,
         *rewards.shape,
         num_groups,

@@ -25,7 +25,6 @@ from qirl_fast import _cpu
 from qirl_fast.ops._checks import (
     LARGE_DTYPES,
     REFERENCE_DTYPES,
-    dense,
     require_finite,
     require_no_grad,
     require_operands,
@@ -33,7 +32,6 @@ from qirl_fast.ops._checks import (
 )
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._guide_cuda import guide_backward_cuda, guide_cuda
-from qirl_fast.ops._recycled import empty
 from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 
@@ -84,36 +82,14 @@ def _norm_factor(c: Tensor, g: Tensor) -> Tensor:
 # ---- cpu ----------------------------------------------------------------------------------------
 def guide_cpu(v_cond: Tensor, v_uncond: Tensor, scale_B: Tensor, rescale: bool) -> Tensor:
     """C++ kernel, csrc/cpu/guide.inl.cpp."""
-    c, u, scale_B = dense((v_cond, v_uncond), (scale_B,))
-    out = empty(c)
-    _cpu.guide(
-        c,
-        u,
-        scale_B,
-        out,
-        rescale,
-        torch.get_num_threads(),
-    )
-    return out
+    return _cpu.guide(v_cond, v_uncond, scale_B, rescale, torch.get_num_threads())
 
 
 def guide_backward_cpu(
     grad: Tensor, v_cond: Tensor, v_uncond: Tensor, scale_B: Tensor, rescale: bool
 ) -> tuple[Tensor, Tensor]:
     """C++ kernel, csrc/cpu/guide.inl.cpp."""
-    dy, c, u, scale_B = dense((grad, v_cond, v_uncond), (scale_B,))
-    dc, du = empty(c), empty(u)
-    _cpu.guide_backward(
-        dy,
-        c,
-        u,
-        scale_B,
-        dc,
-        du,
-        rescale,
-        torch.get_num_threads(),
-    )
-    return dc, du
+    return _cpu.guide_backward(grad, v_cond, v_uncond, scale_B, rescale, torch.get_num_threads())
 
 
 # ---- registration -------------------------------------------------------------------------------

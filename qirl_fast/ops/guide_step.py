@@ -20,23 +20,20 @@ Sources: see guide and flow_step.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qirl_fast import _cpu
 from qirl_fast.ops._checks import (
     LARGE_DTYPES,
     REFERENCE_DTYPES,
-    dense,
     require_operands,
     require_per_row,
 )
-from qirl_fast.ops._compiled import CPU, CUDA, Compiled
-from qirl_fast.ops._cuda import missing_cuda
+from qirl_fast.ops._cuda import cuda_module, device_of, missing_cuda, stream_of
 from qirl_fast.ops._flow_cuda import flow_scratch
-from qirl_fast.ops._recycled import empty
 from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 from qirl_fast.ops.flow_step import flow_step_reference
@@ -71,24 +68,23 @@ def guide_step_reference(
 
 
 # ---- cpu, cuda ----------------------------------------------------------------------------------
-def _guide_step_compiled(
-    on: Compiled,
-    x: Tensor,
-    v_cond: Tensor,
-    v_uncond: Tensor,
-    scale_B: Tensor,
-    rescale: bool,
-    *rest: Any,
+def guide_step_cpu(
+    x: Tensor, v_cond: Tensor, v_uncond: Tensor, scale_B: Tensor, rescale: bool, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """csrc/cpu/guide_step.inl.cpp and csrc/cuda/guide_step.cu; `rest`: as the reference's."""
+    """C++ kernel, csrc/cpu/guide_step.inl.cpp; `rest`: as the reference's."""
+    threads = torch.get_num_threads()
+    return _cpu.guide_step(x, v_cond, v_uncond, scale_B, rescale, *rest, threads)
+
+
+def guide_step_cuda(
+    x: Tensor, v_cond: Tensor, v_uncond: Tensor, scale_B: Tensor, rescale: bool, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """CUDA kernel, csrc/cuda/guide_step.cu; `rest`: as the reference's."""
     *coefficients, seed, offset, frozen = rest
-    x, v_cond, v_uncond, scale_B, seed, *coefficients = dense(
-        (x, v_cond, v_uncond), (scale_B, seed, *coefficients)
-    )
-    logp, x_next, sums = empty(coefficients[0]), empty(x), flow_scratch(x)
-    delta = empty(x) if frozen else x.new_empty(0)
-    with on.device(x):
-        on.module().guide_step(
+    x_next, logp, sums = x.new_empty(x.shape), scale_B.new_empty(x.shape[0]), flow_scratch(x)
+    delta = x.new_empty(x.shape if frozen else 0)
+    with device_of(x):
+        cuda_module().guide_step(
             x,
             v_cond,
             v_uncond,
@@ -101,13 +97,9 @@ def _guide_step_compiled(
             x_next,
             logp,
             delta,
-            on.last(x),
+            stream_of(x),
         )
     return x_next, logp, delta
-
-
-guide_step_cpu = partial(_guide_step_compiled, CPU)
-guide_step_cuda = partial(_guide_step_compiled, CUDA)
 
 
 # ---- registration -------------------------------------------------------------------------------

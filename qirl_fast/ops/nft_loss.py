@@ -38,7 +38,6 @@ from qirl_fast import _cpu
 from qirl_fast.ops._checks import (
     LARGE_DTYPES,
     REFERENCE_DTYPES,
-    dense,
     given,
     require_finite,
     require_no_grad,
@@ -48,7 +47,6 @@ from qirl_fast.ops._checks import (
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._gradient import scaled
 from qirl_fast.ops._loss_cuda import nft_loss_cuda
-from qirl_fast.ops._recycled import New, empty
 from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 
@@ -121,26 +119,16 @@ def nft_loss_cpu(
     want_grad: bool,
 ) -> _Outputs:
     """C++ kernel, csrc/cpu/nft_loss.inl.cpp."""
-    *large, sigma, advantage = dense((v, v_old, v_ref, x_t, x0), (sigma, advantage))
-    loss, metrics, dv = outputs = _empty_outputs(v, want_grad, empty)
-    _cpu.nft_loss(
-        tuple(large),
-        (sigma, advantage),
-        (beta, adv_clip, ref_weight),
-        loss,
-        metrics,
-        dv,
-        torch.get_num_threads(),
-    )
-    return outputs
+    large, numbers = (v, v_old, v_ref, x_t, x0), (beta, adv_clip, ref_weight)
+    return _cpu.nft_loss(large, sigma, advantage, numbers, want_grad, torch.get_num_threads())
 
 
-def _empty_outputs(v: Tensor, want_grad: bool, new: New = Tensor.new_empty) -> _Outputs:
+def _empty_outputs(v: Tensor, want_grad: bool) -> _Outputs:
     real = torch.promote_types(v.dtype, torch.float32)
     return (
         v.new_empty((), dtype=real),
         v.new_empty((4, v.shape[0]), dtype=real),
-        new(v, v.shape if want_grad else 0),
+        v.new_empty(v.shape if want_grad else 0),
     )
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qirl_fast import _cpu
-from qirl_fast.ops._checks import dense, require_no_grad, require_tensor
+from qirl_fast.ops._checks import require_no_grad, require_tensor
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._loss_cuda import policy_loss_cuda
 from qirl_fast.ops._triton import missing_triton, triton_launcher
@@ -69,10 +69,11 @@ def policy_loss_cpu(
     logp: Tensor, logp_old: Tensor, advantage: Tensor, clip_low: float, clip_high: float
 ) -> _Outputs:
     """C++ kernel, csrc/cpu/policy_loss.inl.cpp."""
-    inputs = dense((), (logp, logp_old, advantage))
     outputs = _empty_outputs(logp)
     _cpu.policy_loss(
-        *inputs,
+        logp,
+        logp_old,
+        advantage,
         *outputs,
         1.0 - clip_low,
         1.0 + clip_high,

@@ -31,7 +31,6 @@ from qirl_fast import _cpu
 from qirl_fast.ops._checks import (
     LARGE_DTYPES,
     REFERENCE_DTYPES,
-    dense,
     given,
     require_finite,
     require_no_grad,
@@ -41,7 +40,6 @@ from qirl_fast.ops._checks import (
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._gradient import scaled
 from qirl_fast.ops._loss_cuda import velocity_loss_cuda
-from qirl_fast.ops._recycled import New, empty
 from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 
@@ -78,26 +76,15 @@ def velocity_loss_cpu(
     v: Tensor, target: Tensor, weight_B: Tensor | None, want_grad: bool
 ) -> _Outputs:
     """C++ kernel, csrc/cpu/velocity_loss.inl.cpp."""
-    v, target, weight_B = dense((v, target), (weight_B,))
-    loss, mse, dv = outputs = _empty_outputs(v, want_grad, empty)
-    _cpu.velocity_loss(
-        v,
-        target,
-        weight_B,
-        loss,
-        mse,
-        dv,
-        torch.get_num_threads(),
-    )
-    return outputs
+    return _cpu.velocity_loss(v, target, weight_B, want_grad, torch.get_num_threads())
 
 
-def _empty_outputs(v: Tensor, want_grad: bool, new: New = Tensor.new_empty) -> _Outputs:
+def _empty_outputs(v: Tensor, want_grad: bool) -> _Outputs:
     real = torch.promote_types(v.dtype, torch.float32)
     return (
         v.new_empty((), dtype=real),
         v.new_empty(v.shape[:1], dtype=real),
-        new(v, v.shape if want_grad else 0),
+        v.new_empty(v.shape if want_grad else 0),
     )
 
 

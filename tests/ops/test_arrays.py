@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from qirl_fast import _cpu, ops
-from qirl_fast.ops._checks import dense
 from qirl_fast.ops._recycled import empty
 
 FLOATS = torch.arange(240, dtype=torch.float32)
@@ -58,9 +57,9 @@ def test_none_is_absent_and_nothing_else_is_taken(hidden: bool) -> None:
 
 
 def test_a_kernel_refuses_a_dtype_it_would_read_wrongly(hidden: bool) -> None:
-    x, scale, out = (torch.ones(2, 3, dtype=torch.float64) for _ in range(3))
+    x = torch.ones(2, 3, dtype=torch.float64)
     with pytest.raises(TypeError, match="float32 or bfloat16"):
-        _cpu.guide(x, x, scale, out, False, 1)
+        _cpu.guide(x, x, torch.ones(2), False, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -92,13 +91,13 @@ def test_outputs(hidden: bool) -> None:
     assert empty(TENSORS["no elements"]).shape == (0, 3)
 
 
-def test_only_what_is_not_dense_is_copied(hidden: bool) -> None:
-    rows, whole = TENSORS["a slice"], TENSORS["contiguous"]
-    column, strided = TENSORS["transposed"], FLOATS[::2]
-    got = dense((rows, None, column), (whole, strided, None))
-    assert got[0] is rows and got[1] is None and got[3] is whole and got[5] is None
-    assert got[2].is_contiguous() and torch.equal(got[2], column)
-    assert got[4].is_contiguous() and torch.equal(got[4], strided)
+@pytest.mark.parametrize("name", ["a slice", "expanded", "transposed"])
+def test_what_is_not_dense_is_copied(hidden: bool, name: str) -> None:
+    x = TENSORS[name]
+    coefficients = torch.rand(4, 2 * len(x), generator=torch.Generator().manual_seed(1))[:, ::2]
+    given = [x, x + 1, x * 2, *coefficients]
+    wanted = ops.flow_logp(*(t.contiguous() for t in given))
+    assert torch.equal(ops.flow_logp(*given), wanted)
 
 
 def test_what_every_check_lets_pass_is_seen_at_once() -> None:

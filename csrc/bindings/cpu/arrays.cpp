@@ -1,5 +1,6 @@
 // What the launchers ask of tensors before a kernel, and the memory of its outputs.
 #include <stdlib.h>
+#include <pybind11/stl.h>
 #include <string.h>
 
 #include <algorithm>
@@ -8,6 +9,7 @@
 
 #include "bindings/array.h"
 #include "bindings/cpu/ops.h"
+#include "bindings/cpu/outputs.h"
 #include "cpu/recycled.h"
 
 namespace qirl {
@@ -26,29 +28,6 @@ bool look(py::handle tensor, DLTensor& t) {
   if (from->look(tensor.ptr(), &t) == 0) return true;
   PyErr_Clear();
   return false;
-}
-
-// Whether the dimensions from `first` on lie as in a contiguous tensor.
-bool contiguous_from(const DLTensor& t, int first) {
-  int64_t expected = 1;
-  for (int dim = t.ndim; dim-- > first;) {
-    if (t.shape[dim] != 1 && t.strides[dim] != expected) return false;
-    expected *= t.shape[dim];
-  }
-  return true;
-}
-
-// Whether the rows of each of `rows` are contiguous, and each of `whole`; None is left out. Also
-// false where that cannot be told without a call into Python.
-bool dense(const py::tuple& rows, const py::tuple& whole) {
-  DLTensor t;
-  for (const py::handle& tensor : rows) {
-    if (!tensor.is_none() && !(look(tensor, t) && contiguous_from(t, 1))) return false;
-  }
-  for (const py::handle& tensor : whole) {
-    if (!tensor.is_none() && !(look(tensor, t) && contiguous_from(t, 0))) return false;
-  }
-  return true;
 }
 
 // Whether these are plain tensors on the CPU, no subclass's, that every check of rows lets pass:
@@ -105,7 +84,7 @@ py::object kinds(const py::args& tensors) {
 }
 
 // ---- outputs ------------------------------------------------------------------------------------
-struct Output {
+struct Memory {
   DLManagedTensorVersioned managed;
   std::vector<int64_t> shape, strides;
   size_t bytes;
@@ -116,10 +95,10 @@ void* take(size_t bytes) {
 }
 
 void give_back(DLManagedTensorVersioned* managed) {
-  const std::unique_ptr<Output> output(static_cast<Output*>(managed->context));
+  const std::unique_ptr<Memory> memory(static_cast<Memory*>(managed->context));
   void* data = managed->tensor.data;
-  if (output->bytes < kRecycledFrom) return free(data);
-  give_back_block(data, output->bytes);
+  if (memory->bytes < kRecycledFrom) return free(data);
+  give_back_block(data, memory->bytes);
 }
 
 // Whoever takes the tensor renames the capsule, and calls the deleter.
@@ -128,47 +107,47 @@ void drop(PyObject* capsule) {
   give_back(static_cast<DLManagedTensorVersioned*>(PyCapsule_GetPointer(capsule, kUnused)));
 }
 
-py::object new_tensor(std::vector<int64_t> shape, uint8_t code, uint8_t bits) {
-  auto output = std::make_unique<Output>();
-  output->shape = std::move(shape);
-  output->strides.resize(output->shape.size());
+Output new_tensor(std::vector<int64_t> shape, uint8_t code, uint8_t bits) {
+  auto memory = std::make_unique<Memory>();
+  memory->shape = std::move(shape);
+  memory->strides.resize(memory->shape.size());
   int64_t count = 1;
-  for (size_t dim = output->shape.size(); dim-- > 0;) {
-    output->strides[dim] = count;
-    count *= output->shape[dim];
+  for (size_t dim = memory->shape.size(); dim-- > 0;) {
+    memory->strides[dim] = count;
+    count *= memory->shape[dim];
   }
-  output->bytes = static_cast<size_t>(count) * bits / 8;
-  void* data = take(output->bytes);
+  memory->bytes = static_cast<size_t>(count) * bits / 8;
+  void* data = take(memory->bytes);
   if (data == nullptr) {
-    PyErr_Format(PyExc_MemoryError, "no memory left for an output of %zu bytes", output->bytes);
+    PyErr_Format(PyExc_MemoryError, "no memory left for an output of %zu bytes", memory->bytes);
     throw py::error_already_set();
   }
-  if (poisoned) memset(data, 0xff, output->bytes);
-  output->managed = {{1, 0},
-                     output.get(),
+  if (poisoned) memset(data, 0xff, memory->bytes);
+  memory->managed = {{1, 0},
+                     memory.get(),
                      &give_back,
                      0,
                      {data,
                       {kDLCPU, 0},
-                      static_cast<int32_t>(output->shape.size()),
+                      static_cast<int32_t>(memory->shape.size()),
                       {code, bits, 1},
-                      output->shape.data(),
-                      output->strides.data(),
+                      memory->shape.data(),
+                      memory->strides.data(),
                       0}};
-  DLManagedTensorVersioned* managed = &output.release()->managed;
+  DLManagedTensorVersioned* managed = &memory.release()->managed;
   if (const DLExchange* to = exchange()) {
     void* tensor = nullptr;
     if (to->to_python(managed, &tensor) != 0) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(static_cast<PyObject*>(tensor));
+    return {py::reinterpret_steal<py::object>(static_cast<PyObject*>(tensor)), data};
   }
   const py::capsule capsule(managed, kUnused, &drop);
-  return py::module_::import("torch.utils.dlpack").attr("from_dlpack")(capsule);
+  return {py::module_::import("torch.utils.dlpack").attr("from_dlpack")(capsule), data};
 }
 
 py::object empty(const py::tuple& sizes, uint8_t code, uint8_t bits) {
   std::vector<int64_t> shape;
   for (const py::handle& size : sizes) shape.push_back(size.cast<int64_t>());
-  return new_tensor(std::move(shape), code, bits);
+  return new_tensor(std::move(shape), code, bits).tensor;
 }
 
 // None where `like` is not on the CPU, not of a floating dtype, or cannot be looked at.
@@ -177,11 +156,10 @@ py::object empty_like(py::handle like) {
   const bool served = look(like, t) && t.device.type == kDLCPU && t.dtype.lanes == 1 &&
                       (t.dtype.code == kDLFloat || t.dtype.code == kDLBfloat);
   if (!served) return py::none();
-  return new_tensor({t.shape, t.shape + t.ndim}, t.dtype.code, t.dtype.bits);
+  return new_tensor({t.shape, t.shape + t.ndim}, t.dtype.code, t.dtype.bits).tensor;
 }
 
 const Binding binding([](py::module_& m) {
-  m.def("dense", &dense);
   m.def("plain_rows", &plain_rows);
   m.def("kinds", &kinds);
   m.def("empty", &empty, "An uninitialised tensor: sizes, DLPack's dtype code, bits.");
@@ -201,4 +179,17 @@ const Binding binding([](py::module_& m) {
 });
 
 }  // namespace
+
+Output new_output(std::vector<int64_t> sizes, int dtype) {
+  return dtype == kFloat32 ? new_tensor(std::move(sizes), kDLFloat, 32)
+                           : new_tensor(std::move(sizes), kDLBfloat, 16);
+}
+
+Output output_like(const Array& like, int dtype) {
+  if (like.dims <= Array::kDims) return new_output({like.size, like.size + like.dims}, dtype);
+  return new_output(like.tensor.attr("shape").cast<std::vector<int64_t>>(), dtype);
+}
+
+Output no_output(int dtype) { return {new_output({0}, dtype).tensor, nullptr}; }
+
 }  // namespace qirl

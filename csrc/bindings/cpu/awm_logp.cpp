@@ -9,52 +9,59 @@
 namespace qirl {
 namespace {
 
-using Inputs = std::tuple<Array, Array, Array>;  // v, noise, x0
+using Inputs = std::tuple<Rows, Rows, Rows>;  // v, noise, x0
 
 AwmArgs arguments(const Inputs& inputs) {
+  const auto& [v, noise, x0] = inputs;
   AwmArgs args{};
-  args.v = operand(std::get<0>(inputs));
-  args.noise = operand(std::get<1>(inputs));
-  args.x0 = operand(std::get<2>(inputs));
-  args.row_size = std::get<0>(inputs).row_size();
+  args.v = operand(v);
+  args.noise = operand(noise);
+  args.x0 = operand(x0);
+  args.row_size = v.row_size();
   return args;
 }
 
-// form: time_power, power, factor.
-void awm_logp(const Inputs& inputs, const Array& time_B,
-              const std::tuple<int, double, double>& form, const Array& logp_B,
-              const Array& slope_B, int threads) {
+// form: time_power, power, factor. Returns logp_B and slope_B.
+py::tuple awm_logp(const Inputs& inputs, const Whole& time_B,
+                   const std::tuple<int, double, double>& form, int threads) {
   AwmArgs args = arguments(inputs);
-  const int64_t rows = std::get<0>(inputs).rows(), row_size = args.row_size;
+  const int64_t rows = std::get<0>(inputs).rows(), blocks = blocks_per_row(args.row_size);
   const float* time = as_pointer<float>(time_B);
   require_finite("awm_logp", "time", time, rows);
   const AwmForm shape{std::get<0>(form), std::get<1>(form), std::get<2>(form)};
-  const int64_t blocks = blocks_per_row(row_size);
+  const Output logp_B = output_like(time_B, kFloat32), slope_B = output_like(time_B, kFloat32);
   std::vector<float> sums(rows * blocks);
   args.sums = sums.data();
-
-  py::gil_scoped_release released;
-  run_kernel(awm_logp_kernels, &args, rows * blocks, kRowGrain, threads);
-  for (int64_t row = 0; row < rows; ++row) {
-    const double sum = ordered_sum(&sums[row * blocks], blocks);
-    const AwmRow result =
-        awm_row(sum, row_size, time[row], shape, [](double x, double y) { return std::pow(x, y); });
-    as_pointer<float>(logp_B)[row] = result.logp;
-    as_pointer<float>(slope_B)[row] = result.slope;
+  {
+    py::gil_scoped_release released;
+    run_kernel(awm_logp_kernels, &args, rows * blocks, kRowGrain, threads);
+    for (int64_t row = 0; row < rows; ++row) {
+      const double sum = ordered_sum(&sums[row * blocks], blocks);
+      const AwmRow result = awm_row(sum, args.row_size, time[row], shape,
+                                    [](double x, double y) { return std::pow(x, y); });
+      logp_B.as<float>()[row] = result.logp;
+      slope_B.as<float>()[row] = result.slope;
+    }
   }
+  return py::make_tuple(logp_B.tensor, slope_B.tensor);
 }
 
-void awm_logp_backward(const Array& grad_B, const Array& slope_B, const Inputs& inputs,
-                       const Array& dv, int threads) {
+// Returns dv.
+py::object awm_logp_backward(const Whole& grad_B, const Whole& slope_B, const Inputs& inputs,
+                             int threads) {
+  const Rows& v = std::get<0>(inputs);
   AwmArgs args = arguments(inputs);
-  const int64_t rows = dv.rows(), row_size = args.row_size;
   args.grad_B = as_pointer<float>(grad_B);
   args.slope_B = as_pointer<float>(slope_B);
-  args.dv = as_pointer(dv);
-  args.stream = worth_streaming(args.dv, row_size * dtype_bytes(args.v.dtype), rows);
-
-  py::gil_scoped_release released;
-  run_kernel(awm_logp_backward_kernels, &args, rows * blocks_per_row(row_size), kRowGrain, threads);
+  const Output dv = output_like(v, v.dtype());
+  args.dv = dv.data;
+  args.stream = streams(dv, v, v.dtype());
+  {
+    py::gil_scoped_release released;
+    run_kernel(awm_logp_backward_kernels, &args, v.rows() * blocks_per_row(args.row_size),
+               kRowGrain, threads);
+  }
+  return dv.tensor;
 }
 
 const Binding binding([](py::module_& m) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "bindings/cpu/ops.h"
+#include "bindings/cpu/outputs.h"
 #include "cpu/flow_step.h"
 
 namespace qirl {

@@ -46,28 +46,28 @@ void finish_log_prob(const FlowArgs& args, const float* b_B, float* logp_B, int6
 
 namespace {
 
-// coefficients: a, c, s, w, b, each float32 [rows].
-void flow_step(const Array& x, const Array& v, const Array& delta,
-               const std::tuple<Array, Array, Array, Array, Array>& coefficients,
-               const Array& seed_B, int64_t offset, const Array& x_next, const Array& logp_B,
-               int threads) {
-  const auto [a, c, s, w, b] = coefficients;
+// The coefficients are float32 [rows]. Returns x_next and logp_B.
+py::tuple flow_step(const Rows& x, const Rows& v, const Rows& delta, const Whole& a, const Whole& c,
+                    const Whole& s, const Whole& w, const Whole& b, const Whole& seed_B,
+                    int64_t offset, int threads) {
   FlowArgs args = flow_inputs("flow_step", x, v, delta, a, c, w);
-  const int64_t rows = x.rows(), row_size = args.row_size;
+  const int64_t rows = x.rows(), tasks = flow_tasks(rows, args.row_size);
   args.s_B = as_pointer<float>(s);
   require_finite("flow_step", "s", args.s_B, rows);
   require_finite("flow_step", "b", as_pointer<float>(b), rows);
   args.seed_B = as_pointer<int64_t>(seed_B);
   args.offset = offset;
-  args.x_next_out = as_pointer(x_next);
-  args.stream = worth_streaming(args.x_next_out, row_size * dtype_bytes(args.x_dtype), rows);
-  const int64_t tasks = flow_tasks(rows, row_size);
+  const Output x_next = output_like(x, x.dtype()), logp_B = output_like(a, kFloat32);
+  args.x_next_out = x_next.data;
+  args.stream = streams(x_next, x, x.dtype());
   std::vector<float> sums(tasks);
   args.sums = sums.data();
-
-  py::gil_scoped_release released;
-  run_kernel(flow_step_kernels, &args, tasks, kFlowGrain, threads);
-  finish_log_prob(args, as_pointer<float>(b), as_pointer<float>(logp_B), rows);
+  {
+    py::gil_scoped_release released;
+    run_kernel(flow_step_kernels, &args, tasks, kFlowGrain, threads);
+    finish_log_prob(args, as_pointer<float>(b), logp_B.as<float>(), rows);
+  }
+  return py::make_tuple(x_next.tensor, logp_B.tensor);
 }
 
 const Binding binding([](py::module_& m) { m.def("flow_step", &flow_step); });

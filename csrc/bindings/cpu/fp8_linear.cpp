@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t kGrainElements = 65536;
 
 // unit: elements a scale along a row; 0: one scale for everything.
-void widen(const Array& q, const Array& scale, const Array& out, int64_t unit, bool e5m2,
+void widen(const Array& q, const Whole& scale, const Array& out, int64_t unit, bool e5m2,
            int threads) {
   const int64_t rows = q.size[0], width = q.size[1];
   Fp8WidenArgs a{};

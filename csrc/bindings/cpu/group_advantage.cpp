@@ -7,8 +7,8 @@
 namespace qirl {
 namespace {
 
-void forward(const Array& rewards_NK, const Array& group_N, const Array& weights_NK,
-             const Array& valid_NK, const Array& advantage_N, const Array& keep_N,
+void forward(const Whole& rewards_NK, const Whole& group_N, const Whole& weights_NK,
+             const Whole& valid_NK, const Array& advantage_N, const Array& keep_N,
              const Array& mean_MK, const Array& std_MK, const Array& range_M, int64_t n, int64_t k,
              int64_t m, int mode, bool global_std, int ddof, double eps, double std_floor,
              double clamp, double min_range, bool is_double) {

@@ -1,12 +1,13 @@
 #include "cpu/guide.h"
 
 #include "bindings/cpu/ops.h"
+#include "bindings/cpu/outputs.h"
 #include "cpu/dtype.h"
 
 namespace qirl {
 namespace {
 
-GuideArgs inputs(const Array& c, const Array& u, const Array& scale_B, bool rescale) {
+GuideArgs inputs(const Rows& c, const Rows& u, const Whole& scale_B, bool rescale) {
   GuideArgs a{};
   a.c = c.data;
   a.u = u.data;
@@ -17,36 +18,39 @@ GuideArgs inputs(const Array& c, const Array& u, const Array& scale_B, bool resc
   a.row_size = c.row_size();
   a.width = c.last;
   a.rescale = rescale;
+  require_finite("guide", "scale", a.scale_B, c.rows());
   return a;
 }
 
-void run(const Kernel (&table)[kIsaCount], GuideArgs& a, int64_t rows, int threads) {
-  require_finite("guide", "scale", a.scale_B, rows);
+void run(const Kernel (&table)[kIsaCount], GuideArgs& a, bool stream, int64_t rows, int threads) {
   const int64_t unit = a.rescale ? a.width : kGuideBlock;
-  const int64_t row_bytes = a.row_size * dtype_bytes(a.dtype);
-  a.stream = unit * dtype_bytes(a.dtype) % 64 == 0 && worth_streaming(a.out, row_bytes, rows) &&
-             (a.out2 == nullptr || worth_streaming(a.out2, row_bytes, rows));
+  a.stream = stream && unit * dtype_bytes(a.dtype) % 64 == 0;
   const int64_t tasks = rows * ((a.row_size + unit - 1) / unit);
   const int64_t grain = 4 * ((kGuideBlock + unit - 1) / unit);
   py::gil_scoped_release released;
   run_kernel(table, &a, tasks, grain, threads);
 }
 
-void forward(const Array& c, const Array& u, const Array& scale_B, const Array& out, bool rescale,
-             int threads) {
+py::object forward(const Rows& c, const Rows& u, const Whole& scale_B, bool rescale, int threads) {
   GuideArgs a = inputs(c, u, scale_B, rescale);
-  a.out = as_pointer(out);
-  run(guide_kernels, a, c.rows(), threads);
+  const Output out = output_like(c, a.dtype);
+  a.out = out.data;
+  run(guide_kernels, a, streams(out, c, a.dtype), c.rows(), threads);
+  return out.tensor;
 }
 
-void backward(const Array& dy, const Array& c, const Array& u, const Array& scale_B,
-              const Array& dc, const Array& du, bool rescale, int threads) {
+// Returns dc and du.
+py::tuple backward(const Rows& dy, const Rows& c, const Rows& u, const Whole& scale_B, bool rescale,
+                   int threads) {
   GuideArgs a = inputs(c, u, scale_B, rescale);
+  const Output dc = output_like(c, a.dtype), du = output_like(c, a.dtype);
   a.dy = dy.data;
   a.dy_stride = dy.stride[0];
-  a.out = as_pointer(dc);
-  a.out2 = as_pointer(du);
-  run(guide_backward_kernels, a, c.rows(), threads);
+  a.out = dc.data;
+  a.out2 = du.data;
+  run(guide_backward_kernels, a, streams(dc, c, a.dtype) && streams(du, c, a.dtype), c.rows(),
+      threads);
+  return py::make_tuple(dc.tensor, du.tensor);
 }
 
 const Binding binding([](py::module_& m) {

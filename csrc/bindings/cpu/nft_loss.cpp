@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kGroupBytes = 8 << 20;
 
 // v, v_old, v_ref, x_t, x0
-using Inputs = std::tuple<Array, Array, Array, Array, Array>;
+using Inputs = std::tuple<Rows, Rows, Rows, Rows, Rows>;
 
 void finish_row(const NftArgs& args, const NftOptions& options, const float* sums, float advantage,
                 int64_t row, int64_t rows, NftRow& out) {
@@ -24,57 +24,60 @@ void finish_row(const NftArgs& args, const NftOptions& options, const float* sum
   out = nft_row(total, args.row_size, rows, args.sigma_B[row], advantage, options);
 }
 
-// coefficients: sigma and advantage, float32 [rows]. numbers: beta, adv_clip,
-// ref_weight. metrics: [4, rows]. dv: absent when not wanted.
-void nft_loss(const Inputs& inputs, const std::tuple<Array, Array>& coefficients,
-              const std::tuple<double, double, double>& numbers, const Array& loss,
-              const Array& metrics, const Array& dv, int threads) {
-  const int64_t rows = std::get<0>(inputs).rows(), row_size = std::get<0>(inputs).row_size();
+// sigma, advantage: float32 [rows]. numbers: beta, adv_clip, ref_weight. Returns the loss, the
+// metrics [4, rows] and, for `want_grad`, dv.
+py::tuple nft_loss(const Inputs& inputs, const Whole& sigma, const Whole& advantage,
+                   const std::tuple<double, double, double>& numbers, bool want_grad, int threads) {
+  const Rows& v = std::get<0>(inputs);
+  const int64_t rows = v.rows(), row_size = v.row_size();
   NftArgs args{};
-  args.v = operand(std::get<0>(inputs));
+  args.v = operand(v);
   args.v_old = operand(std::get<1>(inputs));
   args.v_ref = operand(std::get<2>(inputs));
   args.x_t = operand(std::get<3>(inputs));
   args.x0 = operand(std::get<4>(inputs));
-  args.sigma_B = as_pointer<float>(std::get<0>(coefficients));
-  const float* advantage_B = as_pointer<float>(std::get<1>(coefficients));
+  args.sigma_B = as_pointer<float>(sigma);
+  const float* advantage_B = as_pointer<float>(advantage);
   require_finite("nft_loss", "sigma", args.sigma_B, rows);
   const NftOptions options{std::get<0>(numbers), std::get<1>(numbers), std::get<2>(numbers)};
   args.beta = options.beta;
-  args.dv = as_pointer(dv);
+  const Output loss = new_output({}, kFloat32), metrics = new_output({4, rows}, kFloat32);
+  const Output dv = want_grad ? output_like(v, v.dtype()) : no_output(v.dtype());
+  args.dv = dv.data;
   args.row_size = row_size;
-  args.stream =
-      args.dv != nullptr && worth_streaming(args.dv, row_size * dtype_bytes(args.v.dtype), rows);
+  args.stream = want_grad && streams(dv, v, v.dtype());
   const int64_t blocks = blocks_per_row(row_size);
   const int64_t group = std::clamp<int64_t>(kGroupBytes / (row_size * 20), 1, rows);
   std::vector<float> sums(group * blocks * kNftSums);
   std::vector<NftRow> results(rows);
   args.sums = sums.data();
   args.rows = results.data();
-
-  py::gil_scoped_release released;
-  double total = 0.0;
-  for (int64_t first = 0; first < rows; first += group) {
-    const int64_t count = std::min(group, rows - first);
-    args.first_row = first;
-    run_kernel(nft_loss_kernels, &args, count * blocks, kRowGrain, threads);
-    for (int64_t row = first; row < first + count; ++row) {
-      finish_row(args, options, &sums[(row - first) * blocks * kNftSums], advantage_B[row], row,
-                 rows, results[row]);
-      total += nft_term(results[row], options);
+  {
+    py::gil_scoped_release released;
+    double total = 0.0;
+    for (int64_t first = 0; first < rows; first += group) {
+      const int64_t count = std::min(group, rows - first);
+      args.first_row = first;
+      run_kernel(nft_loss_kernels, &args, count * blocks, kRowGrain, threads);
+      for (int64_t row = first; row < first + count; ++row) {
+        finish_row(args, options, &sums[(row - first) * blocks * kNftSums], advantage_B[row], row,
+                   rows, results[row]);
+        total += nft_term(results[row], options);
+      }
+      if (want_grad) {
+        run_kernel(nft_loss_gradient_kernels, &args, count * blocks, kRowGrain, threads);
+      }
     }
-    if (args.dv != nullptr) {
-      run_kernel(nft_loss_gradient_kernels, &args, count * blocks, kRowGrain, threads);
+    *loss.as<float>() = (float)(total / (double)rows);
+    float* out = metrics.as<float>();
+    for (int64_t row = 0; row < rows; ++row) {
+      out[row] = (float)results[row].policy;
+      out[rows + row] = (float)results[row].better_mse;
+      out[2 * rows + row] = (float)results[row].worse_mse;
+      out[3 * rows + row] = (float)results[row].ref_mse;
     }
   }
-  *as_pointer<float>(loss) = (float)(total / (double)rows);
-  float* out = as_pointer<float>(metrics);
-  for (int64_t row = 0; row < rows; ++row) {
-    out[row] = (float)results[row].policy;
-    out[rows + row] = (float)results[row].better_mse;
-    out[2 * rows + row] = (float)results[row].worse_mse;
-    out[3 * rows + row] = (float)results[row].ref_mse;
-  }
+  return py::make_tuple(loss.tensor, metrics.tensor, dv.tensor);
 }
 
 const Binding binding([](py::module_& m) { m.def("nft_loss", &nft_loss); });

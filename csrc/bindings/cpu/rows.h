@@ -2,6 +2,7 @@
 #pragma once
 
 #include "bindings/cpu/ops.h"
+#include "bindings/cpu/outputs.h"
 #include "bindings/operand.h"
 #include "cpu/dtype.h"
 #include "math/rows.h"

@@ -6,7 +6,7 @@
 namespace qirl::cuda {
 namespace {
 
-using Inputs = std::tuple<Array, Array, Array>;  // v, noise, x0
+using Inputs = std::tuple<Rows, Rows, Rows>;  // v, noise, x0
 
 AwmArgs arguments(const Inputs& inputs) {
   AwmArgs args{};
@@ -19,7 +19,7 @@ AwmArgs arguments(const Inputs& inputs) {
 }
 
 // form: time_power, power, factor.
-void forward(const Inputs& inputs, const Array& time_B, const std::tuple<int, double, double>& form,
+void forward(const Inputs& inputs, const Whole& time_B, const std::tuple<int, double, double>& form,
              const Array& sums, const Array& logp_B, const Array& slope_B, uintptr_t stream) {
   AwmArgs args = arguments(inputs);
   args.time_B = as_pointer<float>(time_B);
@@ -30,7 +30,7 @@ void forward(const Inputs& inputs, const Array& time_B, const std::tuple<int, do
   check("awm_logp", awm_logp(args, as_pointer(stream)));
 }
 
-void backward(const Array& grad_B, const Array& slope_B, const Inputs& inputs, const Array& dv,
+void backward(const Whole& grad_B, const Whole& slope_B, const Inputs& inputs, const Array& dv,
               uintptr_t stream) {
   AwmArgs args = arguments(inputs);
   args.grad_B = as_pointer<float>(grad_B);

@@ -6,7 +6,7 @@
 
 namespace qirl::cuda {
 
-using Coefficients = std::tuple<Array, Array, Array, Array>;  // a, c, w, b
+using Coefficients = std::tuple<Whole, Whole, Whole, Whole>;  // a, c, w, b
 
 inline FlowArgs flow_inputs(const Array& x, const Array& v, const Array& delta,
                             const Coefficients& coefficients) {

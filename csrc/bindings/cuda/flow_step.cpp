@@ -3,8 +3,8 @@
 namespace qirl::cuda {
 namespace {
 
-void step(const Array& x, const Array& v, const Array& delta, const Coefficients& coefficients,
-          const Array& s_B, const Array& seed_B, int64_t offset, const Array& sums,
+void step(const Rows& x, const Rows& v, const Rows& delta, const Coefficients& coefficients,
+          const Whole& s_B, const Whole& seed_B, int64_t offset, const Array& sums,
           const Array& x_next, const Array& logp_B, uintptr_t stream) {
   FlowArgs args = flow_inputs(x, v, delta, coefficients);
   args.s_B = as_pointer<float>(s_B);
@@ -16,7 +16,7 @@ void step(const Array& x, const Array& v, const Array& delta, const Coefficients
   check("flow_step", flow_step(args, as_pointer(stream)));
 }
 
-void logp(const Array& x, const Array& x_next, const Array& v, const Array& delta,
+void logp(const Rows& x, const Rows& x_next, const Rows& v, const Rows& delta,
           const Coefficients& coefficients, const Array& sums, const Array& logp_B,
           const Array& residual, uintptr_t stream) {
   FlowArgs args = flow_inputs(x, v, delta, coefficients);
@@ -29,8 +29,8 @@ void logp(const Array& x, const Array& x_next, const Array& v, const Array& delt
 }
 
 // coefficients: a, c, w.
-void logp_backward(const Array& grad_B, const Array& residual,
-                   const std::tuple<Array, Array, Array>& coefficients, const Array& dx,
+void logp_backward(const Whole& grad_B, const Whole& residual,
+                   const std::tuple<Whole, Whole, Whole>& coefficients, const Array& dx,
                    const Array& dv, uintptr_t stream) {
   const auto [a, c, w] = coefficients;
   FlowArgs args{};

@@ -5,7 +5,7 @@
 namespace qirl::cuda {
 namespace {
 
-GuideArgs inputs(const Array& c, const Array& u, const Array& scale_B, bool rescale) {
+GuideArgs inputs(const Rows& c, const Rows& u, const Whole& scale_B, bool rescale) {
   GuideArgs args{};
   args.c = c.data;
   args.u = u.data;
@@ -20,15 +20,15 @@ GuideArgs inputs(const Array& c, const Array& u, const Array& scale_B, bool resc
   return args;
 }
 
-void forward(const Array& c, const Array& u, const Array& scale_B, const Array& out, bool rescale,
+void forward(const Rows& c, const Rows& u, const Whole& scale_B, const Array& out, bool rescale,
              uintptr_t stream) {
   GuideArgs args = inputs(c, u, scale_B, rescale);
   args.out = as_pointer(out);
   check("guide", guide(args, as_pointer(stream)));
 }
 
-void backward(const Array& dy, const Array& c, const Array& u, const Array& scale_B,
-              const Array& dc, const Array& du, bool rescale, uintptr_t stream) {
+void backward(const Rows& dy, const Rows& c, const Rows& u, const Whole& scale_B, const Array& dc,
+              const Array& du, bool rescale, uintptr_t stream) {
   GuideArgs args = inputs(c, u, scale_B, rescale);
   args.dy = dy.data;
   args.dy_stride = dy.stride[0];

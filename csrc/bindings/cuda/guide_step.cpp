@@ -6,9 +6,9 @@ namespace qirl::cuda {
 namespace {
 
 // coefficients: a, c, s, w, b, each float32 [rows]. delta: absent for no frozen offset.
-void step(const Array& x, const Array& v_cond, const Array& v_uncond, const Array& scale_B,
-          bool rescale, const std::tuple<Array, Array, Array, Array, Array>& coefficients,
-          const Array& seed_B, int64_t offset, const Array& sums, const Array& x_next,
+void step(const Rows& x, const Rows& v_cond, const Rows& v_uncond, const Whole& scale_B,
+          bool rescale, const std::tuple<Whole, Whole, Whole, Whole, Whole>& coefficients,
+          const Whole& seed_B, int64_t offset, const Array& sums, const Array& x_next,
           const Array& logp_B, const Array& delta, uintptr_t stream) {
   const auto [a, c, s, w, b] = coefficients;
   GuideStepArgs g{};

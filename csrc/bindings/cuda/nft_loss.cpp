@@ -8,8 +8,8 @@ namespace {
 
 // inputs: v, v_old, v_ref, x_t, x0. coefficients: sigma, advantage. numbers: beta, adv_clip,
 // ref_weight. scratch: sums, slopes, terms. dv: absent when not wanted.
-void run(const std::tuple<Array, Array, Array, Array, Array>& inputs,
-         const std::tuple<Array, Array>& coefficients,
+void run(const std::tuple<Rows, Rows, Rows, Rows, Rows>& inputs,
+         const std::tuple<Whole, Whole>& coefficients,
          const std::tuple<double, double, double>& numbers,
          const std::tuple<Array, Array, Array>& scratch, const Array& loss, const Array& metrics,
          const Array& dv, uintptr_t stream) {

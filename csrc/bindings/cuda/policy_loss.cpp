@@ -5,7 +5,7 @@
 namespace qirl::cuda {
 namespace {
 
-void run(const Array& logp_B, const Array& logp_old_B, const Array& advantage_B, const Array& loss,
+void run(const Whole& logp_B, const Whole& logp_old_B, const Whole& advantage_B, const Array& loss,
          const Array& ratio_B, const Array& clip_fraction, const Array& approx_kl,
          const Array& grad_B, double low, double high, bool is_double, uintptr_t stream) {
   PolicyArgs args{};

@@ -7,7 +7,7 @@ namespace qirl::cuda {
 namespace {
 
 // weight_B and dv may be absent. scratch: sums and terms.
-void run(const Array& v, const Array& target, const Array& weight_B,
+void run(const Rows& v, const Rows& target, const Whole& weight_B,
          const std::tuple<Array, Array>& scratch, const Array& loss, const Array& mse_B,
          const Array& dv, uintptr_t stream) {
   VelocityArgs args{};
