@@ -125,20 +125,134 @@ QIRL_HD void backward_short(const Span<T>& s) {
   }
 }
 
+#if QIRL_ISA_LEVEL == 2
+// Such tokens kBatch at a time: one token's sums, roots and quotient are a chain that the processor
+// spends its time waiting for, of several only once.
+constexpr int kBatch = 8;
+
+// Sum16's totals of 16 vectors, lane j that of sums[j / 4 + j % 4 * 4]: the same additions.
+QIRL_HD F totals(const F sums[16]) {
+  F half[8], quarter[4], pair[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const __m512 a = (__m512)sums[2 * i], b = (__m512)sums[2 * i + 1];
+    half[i] = (F)_mm512_shuffle_f32x4(a, b, 0x44) + (F)_mm512_shuffle_f32x4(a, b, 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512 a = (__m512)half[2 * i], b = (__m512)half[2 * i + 1];
+    quarter[i] = (F)_mm512_shuffle_f32x4(a, b, 0x88) + (F)_mm512_shuffle_f32x4(a, b, 0xdd);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m512d a = (__m512d)quarter[2 * i], b = (__m512d)quarter[2 * i + 1];
+    pair[i] = (F)_mm512_unpacklo_pd(a, b) + (F)_mm512_unpackhi_pd(a, b);
+  }
+  const __m512 a = (__m512)pair[0], b = (__m512)pair[1];
+  return (F)_mm512_shuffle_ps(a, b, 0x88) + (F)_mm512_shuffle_ps(a, b, 0xdd);
+}
+
+// Place in totals()' argument of the sum that comes out in lane j.
+QIRL_HD int place_of(int j) { return j / 4 + j % 4 * 4; }
+
+typedef float F8 __attribute__((vector_size(32)));
+
+QIRL_HD F8 first_half(F v) { return (F8)_mm512_castps512_ps256((__m512)v); }
+QIRL_HD F8 second_half(F v) { return (F8)_mm512_extractf32x8_ps((__m512)v, 1); }
+QIRL_HD F8 where_positive(F8 sum, F8 value) { return sum > 0.0f ? value : F8{}; }
+
+// kBackward: adds the products with dy to by_dy.
+template <bool kBackward, class T>
+QIRL_HD void batch_sums(const Span<T>& s, F g[kBatch][kShortVectors], F norms[16], F by_dy[16]) {
+  const F w = splat(s.scale);
+#pragma GCC unroll 8
+  for (int t = 0; t < kBatch; ++t) {
+    Sum16 c2, g2, gdy;
+#pragma GCC unroll 4
+    for (int k = 0; k < kShortVectors; ++k) {
+      const int64_t at = t * kShort + k * kLanes;
+      const F c = load(s.c + at);
+      g[t][k] = guide_combine(c, load(s.u + at), w);
+      c2.add(k, c * c);
+      g2.add(k, g[t][k] * g[t][k]);
+      if (kBackward) gdy.add(k, g[t][k] * load(s.dy + at));
+    }
+    norms[place_of(t)] = c2.lanes[0];
+    norms[place_of(t + kBatch)] = g2.lanes[0];
+    if (kBackward) by_dy[place_of(t)] = gdy.lanes[0];
+  }
+}
+
+template <class T>
+QIRL_HD void forward_batch(const Span<T>& s) {
+  F g[kBatch][kShortVectors], norms[16];
+  batch_sums<false>(s, g, norms, nullptr);
+  const F squares = totals(norms), roots = square_root(squares);
+  const F8 factors = where_positive(second_half(squares), first_half(roots) / second_half(roots));
+#pragma GCC unroll 8
+  for (int t = 0; t < kBatch; ++t) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kShortVectors; ++k) {
+      T* to = s.out + t * kShort + k * kLanes;
+      store(to, round_own(to, g[t][k] * factors[t]), s.stream);
+    }
+  }
+}
+
+template <class T>
+QIRL_HD void backward_batch(const Span<T>& s) {
+  const F w = splat(s.scale);
+  F g[kBatch][kShortVectors], norms[16], by_dy[16] = {};
+  batch_sums<true>(s, g, norms, by_dy);
+  const F squares = totals(norms), roots = square_root(squares);
+  const F8 c2 = first_half(squares), g2 = second_half(squares);
+  const F8 factors = where_positive(g2, first_half(roots) / second_half(roots));
+  const F8 scaled = factors * first_half(totals(by_dy));
+  const F8 by = where_positive(g2, scaled / g2), m = where_positive(c2, scaled / c2);
+#pragma GCC unroll 8
+  for (int t = 0; t < kBatch; ++t) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kShortVectors; ++k) {
+      const int64_t at = t * kShort + k * kLanes;
+      const F dg = factors[t] * load(s.dy + at) - by[t] * g[t][k];
+      store(s.out + at, round_own(s.out, w * dg + m[t] * load(s.c + at)), s.stream);
+      store(s.out2 + at, round_own(s.out2, dg - w * dg), s.stream);
+    }
+  }
+}
+#else
+constexpr int kBatch = 1;
+
+template <class T>
+QIRL_HD void forward_batch(const Span<T>& s) {
+  forward_short(s);
+}
+
+template <class T>
+QIRL_HD void backward_batch(const Span<T>& s) {
+  backward_short(s);
+}
+#endif
+
 template <class T>
 QIRL_HD void all_spans(const GuideArgs& a, int64_t begin, int64_t end, bool backward) {
   const int64_t unit = a.rescale ? a.width : kGuideBlock;
   const int64_t per_row = (a.row_size + unit - 1) / unit;
   const bool in_registers = a.rescale && a.width == kShort && kShortVectors <= 8;
   int64_t row = begin / per_row, start = (begin % per_row) * unit;
-  for (int64_t task = begin; task < end; ++task) {
+  int64_t taken = 1;
+  for (int64_t task = begin; task < end; task += taken) {
     const Span<T> s = span_of<T>(a, row, start, unit);
-    if (in_registers) {
-      backward ? backward_short(s) : forward_short(s);
-    } else {
+    taken = 1;
+    if (!in_registers) {
       backward ? backward_span(s, a.rescale) : forward_span(s, a.rescale);
+    } else if (task + kBatch <= end && start + kBatch * kShort <= a.row_size) {
+      taken = kBatch;
+      backward ? backward_batch(s) : forward_batch(s);
+    } else {
+      backward ? backward_short(s) : forward_short(s);
     }
-    start += unit;
+    start += taken * unit;
     if (start >= a.row_size) {
       start = 0;
       ++row;

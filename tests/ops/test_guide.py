@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from qirl_fast import _cpu, ops
 from qirl_fast.ops.guide import guide_reference
@@ -117,6 +119,28 @@ def test_all_instruction_sets_give_the_same_bits():
     _cpu.unforce_isa()
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 7, 8, 21])
+def test_tokens_taken_together_give_the_bits_of_one_alone(tokens, dtype, isa, threads):
+    c, u, dy = torch.randn(3, 2, tokens, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    c[0, 0], u[0, -1], c[1, -1] = 0.0, math.inf, 2.0 * u[1, -1]
+    scale = torch.tensor([2.0, -1.0])  # g = 0 in the last token of all
+
+    def run(*at: slice) -> tuple[Tensor, ...]:
+        given = [t[at].contiguous() for t in (dy, c, u)]
+        y = _cpu.guide(*given[1:], scale[at[0]], True, torch.get_num_threads())
+        return y, *_cpu.guide_backward(*given, scale[at[0]], True, torch.get_num_threads())
+
+    for count in (1, 3):
+        with threads(count):
+            together = run(slice(None))
+        for row, token in itertools.product(range(2), range(tokens)):
+            at = slice(row, row + 1), slice(token, token + 1)
+            for alone, part in zip(run(*at), (t[at] for t in together), strict=True):
+                assert torch.equal(alone.isnan(), part.isnan())
+                assert torch.equal(alone.nan_to_num(0.5), part.nan_to_num(0.5))
 
 
 @pytest.mark.parametrize("rescale", [False, True])
