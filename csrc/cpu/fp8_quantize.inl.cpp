@@ -17,7 +17,8 @@ QIRL_HD void quantize_rows(const Fp8Args& a, int64_t begin, int64_t end) {
     if (a.whole) {
       convert<Format>(x, q, a.width, *a.scale);
     } else {
-      quantize_row<Format>(x, q, a.scale + row * units, a.width, a.unit);
+      quantize_row<Format>(x, q, a.scale + row * units, a.width, a.unit,
+                           a.unit == a.width ? x + a.x_stride : nullptr);
     }
   }
 }

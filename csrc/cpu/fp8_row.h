@@ -47,21 +47,24 @@ QIRL_HD float scale_of(uint32_t amax_bits) {
   return fp8_scale<Format>(ScalarOps::from_bits(amax_bits));
 }
 
+// next: what is read after x, whose memory is asked for meanwhile; null: nothing.
 template <class Format, class T>
-QIRL_HD void convert(const T* x, uint8_t* q, int64_t size, float scale) {
+QIRL_HD void convert(const T* x, uint8_t* q, int64_t size, float scale, const T* next = nullptr) {
   const F inverse = splat(1.0f / scale);
   for_vectors(size, [&](int64_t i, int n) {
+    if (next) __builtin_prefetch(next + i);
     store_bytes_n(q + i, fp8_bits<Ops, Format>(load_n(x + i, n), inverse), n);
   });
 }
 
-// One scale for every `unit` elements.
+// One scale for every `unit` elements. next: see convert().
 template <class Format, class T>
-QIRL_HD void quantize_row(const T* x, uint8_t* q, float* scale, int64_t width, int64_t unit) {
+QIRL_HD void quantize_row(const T* x, uint8_t* q, float* scale, int64_t width, int64_t unit,
+                          const T* next = nullptr) {
   for (int64_t at = 0; at < width; at += unit, ++scale) {
     const int64_t size = width - at < unit ? width - at : unit;
     *scale = scale_of<Format>(largest_of(x + at, size));
-    convert<Format>(x + at, q + at, size, *scale);
+    convert<Format>(x + at, q + at, size, *scale, next ? next + at : nullptr);
   }
 }
 

@@ -57,6 +57,7 @@ QIRL_HD void forward_token(const NormArgs& a, const NormScratch<kSplit>& scratch
   const bool quantize = a.fp8.q != nullptr, stream = a.stream && !quantize;
   T* y = quantize ? kept : element<T>(a.y, at);
   for_pairs<1>(a.width, [&](int64_t i, int n, int) {
+    if (!kGated) prefetch_pair(x + a.width + i);  // the next token; two of them only get in the way
     const Pair v = load_pair<kSplit>(again + i, n);
     const Pair by = scratch_pair(factor + i), add = scratch_pair(shift + i);
     const Pair value = both([&](int k) {

@@ -212,6 +212,14 @@ class NormScratch {
   float* memory_;
 };
 
+// Asks for a pair's memory ahead of its use; an address behind the array's end is no error.
+template <class T>
+QIRL_HD void prefetch_pair(const T* p) {
+  for (size_t byte = 0; byte < kPairLanes * sizeof(T); byte += 64) {
+    __builtin_prefetch((const char*)p + byte);
+  }
+}
+
 // A scratch row's pair.
 QIRL_HD Pair scratch_pair(const float* p) { return {load(p), load(p + kLanes)}; }
 
