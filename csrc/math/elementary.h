@@ -95,8 +95,8 @@ QIRL_HD typename V::F exponential_in_range(typename V::F x) {
   p = sum + (((r * r) * p - low) + lost);
   const I power = (I)V::bits(shifted) - 0x4b400000;
   const I half = power >> 1;
-  const F first = V::from_bits((U)((half + 127) << 23));
-  const F second = V::from_bits((U)((power - half + 127) << 23));
+  const F first = V::from_bits((U)(half + 127) << 23);
+  const F second = V::from_bits((U)(power - half + 127) << 23);
   return (p * first) * second;
 }
 
@@ -120,7 +120,7 @@ QIRL_HD typename V::F logarithm(typename V::F x) {
   constexpr int32_t kSqrtHalf = 0x3f3504f3;
   const F scaled = choose(x < 1.17549435e-38f, x * 8388608.0f, x);  // denormals: by 2^23
   const F bias = choose(x < 1.17549435e-38f, constant<V>(23.0f), F{});
-  const I shifted = (I)V::bits(scaled) - kSqrtHalf;
+  const I shifted = (I)(V::bits(scaled) - (uint32_t)kSqrtHalf);  // wraps where x is negative
   const F e = V::to_float(shifted >> 23) - bias;
   const F t = V::from_bits((U)((shifted & 0x7fffff) + kSqrtHalf)) - 1.0f;
   F p = t * -0.0763449296f + 0.12761575f;
