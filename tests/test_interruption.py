@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from qirl_fast.checkpoint import load_checkpoint
 from qirl_fast.interruption import Interrupted, Interruption
 
 Start = Callable[..., Any]
@@ -47,6 +48,32 @@ def test_a_run_stops_at_once_and_loses_nothing(
     whole = finished("whole", *SETTINGS, "run=whole", "tracking.checkpoint_every=0")
     for file in ("metrics.jsonl", "checkpoints/checkpoint-3/state.safetensors"):
         assert (tmp_path / "r" / file).read_bytes() == (whole / file).read_bytes()
+
+
+# Asked in its second step, or in the write after its first. What would take a minute is cut short.
+ASKED_AT = f"open(CLOCK, 'w').write(str(time.monotonic())); {ASKED.format('SIGTERM')}"
+LARGE = [
+    ("trainer.Trainer.rollout", 2, f"{ASKED_AT}; time.sleep(60)"),
+    ("rewards.judges.Judges._once", 6, ASKED_AT),  # of four a step
+    ("learner.Learner._backward", 2, f"{ASKED_AT}; time.sleep(60)"),
+    ("checkpoint.store.save_file", 1, ASKED_AT),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.chaos("SIGTERM in steps of the packaged recipe: saved and gone within 30 s")
+def test_a_run_has_saved_and_is_gone_within_30_s(start: Start, meddle, tmp_path: Path) -> None:
+    """Pre-empted in rollout, reward, backward and checkpoint, each time with a step to save."""
+    own = ["threads=1", "evaluation={prompts: 2, steps: 2}", f"output={tmp_path}", "run=r"]
+    own += ["resume=auto", "train.steps=4", "tracking.checkpoint_every=0"]
+    clock = tmp_path / "clock"
+    for done, (where, n, then) in enumerate(LARGE, 1):
+        hook = meddle(where, n, then, after=False)
+        run = start(own, hook=f"import time; CLOCK = {str(clock)!r}\n{hook}")
+        assert run.wait() == 128 + signal.SIGTERM, run.output()
+        seconds = time.monotonic() - float(clock.read_text())
+        assert load_checkpoint(tmp_path / "r/checkpoints/latest").step == done
+        assert seconds < 30, where
 
 
 def test_ctrl_c_does_the_same(start: Start, small, meddle, tmp_path: Path) -> None:
