@@ -11,7 +11,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ os.environ["MKL_NUM_THREADS"] = "1"
 
 import torch
 from torch import Tensor
+from worlds import environments
 
 from qirl_fast.models.qwenimage21 import QwenImage21
 
@@ -197,18 +197,12 @@ def processes(start: Callable[..., Run], small: tuple[str, ...]) -> Callable[...
     def run(
         count: int, settings: Sequence[str], paths: Sequence[Path] = (), hook: str = ""
     ) -> list[Run]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        own = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         whole = [*small, *settings] if "=" in settings[0] else settings
-        runs = []
-        for rank in range(count):
-            told = own | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            first = f"import os; os.environ.update({told})\n"
-            runs.append(start(whole, paths=paths, hook=first + hook))
-        for one in runs:
-            one.wait()
+        with environments(count) as told:
+            first = [f"import os; os.environ.update({own})\n" for own in told]
+            runs = [start(whole, paths=paths, hook=own + hook) for own in first]
+            for one in runs:
+                one.wait()
         return runs
 
     return run

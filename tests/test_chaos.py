@@ -14,16 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from worlds import content
 
 ROOT = Path(__file__).resolve().parents[1]
 Start = Callable[..., Any]
-
-
-def content(folder: Path, step: int) -> list[bytes]:
-    """What must repeat to the byte."""
-    last = folder / "checkpoints" / f"checkpoint-{step}"
-    files = [folder / "metrics.jsonl", last / "state.safetensors", last / "state.json"]
-    return [file.read_bytes() for file in files]
 
 
 # Of a step in order, with how often each is called in a step of the small recipe.

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from worlds import talk
 
 from qirl_fast.distributed import TreeSum, World, merged
 
@@ -130,30 +126,11 @@ with joined(60, cuda=False) as world:
 """
 
 
-def talk(size: int, leaves: int) -> list[dict]:
-    """What each of `size` processes of TALK printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    own = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", TALK, str(leaves)],
-            env=os.environ | own | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=Path(__file__).parents[1],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    outputs = [process.communicate(timeout=120)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * size
-    return [json.loads(out) for out in outputs]
-
-
 @pytest.mark.parametrize(("size", "leaves"), [(2, 5), (3, 4), (2, 0)])
 def test_processes_hear_the_same_as_one_would_know(size, leaves):
-    (alone,), several = talk(1, leaves), talk(size, leaves)
+    (alone,), several = (
+        [json.loads(out) for out in talk(count, TALK, leaves)] for count in (1, size)
+    )
     for rank, found in enumerate(several):
         assert (found["rank"], found["size"]) == (rank, size)
         assert found["gathered"] == [{"own": r, "number": 0.1 * r, "no": None} for r in range(size)]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from worlds import environments
 
 from bench.timing import peak_bytes
 from qirl_fast.algorithms import Policy, make_algorithm
@@ -148,17 +148,14 @@ def measured(start, tmp_path: Path):
     """`measured(processes, settings)`: what each of them held."""
 
     def run(processes: int, settings: Sequence[str]) -> list[dict[str, Any]]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        runs = []
-        for rank in range(processes):
-            told = own | {"WORLD_SIZE": str(processes), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            names = {"ENVIRONMENT": told, "OUT": str(tmp_path / f"{rank}.json")}
-            hook = "".join(f"{name} = {value!r}\n" for name, value in names.items()) + MEASURED
-            runs.append(start(settings, paths=[Path(__file__).parents[1]], hook=hook))
-        for each in runs:
-            assert each.wait() == 0, each.output()
+        with environments(processes) as told:
+            runs = []
+            for rank, own in enumerate(told):
+                names = {"ENVIRONMENT": own, "OUT": str(tmp_path / f"{rank}.json")}
+                hook = "".join(f"{name} = {value!r}\n" for name, value in names.items()) + MEASURED
+                runs.append(start(settings, paths=[Path(__file__).parents[1]], hook=hook))
+            for each in runs:
+                assert each.wait() == 0, each.output()
         return [json.loads((tmp_path / f"{r}.json").read_text()) for r in range(processes)]
 
     return run

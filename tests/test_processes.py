@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
+from worlds import ended, written
 
 from qirl_fast.data.prompts import load_prompts
 from qirl_fast.data.sampler import PromptSampler
@@ -30,17 +29,6 @@ def score(images, metadata):
     scores = numpy.linspace(0, 1, len(metadata) + 1)[1:]
     return [float("nan") if row["prompt"] == PROMPT else s for row, s in zip(metadata, scores)]
 """
-
-
-def ended(runs: Sequence[Any]) -> list[int]:
-    return [run.process.exitcode for run in runs]
-
-
-def written(folder: Path) -> dict[str, bytes]:
-    """What must be the same in runs of the same numbers."""
-    files = ["metrics.jsonl", "checkpoints/checkpoint-2/state.safetensors"]
-    files.append("checkpoints/checkpoint-2/pytorch_lora_weights.safetensors")
-    return {name: (folder / name).read_bytes() for name in files}
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])

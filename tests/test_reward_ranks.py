@@ -7,11 +7,11 @@ import os
 import signal
 import socket
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch.distributed import HashStore, PrefixStore
+from worlds import content, ended
 
 from qirl_fast import reward_ranks
 from qirl_fast.config import ConfigError, load_config, training
@@ -32,17 +32,6 @@ class Seen:
         pass
 score = Seen()
 """
-
-
-def ended(runs: list[Any]) -> list[int]:
-    return [run.process.exitcode for run in runs]
-
-
-def content(folder: Path, step: int) -> list[bytes]:
-    """What must repeat to the byte."""
-    last = folder / "checkpoints" / f"checkpoint-{step}"
-    files = [folder / "metrics.jsonl", last / "state.safetensors", last / "state.json"]
-    return [file.read_bytes() for file in files]
 
 
 @pytest.mark.parametrize(("count", "rewards"), [(2, 1), (4, 2)])

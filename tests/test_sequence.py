@@ -9,29 +9,24 @@ such moves. Seen were 4e-6 of metrics and 1e-5 of B; CLOSE leaves ten times that
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from diffusers import QwenImage21Transformer2DModel, QwenImagePipeline
+from small_transformers import qwen_parts, randomised
+from worlds import CLOSE, close, ended, metrics
 
-from qirl_fast.checkpoint import load_checkpoint, unpack
+from qirl_fast.checkpoint import load_checkpoint
 from qirl_fast.config import ConfigError, load_config, require_work
 from qirl_fast.memory import plan
 from qirl_fast.models.flux import Flux
 from qirl_fast.models.qwenimage_edit import QwenImageEdit
 from qirl_fast.preflight import require_sharing
 
-sys.path.append(str(Path(__file__).parent / "models"))
-from small_transformers import qwen_parts, randomised
-
-CLOSE = 1e-4
 CHUNKS = ("rollout.max_rows=2", "train.updates_per_rollout=2", "evaluation.prompts=3")
 LORA = (*CHUNKS, "watch=['seen:score']")
 FULL = (*CHUNKS, "model.adapter=full", "train.lr=0.0005", "algorithm.kl_weight=0.1")
@@ -44,10 +39,6 @@ def score(images, metadata):
         file.write(f"{len(images)} {os.environ.get('RANK', '0')}\\n")
     return images.mean((1, 2, 3)) / 255
 """
-
-
-def ended(runs: Sequence[Any]) -> list[int]:
-    return [run.process.exitcode for run in runs]
 
 
 @pytest.fixture(scope="session")
@@ -101,31 +92,10 @@ def run(processes, tmp_path, folders) -> Callable[..., Path]:
     return go
 
 
-def rows(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def close(folder: Path, other: Path, steps: int = 2) -> None:
-    """Metrics and weights of two runs agree to CLOSE, of the size of each."""
-    assert len(rows(folder)) == len(rows(other)) == steps
-    for a, b in zip(rows(folder), rows(other), strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert a[name] == pytest.approx(b[name], rel=CLOSE, abs=CLOSE / 10), name
-    states = []
-    for f in (folder, other):
-        found = load_checkpoint(f / "checkpoints" / f"checkpoint-{steps}")
-        states.append(unpack(found.tensors, found.state["tree"])["learner"])
-    for name, weight in states[0]["weights"].items():
-        far = (weight - states[1]["weights"][name]).norm()
-        assert far <= CLOSE * states[1]["weights"][name].norm(), name
-    assert states[0]["optimizer_steps"] == states[1]["optimizer_steps"] == 2 * steps
-
-
 def test_two_processes_train_as_one_and_show_each_image_once(run) -> None:
     one, two = run("one", 1, 1, LORA), run("two", 2, 2, LORA)
-    close(two, one)
-    assert [row["pre_update_ratio_error"] for row in rows(two)] == [0, 0]
+    close(two, one, CLOSE)
+    assert [row["pre_update_ratio_error"] for row in metrics(two)] == [0, 0]
     told = [(f.parent / f"seen-{f.name}" / "seen.txt").read_text().split() for f in (one, two)]
     total = [sum(map(int, of[::2])) for of in told]
     assert total[0] == total[1] and {*told[1][1::2]} == {"0", "1"}
@@ -145,7 +115,8 @@ def test_two_processes_train_as_one_and_show_each_image_once(run) -> None:
 )
 def test_groups_of_processes_train_as_one(run, count, sequence, settings, family) -> None:
     alone = [each for each in settings if not each.startswith("processes.")]
-    close(run("many", count, sequence, settings, family), run("one", 1, 1, alone, family))
+    many = run("many", count, sequence, settings, family)
+    close(many, run("one", 1, 1, alone, family), CLOSE)
 
 
 @pytest.mark.slow
@@ -153,14 +124,14 @@ def test_edits_are_shared_too(run) -> None:
     recipe = Path(__file__).parents[1] / "configs" / "tiny_edit.yaml"
     few = ["train.steps=2", "data.prompts_per_step=2", "rollout.group_size=4", "evaluation.steps=2"]
     own = [str(recipe), "threads=1", *few, *CHUNKS]
-    close(run("two", 2, 2, own), run("one", 1, 1, own))
+    close(run("two", 2, 2, own), run("one", 1, 1, own), CLOSE)
 
 
 @pytest.mark.slow
 def test_two_runs_in_bfloat16_have_the_same_bits(run) -> None:
     own = (*CHUNKS, "model.dtype=bfloat16")
     found = [run(name, 2, 2, own, "qwenimage") for name in ("first", "again")]
-    assert [row["pre_update_ratio_error"] for row in rows(found[0])] == [0, 0]
+    assert [row["pre_update_ratio_error"] for row in metrics(found[0])] == [0, 0]
     kept = "checkpoints/checkpoint-2/state.safetensors"
     for name in ("metrics.jsonl", kept):
         assert (found[0] / name).read_bytes() == (found[1] / name).read_bytes(), name
@@ -174,7 +145,7 @@ def test_a_killed_neighbour_stops_the_run_and_one_process_goes_on(run, meddle) -
     hook = "if os.environ['RANK'] == '1':" + "".join(f"\n    {line}" for line in hook.splitlines())
     killed = run("two", 2, 2, LORA, hook=hook, codes=[1, -signal.SIGKILL])
     assert load_checkpoint(killed / "checkpoints" / "latest").step == 1
-    close(run("two", 1, 1, (*LORA, "resume=auto")), one)
+    close(run("two", 1, 1, (*LORA, "resume=auto")), one, CLOSE)
 
 
 BOTH = """

@@ -11,21 +11,16 @@ they move by lr at most. CLOSE leaves metrics, losses near 0 among them, a hundr
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from worlds import close, ended, talk, written
 
 from qirl_fast import export
 from qirl_fast.checkpoint import (
@@ -47,18 +42,7 @@ from qirl_fast.tiny import packaged
 
 CHUNKS = ("rollout.max_rows=1", "train.updates_per_rollout=2", "evaluation.prompts=3")
 FULL = (*CHUNKS, "model.adapter=full", "train.lr=0.0005", "train.ema={decay: 0.5, every: 1}")
-CLOSE = 1e-4
-
-
-def ended(runs: Sequence[Any]) -> list[int]:
-    return [run.process.exitcode for run in runs]
-
-
-def written(folder: Path) -> dict[str, bytes]:
-    """What must be the same in runs of the same numbers."""
-    files = ["metrics.jsonl", "checkpoints/checkpoint-2/state.safetensors"]
-    files.append("checkpoints/checkpoint-2/pytorch_lora_weights.safetensors")
-    return {name: (folder / name).read_bytes() for name in files}
+WEIGHTS = 1e-6
 
 
 @pytest.mark.parametrize(
@@ -107,29 +91,6 @@ def test_processes_with_less_to_do_keep_step(processes, tmp_path) -> None:
     assert written(tmp_path / "by2") == written(tmp_path / "by1")
 
 
-def close(folder: Path, other: Path, steps: int = 2) -> None:
-    """Metrics and weights of two runs agree to CLOSE, of the size of each."""
-    curves = [
-        [json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()]
-        for f in (folder, other)
-    ]
-    assert len(curves[0]) == len(curves[1]) == steps
-    for a, b in zip(*curves, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert a[name] == pytest.approx(b[name], rel=CLOSE, abs=CLOSE / 10), name
-    states = []
-    for f in (folder, other):
-        found = load_checkpoint(f / "checkpoints" / f"checkpoint-{steps}")
-        states.append(unpack(found.tensors, found.state["tree"])["learner"])
-    for name, weight in states[0]["weights"].items():
-        far = (weight - states[1]["weights"][name]).norm() / states[1]["weights"][name].norm()
-        assert far < CLOSE / 100, name
-    assert len(states[0]["ema"]) == len(states[1]["ema"]) > 0
-    moved = states[0]["optimizer"]["state"]
-    assert moved[0]["step"] == states[1]["optimizer"]["state"][0]["step"] == 2 * steps
-
-
 @pytest.mark.parametrize(
     ("count", "shard", "more"),
     [
@@ -144,7 +105,7 @@ def test_spread_weights_train_as_whole_ones(
     own = [*FULL, *more]
     runs = processes(count, [*own, f"processes.shard={shard}", f"output={tmp_path}", "run=r"])
     assert ended(runs) == [0] * count, runs[0].output()
-    close(tmp_path / "r", finished("full-" + more[0], *own))
+    close(tmp_path / "r", finished("full-" + more[0], *own), WEIGHTS)
     parts = sorted(p.name for p in (tmp_path / "r/checkpoints/checkpoint-2/shards").iterdir())
     assert parts == [f"part-{k:05}.safetensors" for k in range(shard or count)]
 
@@ -160,7 +121,7 @@ def test_a_lagging_policy_is_spread_too(processes, tmp_path, name) -> None:
         own = [str(recipe), *few, f"processes.shard={shard}", f"run=by{count}"]
         runs = processes(count, own)
         assert ended(runs) == [0] * count, runs[0].output()
-    close(tmp_path / "by2", tmp_path / "by1")
+    close(tmp_path / "by2", tmp_path / "by1", WEIGHTS)
 
 
 def state_of(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -212,7 +173,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
         runs = processes(count, settings)
         assert ended(runs) == [0] * count, runs[0].output()
     assert f"from step {steps - 1} to 2" in runs[0].output()
-    close(tmp_path / "r", finished("full-algorithm.kl_weight=0.1", *FULL, own[-1]))
+    close(tmp_path / "r", finished("full-algorithm.kl_weight=0.1", *FULL, own[-1]), WEIGHTS)
 
 
 MOMENTS = [
@@ -397,35 +358,19 @@ with joined(60, cuda=False) as world:
 """
 
 
-def talk(count: int, *arguments: object) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    own = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", TALK, *map(str, arguments)],
-            env=os.environ | own | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=Path(__file__).parents[1],
-        )
-        for rank in range(count)
-    ]
-    assert [process.wait(300) for process in started] == [0] * count
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("write", [(2, 0), (4, 2)])
 def test_parts_are_read_by_any_number_of_processes(tmp_path, write) -> None:
     """Rows that do not divide, fewer of them than processes, and copies among these."""
     (tmp_path / "shards").mkdir()
-    talk(*write[:1], tmp_path, write[1], "write")
+    talk(write[0], TALK, tmp_path, write[1], "write")
     assert len(list((tmp_path / "shards").iterdir())) == 2
     whole = read_shards(tmp_path / "shards")
     drawn = torch.Generator().manual_seed(0)
     for n in (1, 2, 5, 8):
         assert torch.equal(whole[f"w{n}"], torch.randn(n, 3, generator=drawn))
     assert torch.equal(whole["b"], torch.randn(7, generator=drawn).bfloat16())
-    talk(3, tmp_path, 0, "read")
+    talk(3, TALK, tmp_path, 0, "read")
     with pytest.raises(CheckpointError, match="does not fit this model"):
         fill_from(tmp_path / "shards", {"w5": torch.zeros(4, 3)})
     with pytest.raises(CheckpointError, match="does not fit this model"):

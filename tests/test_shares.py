@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from worlds import content, ended
 
 from qirl_fast.conditioning import tokens_of
 from qirl_fast.distributed import MARGIN, World, cuts
@@ -96,11 +97,6 @@ def test_tokens_are_those_of_text_and_images() -> None:
     assert tokens_of(beside) == 5 + 8
 
 
-def content(folder: Any) -> list[bytes]:
-    last = folder / "checkpoints" / "checkpoint-2"
-    return [f.read_bytes() for f in (folder / "metrics.jsonl", last / "state.safetensors")]
-
-
 def test_the_bits_do_not_depend_on_unequal_shares(processes, finished, tmp_path) -> None:
     """Costs grow with the twentieth power of a prompt's length: shares are far from equal."""
     own = ["rollout={max_rows: 1, group_size: 2}", "data.prompts_per_step=4"]
@@ -118,7 +114,7 @@ def told(*arguments):
 rollouts.own_chunks = heldout_samples.own_chunks = told
 """
     runs = processes(2, [*own, f"output={tmp_path}", "run=r"], hook=hook)
-    assert [run.process.exitcode for run in runs] == [0, 0], runs[0].output()
+    assert ended(runs) == [0, 0], runs[0].output()
     lines = [(tmp_path / f"own-{rank}").read_text().splitlines() for rank in (0, 1)]
     shares = [[json.loads(line) for line in of_one] for of_one in lines]
     unequal = 0
@@ -129,4 +125,4 @@ rollouts.own_chunks = heldout_samples.own_chunks = told
             assert a > 0 and b > 0
             unequal += a != b
     assert unequal >= 2
-    assert content(tmp_path / "r") == content(finished("unequal", *own))
+    assert content(tmp_path / "r", 2) == content(finished("unequal", *own), 2)

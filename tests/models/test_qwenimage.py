@@ -14,6 +14,7 @@ import torch
 from diffusers import QwenImagePipeline
 from small_transformers import qwen_parts
 from torch import Tensor
+from worlds import ended
 
 import qirl_fast
 from qirl_fast.config import load_config
@@ -80,7 +81,7 @@ def test_spread_over_two_processes_it_trains_as_in_one(
     settings = [f"model.path={folder}", *more, f"output={tmp_path}"]
     for count, shard in ((1, 1), (2, 0)):
         runs = processes(count, [*settings, f"processes.shard={shard}", f"run=by{count}"])
-        assert [r.process.exitcode for r in runs] == [0] * count, runs[0].output()
+        assert ended(runs) == [0] * count, runs[0].output()
     files = [tmp_path / f"by{count}/metrics.jsonl" for count in (1, 2)]
     if not own:
         assert files[0].read_bytes() == files[1].read_bytes()
