@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qirl_fast.data.prompts import Prompt
 from qirl_fast.rewards.judge import SCORED
 from qirl_fast.rollout.sample import Trajectory
 from qirl_fast.rollout.workers import StepFailed as StepFailed
+from qirl_fast.tensors import save_file
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,13 @@ ALLOWED: dict[str, set[str]] = {
     "compat": {"ops", "rollout"},
     "models": {"ops", "processor"},
     "rewards": {"ops", "section", "tiny.scenes", "processor"},
-    "data": {"ops"},
+    "data": {"ops", "tensors"},
     "rollout": {"ops", "models", "data"},
     "algorithms": {"ops", "models", "rollout", "section"},
     "evaluation": {"ops", "models", "rewards", "data", "rollout"},
     "section": set(),
     "processor": set(),
+    "tensors": set(),
     "tiny.scenes": set(),
 }
 SERVICES = ("config", "checkpoint", "clock", "distributed", "run_folder", "tracking")

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qirl_fast.checkpoint.tensors import save_file
+from qirl_fast.tensors import save_file
 
 ALWAYS = ("r", "lora_alpha", "target_modules")
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, Shard
 
 from qirl_fast.checkpoint.manifest import CheckpointError, sync
-from qirl_fast.checkpoint.tensors import save_file
+from qirl_fast.tensors import save_file
 
 SHARDS = "shards"
 INFO, VERSION = "DCP_SHARDING_INFO", {"DCP_VERSION": "1.0", "format": "pt"}

@@ -40,7 +40,7 @@ from qirl_fast.checkpoint.manifest import (
     write_manifest,
 )
 from qirl_fast.checkpoint.shards import SHARDS, read_shards
-from qirl_fast.checkpoint.tensors import save_file
+from qirl_fast.tensors import save_file
 
 FORMAT, SHARED = 2, 3  # of a state in one piece, of one that processes share out
 LATEST = "latest"

@@ -21,8 +21,9 @@ from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from qirl_fast.tensors import save_file
 
 TORN_AGE_S = 3600.0
 
