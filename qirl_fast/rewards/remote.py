@@ -165,7 +165,7 @@ class Remote:
     def close(self) -> None:
         """End what is in flight and the connections; a later call opens new ones."""
         with self._lock:
-            for future in self._running:
+            for future in tuple(self._running):  # calls that end leave it meanwhile
                 future.cancel()
             self._open.close()
             self._portal = None
