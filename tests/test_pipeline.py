@@ -10,6 +10,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -131,18 +132,27 @@ def test_the_last_stage_starts_when_those_it_needs_have_ended(
     side_by_side: int, tmp_path: Path
 ) -> None:
     ended: list[str] = []
+    over = Event()
 
     def chain(name: str, seconds: float) -> None:
         time.sleep(seconds)
         ended.append(name)
 
+    def other() -> None:
+        if side_by_side > 1:
+            assert over.wait(60), "the last one did not start beside it"
+        ended.append("other")
+
+    def last() -> None:
+        ended.append("last")
+        over.set()
+
     needed = [partial(chain, "a", 0.2), partial(chain, "b", 0.3)]
-    other = partial(chain, "other", 0.0 if side_by_side == 1 else 1.5)
-    Stages(tmp_path, side_by_side).all([other, *needed], partial(chain, "last", 0), after=needed)
+    Stages(tmp_path, side_by_side).all([other, *needed], last, after=needed)
     if side_by_side == 1:
         assert ended == ["other", "a", "b", "last"]
     else:
-        assert ended.index("last") == 2 and set(ended[:2]) == {"a", "b"}
+        assert ended[2:] == ["last", "other"] and set(ended[:2]) == {"a", "b"}
 
 
 @pytest.mark.slow

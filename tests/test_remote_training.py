@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from worlds import held_port
 
 # The fourth call of the first server (two requests an update, after the evaluation's) never ends.
 JUDGE = """
@@ -32,13 +33,13 @@ def score(images, rows):
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str], int]]]:
-    """`serve(port=0, stuck="")`: a reward server of the judge, and its port."""
+def serve(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """`serve(port, stuck="")`: a reward server of the judge."""
     (tmp_path / "far_judge.py").write_text(JUDGE)
     (tmp_path / "server.yaml").write_text("{serve: ['far_judge:score']}")
     running: list[subprocess.Popen[str]] = []
 
-    def start(port: int = 0, stuck: str = "") -> tuple[subprocess.Popen[str], int]:
+    def start(port: int, stuck: str = "") -> subprocess.Popen[str]:
         server = subprocess.Popen(
             [sys.executable, "-m", "qirl_fast.reward_server", "server.yaml", f"port={port}"],
             cwd=tmp_path,
@@ -49,8 +50,8 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str],
         running.append(server)
         assert server.stdout is not None
         line = server.stdout.readline()
-        assert line.startswith("serving far_judge:score on http://127.0.0.1:"), line
-        return server, int(line.rsplit(":", 1)[1])
+        assert line == f"serving far_judge:score on http://127.0.0.1:{port}\n"
+        return server
 
     yield start
     for server in running:
@@ -58,6 +59,12 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str],
         server.wait()
         assert server.stdout is not None
         server.stdout.close()
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    with held_port() as number:
+        yield number
 
 
 def outcome(run: Path) -> tuple[str, bytes]:
@@ -68,19 +75,19 @@ def outcome(run: Path) -> tuple[str, bytes]:
 @pytest.mark.slow
 @pytest.mark.chaos("the reward server is killed and started again: no number changes")
 def test_a_server_killed_in_the_middle_of_a_step_changes_no_number(
-    serve: Any, start: Any, small: tuple[str, ...], tmp_path: Path
+    serve: Any, start: Any, small: tuple[str, ...], tmp_path: Path, port: int
 ) -> None:
     here = [*small, f"output={tmp_path}", "rewards={'far_judge:score': 1.0}", "watch=[]"]
     local = start([*here, "run=local"], paths=[tmp_path])
     assert local.wait() == 0, local.output()
 
     stuck = tmp_path / "stuck"
-    server, port = serve(stuck=str(stuck))
+    server = serve(port, stuck=str(stuck))
     far = f"{{kind: remote, url: 'http://127.0.0.1:{port}', judge: 'far_judge:score', "
     far += "rows_per_request: 4, concurrency: 1, backoff_s: 0.1}"
     rewards = ("rewards={far: 1.0}", f"judges={{far: {far}}}")
     remote = start([*small, f"output={tmp_path}", "watch=[]", *rewards, "run=remote"])
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not stuck.exists():
         assert time.monotonic() < deadline and remote.process.is_alive(), remote.output()
         time.sleep(0.05)

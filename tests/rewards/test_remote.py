@@ -7,11 +7,13 @@ import socket
 import threading
 import time
 from collections import Counter
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
+from worlds import held_port
 
 from qirl_fast.rewards import wire, wire_answer
 from qirl_fast.rewards.judge import FAILED, MISSING, SCORED, SOURCES, Scored
@@ -24,7 +26,7 @@ ROWS = [{"prompt": "x" * i, "tag": "t"} for i in range(7)]
 EXPECTED = np.array(
     [im.mean() + len(row["prompt"]) for im, row in zip(IMAGES, ROWS, strict=True)], np.float32
 )
-QUICK = {"deadline_s": 20, "attempt_s": 10, "backoff_s": 0.01, "backoff_max_s": 0.05}
+QUICK = {"deadline_s": 120, "attempt_s": 60, "backoff_s": 0.01, "backoff_max_s": 0.05}
 BRIEF = QUICK | {"deadline_s": 0.8, "attempt_s": 0.25}
 
 
@@ -115,7 +117,7 @@ class Scripted:
 
     def __init__(self, *acts):
         self.acts, self.requests, self.headers = acts, [], []
-        self.now = self.most = self.sent = 0
+        self.sent = 0
         self.stopped, self.lock = threading.Event(), threading.Lock()
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
@@ -135,18 +137,14 @@ class Scripted:
                     key, _, value = line.decode().partition(": ")
                     headers[key.lower()] = value
                 body = file.read(int(headers.get("content-length", 0)))
+                if len(body) < int(headers.get("content-length", 0)):
+                    return  # given up while it came
                 question = wire.decode(body, wire.Limits()) if body else None
                 with self.lock:
                     act = self.acts[min(len(self.requests), len(self.acts) - 1)]
                     self.requests.append((head, body))
                     self.headers.append(headers)
-                    self.now += 1
-                    self.most = max(self.most, self.now)
-                try:
-                    act(self, connection, question)
-                finally:
-                    with self.lock:
-                        self.now -= 1
+                act(self, connection, question)
 
     def stop(self):
         self.stopped.set()
@@ -221,8 +219,14 @@ TRANSIENT = {
 @pytest.mark.chaos("a reward server down, slow, lying: asked again, then its rows fail")
 @pytest.mark.parametrize("what", TRANSIENT)
 def test_a_server_that_heals_costs_no_score(what):
-    act = TRANSIENT[what][0]
-    with serving(act, act, good, rows_per_request=4, attempt_s=0.5, concurrency=1) as (
+    act, text = TRANSIENT[what]
+    seconds = 0.25 if "no answer within" in text else 60
+
+    def last(server, connection, question):  # who is healed may take its time
+        judge.settings = judge.settings.model_copy(update={"attempt_s": 60.0})
+        act(server, connection, question)
+
+    with serving(act, last, good, rows_per_request=4, attempt_s=seconds, concurrency=1) as (
         server,
         judge,
     ):
@@ -236,14 +240,15 @@ def test_a_server_that_heals_costs_no_score(what):
 @pytest.mark.parametrize("what", TRANSIENT)
 def test_a_server_that_does_not_heal_fails_the_rows_with_the_reason(what):
     act, text = TRANSIENT[what]
-    seconds = 0.25 if "no answer within" in text else 10
+    seconds = 0.25 if "no answer within" in text else 60
     with serving(act, attempt_s=seconds, retries=1) as (server, judge):
         scored = judge(IMAGES, ROWS)
-    assert len(server.requests) == 2
+    # Of a short attempt the server may not even hear.
+    assert len(server.requests) == 2 or (seconds < 60 and len(server.requests) < 2)
     np.testing.assert_array_equal(scored.status, np.full(7, FAILED))
     assert sorted(scored.reasons) == list(range(7))
     for reason in scored.reasons.values():
-        assert server.url in reason
+        assert server.url in reason and "(after 1 retries, as allowed)" in reason
         assert re.search(text, reason)
 
 
@@ -253,7 +258,7 @@ def test_a_call_ends_at_its_deadline(act):
     begin = time.monotonic()
     with serving(act, **BRIEF) as (_, judge):
         scored = judge(IMAGES, ROWS)
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < 30
     np.testing.assert_array_equal(scored.status, np.full(7, FAILED))
     assert "not scored within 0.8 s: " in scored.reasons[6]
 
@@ -371,7 +376,7 @@ def test_the_server_is_not_asked_sooner_than_it_wishes():
         begin = time.monotonic()
         check_sound(judge(IMAGES, ROWS))
         assert time.monotonic() - begin >= 1
-    with serving(says({"error": "full"}, "503 No", "Retry-After: 100"), good) as (server, judge):
+    with serving(says({"error": "full"}, "503 No", "Retry-After: 1000"), good) as (server, judge):
         scored = judge(IMAGES, ROWS)  # beyond the deadline: no use to wait for it
         assert len(server.requests) == 1
     assert "status 503: full" in scored.reasons[0]
@@ -396,8 +401,19 @@ def test_jitter_does_not_draw_from_the_runs_generators():
 
 
 def test_requests_in_flight_are_bounded_over_all_calls():
+    now, most = [0], [0]
+    full = threading.Event()
+
     def slow(server, connection, question):
-        time.sleep(0.03)
+        with server.lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+            if now[0] == 3:
+                full.set()
+        full.wait(20)
+        time.sleep(0.03)  # for a fourth
+        with server.lock:  # before the answer, which makes room
+            now[0] -= 1
         good(server, connection, question)
 
     with serving(slow, rows_per_request=1, concurrency=3) as (server, judge):
@@ -412,13 +428,13 @@ def test_requests_in_flight_are_bounded_over_all_calls():
         assert len(found) == 3
         for scored in found:
             check_sound(scored)
-        assert server.most == 3
+        assert most[0] == 3
         assert len(server.requests) == 21
 
 
 def test_rows_whose_turn_never_comes_say_so():
     # One attempt outlasts the deadline: no turn is given back before it.
-    brief = BRIEF | {"attempt_s": 30.0}
+    brief = BRIEF | {"deadline_s": 2.0, "attempt_s": 30.0}
     with serving(hang, rows_per_request=4, concurrency=1, **brief) as (_, judge):
         scored = judge(IMAGES, ROWS)
     reasons = Counter("waited for its turn" in reason for reason in scored.reasons.values())
@@ -435,14 +451,27 @@ def test_closing_ends_its_thread_and_a_later_call_opens_anew():
             assert not any(t.name == "remote judge" for t in threading.enumerate())
 
 
+def test_calls_may_end_while_it_closes():
+    judge = Remote(Settings(kind="remote", url="http://x", judge="far"))
+
+    class Ending(Future):
+        def cancel(self):  # as far as its call's thread gets meanwhile
+            judge._running.discard(self)
+            return super().cancel()
+
+    calls = [Ending(), Ending()]
+    judge._running.update(calls)
+    judge.close()
+    assert all(call.cancelled() for call in calls)
+
+
 def test_a_server_that_is_away_is_a_warning_and_not_an_error(caplog):
-    free = socket.create_server(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-    free.close()
-    away = Remote(Settings(kind="remote", url=f"http://127.0.0.1:{port}", judge="far", **BRIEF))
-    assert len(away.warnings) == 1
-    assert "python -m qirl_fast.reward_server" in away.warnings[0]
-    scored = away(IMAGES, ROWS)
+    with held_port() as port:
+        url, few = f"http://127.0.0.1:{port}", QUICK | {"retries": 3}
+        away = Remote(Settings(kind="remote", url=url, judge="far", **few))
+        assert len(away.warnings) == 1
+        assert "python -m qirl_fast.reward_server" in away.warnings[0]
+        scored = away(IMAGES, ROWS)
     assert "ConnectError" in scored.reasons[0]
     assert len([r for r in caplog.records if "asking again" in r.message]) == 1
     away.close()

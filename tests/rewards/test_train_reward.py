@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -267,19 +266,15 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_it_is_the_same_run(recipe: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_it_is_the_same_run(recipe: Path, meddle, tmp_path: Path) -> None:
     whole = run(recipe, tmp_path / "whole", "train.steps=5", "validation.every=2")
     argv = [str(recipe), f"output={tmp_path / 'cut'}", "train.steps=5", "validation.every=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", START, *argv], env=environment)
+    dies = meddle("checkpoint.store._point_latest", 2, "os.kill(os.getpid(), signal.SIGKILL)")
+    process = subprocess.run([sys.executable, "-c", dies + START, *argv], env=environment)
+    assert process.returncode == -signal.SIGKILL
     place = tmp_path / "cut" / "judge"
-    until = time.monotonic() + 240
-    while not (place / "checkpoints" / "checkpoint-2").is_dir():
-        assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (place / "judge").exists()
+    assert (place / "checkpoints" / "checkpoint-2").is_dir() and not (place / "judge").exists()
     assert main([*argv, "resume=auto"]) == 0
     assert (place / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     for name in ("model.safetensors", "judge.json", "validation.json"):

@@ -31,6 +31,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
+from worlds import held_port
 
 from qirl_fast.rewards.judge import FAILED, SCORED, SOURCES
 from qirl_fast.rewards.vlm.folder import load_model, load_processor
@@ -345,7 +346,7 @@ def flood_of_headers(connection: socket.socket) -> None:
 
 
 def one(url: str, **settings: Any) -> Any:
-    given = {"reasonings": 0, "timeout_s": 0.5, "max_body": 100_000, "top_logprobs": 20}
+    given = {"reasonings": 0, "max_body": 100_000, "top_logprobs": 20}
     return judge(url, **(given | settings))(images(1), PROMPTS[:1])
 
 
@@ -386,15 +387,14 @@ BROKEN: dict[str, tuple[Act, str]] = {
 def test_a_broken_server_fails_the_row_and_says_why(name: str) -> None:
     act, words = BROKEN[name]
     with raw(act) as (url, _):
-        found = one(url)
+        found = one(url, timeout_s=0.5 if "no answer" in words else 60.0)
     assert found.status.tolist() == [FAILED] and found.values.shape == (1,)
     assert re.search(words, found.reasons[0]), found.reasons[0]
 
 
 def test_nobody_there() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    found = one(f"http://127.0.0.1:{port}/v1")
+    with held_port() as port:
+        found = one(f"http://127.0.0.1:{port}/v1")
     assert found.status.tolist() == [FAILED] and "ConnectError" in found.reasons[0]
 
 
@@ -412,7 +412,7 @@ def test_failures_that_pass_are_asked_again_and_others_are_not() -> None:
         found = one(url, retries=2)
     assert len(calls) == 3 and "status 503" in found.reasons[0] and "3 tries" in found.reasons[0]
     with raw(hang) as (url, calls):
-        found = one(url, retries=50, timeout_s=0.2, deadline_s=0.5)
+        found = one(url, retries=50, timeout_s=1.0, deadline_s=3.0)
     assert found.status.tolist() == [FAILED] and 1 <= len(calls) <= 4, "the deadline ends it"
 
 
@@ -449,13 +449,16 @@ def test_one_bad_row_does_not_take_the_others_with_it() -> None:
 
 def test_no_more_requests_at_once_than_allowed() -> None:
     now, most = [0], [0]
-    lock = threading.Lock()
+    lock, full = threading.Lock(), threading.Event()
 
     def slow(connection: socket.socket) -> None:
         with lock:
             now[0] += 1
             most[0] = max(most[0], now[0])
-        time.sleep(0.05)
+            if now[0] == 3:
+                full.set()
+        full.wait(20)
+        time.sleep(0.05)  # for a fourth
         with lock:
             now[0] -= 1
         connection.sendall(GOOD)
@@ -463,7 +466,7 @@ def test_no_more_requests_at_once_than_allowed() -> None:
     with raw(slow) as (url, calls):
         found = judge(url, reasonings=0, concurrency=3)(images(9, 32, 32), PROMPTS * 3)
     assert (found.status == SCORED).all() and len(calls) == 9
-    assert 1 < most[0] <= 3
+    assert most[0] == 3
 
 
 def test_missing_score_tokens_are_bounded() -> None:
