@@ -29,9 +29,7 @@ def asked(t: Tensor) -> bool:
     raise AssertionError("the tensor lies in no mapping")
 
 
-@pytest.mark.skipif(
-    "ASAN_OPTIONS" in os.environ, reason="each output has a block of its own there"
-)
+@pytest.mark.skipif("ASAN_OPTIONS" in os.environ, reason="each output has a block of its own there")
 @pytest.mark.skipif(
     not SMAPS.exists() or not SETTING.exists() or "[never]" in SETTING.read_text(),
     reason="no transparent huge pages here",
