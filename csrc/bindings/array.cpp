@@ -76,6 +76,10 @@ int Array::dtype() const {
 
 py::handle tensor_type() { return torch().tensor; }
 
+bool is_tensor(py::handle object) {
+  return PyObject_TypeCheck(object.ptr(), (PyTypeObject*)tensor_type().ptr());
+}
+
 const DLExchange* exchange() { return hidden ? nullptr : torch().exchange; }
 
 void hide_exchange(bool on) { hidden = on; }
@@ -83,7 +87,7 @@ void hide_exchange(bool on) { hidden = on; }
 Array look_at(py::handle tensor) {
   Array a;
   if (tensor.is_none()) return a;
-  if (!PyObject_TypeCheck(tensor.ptr(), (PyTypeObject*)tensor_type().ptr())) {
+  if (!is_tensor(tensor)) {
     throw py::type_error(std::string("a kernel takes tensors and None; got ") +
                          Py_TYPE(tensor.ptr())->tp_name + ".");
   }

@@ -48,6 +48,9 @@ using Rows = Dense<false>;
 // The class torch.Tensor.
 py::handle tensor_type();
 
+// Of it or of a subclass.
+bool is_tensor(py::handle object);
+
 // Exchange functions of torch.Tensor, or null: PyTorch before 2.11 has none.
 const DLExchange* exchange();
 

@@ -129,4 +129,4 @@ def test_kinds_tell_devices_and_dtypes_apart() -> None:
     given += [(x.to(torch.float8_e4m3fn),), (x.to(torch.float8_e5m2),)]
     assert len({_cpu.kinds(*tensors) for tensors in given}) == len(given)
     assert _cpu.kinds(x[:1]) == _cpu.kinds(x.view(1, 2)), "sizes do not count"
-    assert _cpu.kinds(x.to_sparse()) is None
+    assert _cpu.kinds(x.to_sparse()) is _cpu.kinds(3) is _cpu.empty_like("x") is None

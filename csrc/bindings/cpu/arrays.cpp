@@ -1,6 +1,6 @@
 // What the launchers ask of tensors before a kernel, and the memory of its outputs.
-#include <stdlib.h>
 #include <pybind11/stl.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include <algorithm>
@@ -21,10 +21,10 @@ constexpr const char* kUnused = "dltensor_versioned";
 bool poisoned = false;
 
 // ---- what tensors are like ----------------------------------------------------------------------
-// False where the exchange functions cannot tell.
+// False for what is no tensor, and where the exchange functions cannot tell.
 bool look(py::handle tensor, DLTensor& t) {
   const DLExchange* from = exchange();
-  if (from == nullptr) return false;
+  if (from == nullptr || !is_tensor(tensor)) return false;
   if (from->look(tensor.ptr(), &t) == 0) return true;
   PyErr_Clear();
   return false;
