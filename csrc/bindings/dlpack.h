@@ -38,7 +38,9 @@ struct DLManagedTensorVersioned {
 struct DLExchange {
   DLVersion version;
   DLExchange* previous;
-  void *allocate, *from_python;
+  int (*allocate)(DLTensor* like, DLManagedTensorVersioned** made, void* context,
+                  void (*say)(void* context, const char* kind, const char* message));
+  void* from_python;
   int (*to_python)(DLManagedTensorVersioned* taken, void** object);
   int (*look)(void* object, DLTensor* borrowed);
 };

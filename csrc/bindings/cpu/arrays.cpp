@@ -1,6 +1,5 @@
 // What the launchers ask of tensors before a kernel, and the memory of its outputs.
 #include <pybind11/stl.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include <algorithm>
@@ -15,7 +14,7 @@
 namespace qirl {
 namespace {
 
-constexpr size_t kRecycledFrom = size_t(1) << 20;  // bytes; the C library keeps smaller ones itself
+constexpr size_t kRecycledFrom = size_t(1) << 20;  // bytes
 constexpr const char* kUnused = "dltensor_versioned";
 
 bool poisoned = false;
@@ -90,15 +89,9 @@ struct Memory {
   size_t bytes;
 };
 
-void* take(size_t bytes) {
-  return bytes < kRecycledFrom ? aligned_alloc(64, bytes + 64 - bytes % 64) : take_block(bytes);
-}
-
 void give_back(DLManagedTensorVersioned* managed) {
   const std::unique_ptr<Memory> memory(static_cast<Memory*>(managed->context));
-  void* data = managed->tensor.data;
-  if (memory->bytes < kRecycledFrom) return free(data);
-  give_back_block(data, memory->bytes);
+  give_back_block(managed->tensor.data, memory->bytes);
 }
 
 // Whoever takes the tensor renames the capsule, and calls the deleter.
@@ -107,7 +100,11 @@ void drop(PyObject* capsule) {
   give_back(static_cast<DLManagedTensorVersioned*>(PyCapsule_GetPointer(capsule, kUnused)));
 }
 
-Output new_tensor(std::vector<int64_t> shape, uint8_t code, uint8_t bits) {
+// `say` of DLExchange's allocate.
+void raise(void*, const char*, const char* message) { PyErr_SetString(PyExc_MemoryError, message); }
+
+// A large one in recycled memory, a small one from PyTorch's allocator, which tools watch.
+DLManagedTensorVersioned* take(std::vector<int64_t> shape, uint8_t code, uint8_t bits) {
   auto memory = std::make_unique<Memory>();
   memory->shape = std::move(shape);
   memory->strides.resize(memory->shape.size());
@@ -117,24 +114,36 @@ Output new_tensor(std::vector<int64_t> shape, uint8_t code, uint8_t bits) {
     count *= memory->shape[dim];
   }
   memory->bytes = static_cast<size_t>(count) * bits / 8;
-  void* data = take(memory->bytes);
-  if (data == nullptr) {
+  DLTensor tensor{nullptr,
+                  {kDLCPU, 0},
+                  static_cast<int32_t>(memory->shape.size()),
+                  {code, bits, 1},
+                  memory->shape.data(),
+                  memory->strides.data(),
+                  0};
+  if (const DLExchange* from = memory->bytes < kRecycledFrom ? exchange() : nullptr) {
+    DLManagedTensorVersioned* made = nullptr;
+    if (from->allocate(&tensor, &made, nullptr, &raise) != 0) throw py::error_already_set();
+    return made;
+  }
+  tensor.data = take_block(memory->bytes);
+  if (tensor.data == nullptr) {
     PyErr_Format(PyExc_MemoryError, "no memory left for an output of %zu bytes", memory->bytes);
     throw py::error_already_set();
   }
-  if (poisoned) memset(data, 0xff, memory->bytes);
-  memory->managed = {{1, 0},
-                     memory.get(),
-                     &give_back,
-                     0,
-                     {data,
-                      {kDLCPU, 0},
-                      static_cast<int32_t>(memory->shape.size()),
-                      {code, bits, 1},
-                      memory->shape.data(),
-                      memory->strides.data(),
-                      0}};
-  DLManagedTensorVersioned* managed = &memory.release()->managed;
+  memory->managed = {{1, 0}, memory.get(), &give_back, 0, tensor};
+  return &memory.release()->managed;
+}
+
+Output new_tensor(std::vector<int64_t> shape, uint8_t code, uint8_t bits) {
+  DLManagedTensorVersioned* managed = take(std::move(shape), code, bits);
+  const DLTensor& t = managed->tensor;
+  void* data = t.data;
+  if (poisoned) {
+    size_t bytes = bits / 8;
+    for (int dim = 0; dim < t.ndim; ++dim) bytes *= static_cast<size_t>(t.shape[dim]);
+    memset(data, 0xff, bytes);
+  }
   if (const DLExchange* to = exchange()) {
     void* tensor = nullptr;
     if (to->to_python(managed, &tensor) != 0) throw py::error_already_set();
