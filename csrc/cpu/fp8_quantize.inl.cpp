@@ -105,8 +105,9 @@ const char* fp8_amax(const void* args, int64_t begin, int64_t end) {
   const Fp8Args& a = *(const Fp8Args*)args;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t at = row * a.x_stride;
-    a.amax[row] = a.dtype == kFloat32 ? largest_of((const float*)a.x + at, a.width)
-                                      : largest_of((const bf16*)a.x + at, a.width);
+    bool finite;
+    a.amax[row] = a.dtype == kFloat32 ? largest_of((const float*)a.x + at, a.width, finite)
+                                      : largest_of((const bf16*)a.x + at, a.width, finite);
   }
   return kIsaName;
 }

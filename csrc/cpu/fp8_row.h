@@ -20,21 +20,41 @@ QIRL_HD uint32_t largest_lane(U value) {
   return most;
 }
 
-// Bits of the largest finite |x|. Magnitudes compare as integers; a maximum has no order to keep.
-template <class T>
-QIRL_HD uint32_t largest_of(const T* x, int64_t size) {
-  U all[2] = {};
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= size; i += 2 * kLanes) {
-    all[0] = larger(all[0], magnitude_bits(load(x + i)));
-    all[1] = larger(all[1], magnitude_bits(load(x + i + kLanes)));
+// The larger of `most` and the magnitudes of the elements in whole vectors of x[at], at < size, of
+// which `at` is moved past. Magnitudes compare as integers; a maximum has no order to keep.
+QIRL_HD U larger_of_vectors(U most, const float* x, int64_t size, int64_t& at) {
+  U other = {};
+  for (; at + 2 * kLanes <= size; at += 2 * kLanes) {
+    most = larger(most, magnitude_bits(load(x + at)));
+    other = larger(other, magnitude_bits(load(x + at + kLanes)));
   }
+  return larger(most, other);
+}
+
+QIRL_HD U larger_of_vectors(U most, const bf16* x, int64_t size, int64_t& at) {
+  typedef uint16_t Words __attribute__((vector_size(4 * kLanes)));
+  Words all = {};
+  for (; at + 2 * kLanes <= size; at += 2 * kLanes) {
+    Words words;
+    memcpy(&words, x + at, sizeof words);
+    words &= 0x7fff;
+    all = all > words ? all : words;
+  }
+  return larger(most, larger((U)all << 16, (U)all & 0xffff0000u));
+}
+
+// Bits of the largest finite |x|; all_finite: whether there is no other.
+template <class T>
+QIRL_HD uint32_t largest_of(const T* x, int64_t size, bool& all_finite) {
+  int64_t i = 0;
+  U all = larger_of_vectors(U{}, x, size, i);
   for (; i < size; i += kLanes) {
     const int n = (int)(size - i < kLanes ? size - i : kLanes);
-    all[0] = larger(all[0], magnitude_bits(load_n(x + i, n)));
+    all = larger(all, magnitude_bits(load_n(x + i, n)));
   }
-  const uint32_t most = largest_lane(larger(all[0], all[1]));
-  if (most < kInf) return most;
+  const uint32_t most = largest_lane(all);
+  all_finite = most < kInf;
+  if (all_finite) return most;
   U finite = {};
   for_vectors(size, [&](int64_t at, int n) {
     finite = larger(finite, finite_or_zero(magnitude_bits(load_n(x + at, n))));
@@ -48,12 +68,12 @@ QIRL_HD float scale_of(uint32_t amax_bits) {
 }
 
 // next: what is read after x, whose memory is asked for meanwhile; null: nothing.
-template <class Format, class T>
+template <class Format, bool kFinite = false, class T>
 QIRL_HD void convert(const T* x, uint8_t* q, int64_t size, float scale, const T* next = nullptr) {
   const F inverse = splat(1.0f / scale);
   for_vectors(size, [&](int64_t i, int n) {
     if (next) __builtin_prefetch(next + i);
-    store_bytes_n(q + i, fp8_bits<Ops, Format>(load_n(x + i, n), inverse), n);
+    store_bytes_n(q + i, fp8_bits<Ops, Format, kFinite>(load_n(x + i, n), inverse), n);
   });
 }
 
@@ -63,8 +83,11 @@ QIRL_HD void quantize_row(const T* x, uint8_t* q, float* scale, int64_t width, i
                           const T* next = nullptr) {
   for (int64_t at = 0; at < width; at += unit, ++scale) {
     const int64_t size = width - at < unit ? width - at : unit;
-    *scale = scale_of<Format>(largest_of(x + at, size));
-    convert<Format>(x + at, q + at, size, *scale, next ? next + at : nullptr);
+    const T* then = next ? next + at : nullptr;
+    bool finite;
+    *scale = scale_of<Format>(largest_of(x + at, size, finite));
+    finite ? convert<Format, true>(x + at, q + at, size, *scale, then)
+           : convert<Format>(x + at, q + at, size, *scale, then);
   }
 }
 

@@ -12,7 +12,7 @@
 namespace qirl {
 namespace {
 
-constexpr size_t kHuge = size_t(2) << 20, kHugeFrom = size_t(8) << 20;
+constexpr size_t kHuge = size_t(2) << 20, kHugeFrom = size_t(4) << 20;
 
 #if defined(__SANITIZE_ADDRESS__)
 constexpr bool kRecycle = false;  // a block of its own shows what is read behind its end

@@ -41,6 +41,12 @@ QIRL_HD F splat(float value) { return value - F{}; }  // value - 0 keeps the sig
 QIRL_HD U splat_u(uint32_t value) { return value | U{}; }
 QIRL_HD F select(I mask, F yes, F no) { return mask ? yes : no; }
 
+QIRL_HD U lane_index() {
+  U index;
+  for (int i = 0; i < kLanes; ++i) index[i] = (uint32_t)i;
+  return index;
+}
+
 // ---- widening loads, rounding stores -----------------------------------------------------------
 
 QIRL_HD F load(const float* p) {
@@ -49,10 +55,17 @@ QIRL_HD F load(const float* p) {
   return value;
 }
 
+#if QIRL_ISA_LEVEL == 2
+// Places of 16-bit words for permutexvar: lane i's low and high one.
+QIRL_HD __m512i words(U low, U high) { return (__m512i)(high << 16 | low); }
+#endif
+
 QIRL_HD F load(const bf16* p) {
 #if QIRL_ISA_LEVEL == 2
-  const U wide = (U)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
-#elif QIRL_ISA_LEVEL == 1
+  const __m512i given = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p));
+  return (F)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, words(lane_index(), lane_index()), given);
+#else
+#if QIRL_ISA_LEVEL == 1
   const U wide = (U)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
 #elif defined(__SSE4_1__)
   const U wide = (U)_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)p));
@@ -61,6 +74,7 @@ QIRL_HD F load(const bf16* p) {
   for (int i = 0; i < kLanes; ++i) wide[i] = p[i].bits;
 #endif
   return (F)(wide << 16);
+#endif
 }
 
 // Bits of `value` rounded to bfloat16 (to nearest, ties to even; NaN stays NaN), in the high half.
@@ -98,19 +112,20 @@ QIRL_HD void store(float* p, F value, bool stream) {
 }
 
 QIRL_HD void store(bf16* p, F value, bool stream) {
-  const U bits = (U)value >> 16;
 #if QIRL_ISA_LEVEL == 2
-  const __m256i narrow = _mm512_cvtepi32_epi16((__m512i)bits);
+  const U from = lane_index() * 4 + 1;  // the upper words, those of lane 8 and behind again
+  const __m512i upper = _mm512_permutexvar_epi16(words(from, from + 2), (__m512i)value);
+  const __m256i narrow = _mm512_castsi512_si256(upper);
   if (stream) return _mm256_stream_si256((__m256i*)p, narrow);
   _mm256_storeu_si256((__m256i*)p, narrow);
 #elif QIRL_ISA_LEVEL == 1
-  const __m256i pairs = _mm256_packus_epi32((__m256i)bits, (__m256i)bits);
+  const __m256i bits = (__m256i)((U)value >> 16), pairs = _mm256_packus_epi32(bits, bits);
   const __m128i narrow = _mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08));
   if (stream) return _mm_stream_si128((__m128i*)p, narrow);
   _mm_storeu_si128((__m128i*)p, narrow);
 #else
   (void)stream;
-  for (int i = 0; i < kLanes; ++i) p[i].bits = (uint16_t)bits[i];
+  for (int i = 0; i < kLanes; ++i) p[i].bits = (uint16_t)(((U)value)[i] >> 16);
 #endif
 }
 
@@ -317,12 +332,6 @@ struct Ops {
   QIRL_HD U bits(F value) { return (U)value; }
   QIRL_HD F from_bits(U value) { return (F)value; }
 };
-
-QIRL_HD U lane_index() {
-  U index;
-  for (int i = 0; i < kLanes; ++i) index[i] = (uint32_t)i;
-  return index;
-}
 
 // `value` with zeros in lane n and behind.
 QIRL_HD F first_lanes(int n, F value) { return select(lane_index() < (uint32_t)n, value, F{}); }

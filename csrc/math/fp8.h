@@ -31,8 +31,8 @@ QIRL_HD float fp8_scale(float amax) {
   return amax > 0.0f ? (scale < 1.17549435e-38f ? 1.17549435e-38f : scale) : 1.0f;
 }
 
-// The 8 bits of q = x inverse_scale in the low byte.
-template <class V, class Format>
+// The 8 bits of q = x inverse_scale in the low byte. kFinite: no x is an inf or NaN.
+template <class V, class Format, bool kFinite = false>
 QIRL_HD typename V::U fp8_bits(typename V::F x, typename V::F inverse_scale) {
   using F = typename V::F;
   using U = typename V::U;
@@ -44,6 +44,7 @@ QIRL_HD typename V::U fp8_bits(typename V::F x, typename V::F inverse_scale) {
   const U normal = (rounded >> kShift) - ((127u - Format::kBias) << Format::kMantissa);
   const U denormal = V::bits(y + Format::kDenormal) - V::bits(constant<V>(Format::kDenormal));
   U q = choose(y < Format::kSmallestNormal, denormal, normal);
+  if (kFinite) return q | sign;
   const U x_magnitude = x_bits & 0x7fffffffu, zero = x_bits ^ x_bits;
   q = choose(x_magnitude >= 0x7f800000u, zero | Format::kInfBits, q);
   q = choose(x_magnitude > 0x7f800000u, zero | 0x7fu, q);
