@@ -24,6 +24,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="F.json", help="also writes F.md and F.png")
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds (default 15)")
     parser.add_argument("--seconds", type=float, default=20.0, help="limit for one set of rounds")
+    parser.add_argument(
+        "--processes", type=int, default=3, help="of ops on a CPU: processes for each op"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-sweep", action="store_true", help="leave the size sweep out")
     parser.add_argument("--scale", choices=["cpu", "half", "full"], default="cpu", help="of step")
@@ -84,6 +87,7 @@ def _ops(options: argparse.Namespace) -> None:
             ],
             rounds=options.rounds,
             seconds=options.seconds,
+            processes=options.processes,
             compiled=not options.no_compile,
             sweep=not options.no_sweep,
             out=options.out,
@@ -174,6 +178,7 @@ def _for_base(options: argparse.Namespace) -> list[str]:
     """Arguments of the run on the base commit: eager is enough to compare with."""
     names = ["--op", *options.op] if options.op else []
     limits = ["--rounds", str(options.rounds), "--seconds", str(options.seconds)]
+    limits += ["--processes", str(options.processes)]
     names += ["--dtype", *options.dtype]
     return [*names, *limits, "--no-compile", "--no-sweep"]
 

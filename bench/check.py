@@ -1,6 +1,6 @@
 """Running a case and comparing what came out: shared by the benchmark and the GPU tests."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -67,3 +67,35 @@ def fault(got: Sequence[Tensor], truth: Sequence[Tensor], tolerance: float) -> s
         if not bool(error <= tolerance):  # NaN is wrong too
             return f"result {i} is off by {float(error):.1e} of the largest true value"
     return ""
+
+
+def right_ones(
+    case: Case,
+    found: dict[str, Function],
+    allowed: float,
+    note: Callable[[str, str], None],
+) -> dict[str, Function]:
+    """The providers that run and, where they do the same job, give the reference's results."""
+    truth = results(case, forced("reference", case.ours))
+    right = {}
+    for provider, function in found.items():
+        try:
+            got = results(case, function)
+        except ImportError as error:
+            note(provider, f"not installed ({error})")
+            continue
+        except ops.BackendError as error:
+            note(provider, str(error))
+            continue
+        except Exception as error:  # a kernel that does not compile loses this provider only
+            note(provider, f"WRONG, not timed: {type(error).__name__}: {error}")
+            continue
+        ours = provider.startswith("ours")
+        wrong = ""
+        if ours or case.same_job:  # the others round their intermediates to storage
+            wrong = fault(got, truth, allowed if ours else 8 * allowed)
+        if wrong:
+            note(provider, f"WRONG, not timed: {wrong}")
+        else:
+            right[provider] = function
+    return right

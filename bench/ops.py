@@ -5,8 +5,9 @@ is reported and not timed. Then forward (without autograd), backward and both ar
 providers and a copy of the bytes the job must move in the same rounds. `pct_copy` is that copy's
 time over the provider's; it can pass 100 where a job reads more than it writes or hits the cache.
 
-On a CPU each op has a process of its own: what eager PyTorch pays for the memory of its
-intermediates depends on what that process allocated before.
+On a CPU each op has processes of its own, several one after the other, whose rounds are pooled:
+what eager PyTorch pays for the memory of its intermediates, pages it kept or new ones, depends on
+what that process allocated before and differs by up to five times from one process to the next.
 """
 
 import json
@@ -23,17 +24,9 @@ import torch._functorch.config
 
 from bench.cases import CASES, Case, Make, Shape
 from bench.cases.case import Function
-from bench.check import (
-    fault,
-    forced,
-    output_gradients,
-    results,
-    tensors,
-    tolerance,
-    with_leaves,
-)
+from bench.check import forced, output_gradients, right_ones, tensors, tolerance, with_leaves
 from bench.machine import about
-from bench.timing import Times, captured, copy_call, copy_gbps, interleaved, peak_bytes
+from bench.timing import captured, copy_call, copy_gbps, interleaved_ms, peak_bytes, quantiles
 from qirl_fast import ops
 
 MODES = ("forward", "backward", "both")
@@ -55,32 +48,60 @@ class Options:
     dtypes: Sequence[torch.dtype] = DTYPES
     rounds: int = 15
     seconds: float = 20.0
+    processes: int = 3  # for each op, on a CPU
     compiled: bool = True
     sweep: bool = True
     out: Path | None = None
 
 
+@dataclass
+class Timed:
+    """One case in one mode: milliseconds of each provider's rounds, and of a copy's."""
+
+    head: dict[str, Any]
+    moved: int
+    peaks: dict[str, int]
+    times_ms: dict[str, list[float]]
+
+
 def run(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """The result, on a CPU by a process for each op; options.out as in measure()."""
+    """The result, on a CPU by processes for each op; options.out as in measure()."""
     if options.device != "cpu":
         return measure(options, say)
     result: dict[str, Any] = {}
     for op in dict.fromkeys(name.split(",")[0] for name in _chosen(options)):
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            alone = replace(options, only=[op], out=None)
-            part = process.submit(measure, alone, say).result()
-        result = result or part | {"rows": [], "wrong": [], "skipped": []}
-        for kind in ("rows", "wrong", "skipped"):
-            result[kind] += part[kind]
-        _keep(result, options)
+        runs = []
+        for turn in range(options.processes):
+            alone = replace(options, only=[op], out=None, sweep=options.sweep and turn == 0)
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                runs.append(process.submit(_timings, alone, say).result())
+        result = result or runs[0][0] | {"processes": options.processes}
+        for part, _ in runs:
+            for kind in ("wrong", "skipped"):
+                result[kind] += [text for text in part[kind] if text not in result[kind]]
+        _add_rows(result, _pooled([timed for _, timed in runs]), options, say)
     return result
 
 
 def measure(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """The result. options.out is rewritten after each case: a stopped run leaves what it had."""
+    """The result of this process. options.out is rewritten after each case: a stopped run leaves
+    what it had."""
+    result, _ = _timings(
+        options, say, done=lambda result, timed: _add_rows(result, timed, options, say)
+    )
+    return result
+
+
+def _timings(
+    options: Options,
+    say: Callable[[str], None],
+    done: Callable[[dict[str, Any], list[Timed]], None] = lambda *_: None,
+) -> tuple[dict[str, Any], list[Timed]]:
+    """A result without rows, and what its rows are made of; done: called with those of a case."""
     torch._functorch.config.donated_buffer = False  # the backward pass is run many times
     result = about(options.device) | {"copy_gbps": copy_gbps(options.device)}
     result |= {"rows": [], "wrong": [], "skipped": []}
+    all_timed = []
     for name, shape, dtype, sweep in _jobs(options):
         title = f"{name} {shape} {str(dtype).removeprefix('torch.')}"
         if not hasattr(ops, name.split(",")[0]):
@@ -88,16 +109,39 @@ def measure(options: Options, say: Callable[[str], None] = print) -> dict[str, A
             continue
         try:
             case = CASES[name][0](shape, Make(dtype, options.device))
-            rows = _bench(case, name, dtype, options, sweep, result, say)
+            timed = _bench(case, name, dtype, options, sweep, result, say)
         except Exception as error:  # one broken case must not lose the others
             _note(result["wrong"], title, f"{type(error).__name__}: {error}", say)
             continue
-        result["rows"] += rows
-        for row in rows:
-            say(_line(row))
-        _keep(result, options)
+        all_timed += timed
+        done(result, timed)
         torch._dynamo.reset()
-    return result
+    return result, all_timed
+
+
+def _pooled(runs: Sequence[list[Timed]]) -> list[Timed]:
+    """The same cases of several processes as one, each process giving as many rounds."""
+    same: dict[str, list[Timed]] = {}
+    for timed in (t for run in runs for t in run):
+        same.setdefault(json.dumps(timed.head), []).append(timed)
+    pooled = []
+    for group in same.values():
+        rounds = min(len(values) for timed in group for values in timed.times_ms.values())
+        times_ms: dict[str, list[float]] = {}
+        for timed in group:
+            for provider, values in timed.times_ms.items():
+                times_ms.setdefault(provider, []).extend(values[:rounds])
+        pooled.append(replace(group[0], times_ms=times_ms))
+    return pooled
+
+
+def _add_rows(
+    result: dict[str, Any], timed: list[Timed], options: Options, say: Callable[[str], None]
+) -> None:
+    for row in (row for one in timed for row in _rows(one)):
+        result["rows"].append(row)
+        say(_line(row))
+    _keep(result, options)
 
 
 def _keep(result: dict[str, Any], options: Options) -> None:
@@ -143,39 +187,6 @@ def _providers(case: Case, options: Options, sweep: bool) -> dict[str, Function]
     return found
 
 
-# ---- correctness --------------------------------------------------------------------------------
-def _right_ones(
-    case: Case,
-    found: dict[str, Function],
-    allowed: float,
-    note: Callable[[str, str], None],
-) -> dict[str, Function]:
-    """The providers that run and, where they do the same job, give the reference's results."""
-    truth = results(case, forced("reference", case.ours))
-    right = {}
-    for provider, function in found.items():
-        try:
-            got = results(case, function)
-        except ImportError as error:
-            note(provider, f"not installed ({error})")
-            continue
-        except ops.BackendError as error:
-            note(provider, str(error))
-            continue
-        except Exception as error:  # a kernel that does not compile loses this provider only
-            note(provider, f"WRONG, not timed: {type(error).__name__}: {error}")
-            continue
-        ours = provider.startswith("ours")
-        wrong = ""
-        if ours or case.same_job:  # the others round their intermediates to storage
-            wrong = fault(got, truth, allowed if ours else 8 * allowed)
-        if wrong:
-            note(provider, f"WRONG, not timed: {wrong}")
-        else:
-            right[provider] = function
-    return right
-
-
 # ---- timing -------------------------------------------------------------------------------------
 def _call(case: Case, function: Function, mode: str) -> Callable[[], object]:
     if mode == "forward":
@@ -201,7 +212,7 @@ def _bench(
     sweep: bool,
     result: dict[str, Any],
     say: Callable[[str], None],
-) -> list[dict[str, Any]]:
+) -> list[Timed]:
     label = f"{name} {case.shape} {str(dtype).removeprefix('torch.')}"
 
     def note(provider: str, why: str) -> None:
@@ -209,10 +220,10 @@ def _bench(
         _note(result[kind], f"{label if kind == 'wrong' else name}, {provider}", why, say)
 
     found = _providers(case, options, sweep)
-    right = _right_ones(case, found, tolerance(case, dtype), note)
+    right = right_ones(case, found, tolerance(case, dtype), note)
     if not any(provider.startswith("ours") for provider in right):
         return []
-    rows = []
+    timed = []
     for mode in MODES if case.leaves and not sweep else MODES[:1]:
         moved = {"forward": case.forward_bytes, "backward": case.backward_bytes}
         moved["both"] = sum(moved.values())
@@ -226,33 +237,36 @@ def _bench(
                 except RuntimeError as error:
                     note(provider, f"no CUDA graph ({mode}), timed with Python: {error}")
         with torch.no_grad() if mode == "forward" else nullcontext():
-            times = interleaved(calls, options.rounds, options.device, options.seconds)
-        copy = times.pop("copy")
+            times_ms = interleaved_ms(calls, options.rounds, options.device, options.seconds)
         head = {"op": name, "device": options.device, "dtype": str(dtype).removeprefix("torch.")}
         head |= {"shape": list(case.shape), "mode": mode, "sweep": sweep}
-        rows += [
-            head
-            | {"provider": p}
-            | _figures(t, copy, times, moved[mode])
-            | {"peak_mb": peaks[p] / 1e6}
-            for p, t in times.items()
-        ]
-    return rows
+        timed.append(Timed(head, moved[mode], peaks, times_ms))
+    return timed
 
 
-def _figures(time: Times, copy: Times, times: dict[str, Times], moved: int) -> dict[str, Any]:
-    def speedup(other: str) -> float | None:
-        return times[other].p50 / time.p50 if other in times else None
+def _rows(timed: Timed) -> list[dict[str, Any]]:
+    """A row for each provider, with the keys that the module's JSON has."""
+    times = {provider: quantiles(values) for provider, values in timed.times_ms.items()}
+    copy = times.pop("copy")
 
-    return {
-        "ms_p20": time.p20,
-        "ms_p50": time.p50,
-        "ms_p80": time.p80,
-        "gbps": moved / time.p50 / 1e6,
-        "pct_copy": 100 * copy.p50 / time.p50,
-        "speedup_vs_eager": speedup("eager"),
-        "speedup_vs_compile": speedup("compile"),
-    }
+    def speedup(time: float, other: str) -> float | None:
+        return times[other].p50 / time if other in times else None
+
+    return [
+        timed.head
+        | {
+            "provider": provider,
+            "ms_p20": time.p20,
+            "ms_p50": time.p50,
+            "ms_p80": time.p80,
+            "gbps": timed.moved / time.p50 / 1e6,
+            "pct_copy": 100 * copy.p50 / time.p50,
+            "speedup_vs_eager": speedup(time.p50, "eager"),
+            "speedup_vs_compile": speedup(time.p50, "compile"),
+            "peak_mb": timed.peaks[provider] / 1e6,
+        }
+        for provider, time in times.items()
+    ]
 
 
 def _line(row: dict[str, Any]) -> str:

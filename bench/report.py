@@ -32,7 +32,8 @@ def markdown(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items() if v)
     lines = [
         f"Commit {result['commit'][:12]}, {result['date']}; {machine}; {versions}. Copy "
-        f"{result['copy_gbps']:.1f} GB/s. Medians of interleaved runs (p20 to p80).",
+        f"{result['copy_gbps']:.1f} GB/s. Medians of interleaved runs (p20 to p80)"
+        + (f" of {result['processes']} processes." if "processes" in result else "."),
         "",
         "| op | dtype | shape | mode | provider | ms | GB/s | % of copy | peak MB | vs eager "
         "| vs compile |" + (" vs base |" if "base" in result else ""),

@@ -41,6 +41,14 @@ def quantiles(times_ms: list[float]) -> Times:
 def interleaved(
     variants: dict[str, Call], rounds: int, device: str = "cpu", seconds: float = 20.0
 ) -> dict[str, Times]:
+    """Quantiles of each variant's interleaved_ms()."""
+    times_ms = interleaved_ms(variants, rounds, device, seconds)
+    return {name: quantiles(values) for name, values in times_ms.items()}
+
+
+def interleaved_ms(
+    variants: dict[str, Call], rounds: int, device: str = "cpu", seconds: float = 20.0
+) -> dict[str, list[float]]:
     """Times of each variant after the warm-up, over `rounds` rounds or those of the first second.
 
     No more than 20 times `rounds`, and none begins after `seconds`.
@@ -58,7 +66,7 @@ def interleaved(
         enough = turn + 1 >= rounds + WARM_UP and spent > 1.0
         if enough or (turn >= WARM_UP + 2 and spent > seconds):
             break
-    return {name: quantiles(values) for name, values in times_ms.items()}
+    return times_ms
 
 
 def _cpu_round(variants: dict[str, Call]) -> dict[str, float]:

@@ -110,13 +110,25 @@ def test_a_case_that_raises_does_not_lose_the_others(monkeypatch):
     assert {row["op"] for row in result["rows"]} == {"guide, rescaled", "flow_step"}
 
 
-def test_each_op_has_a_process_of_its_own(tmp_path):
+def test_each_op_has_processes_of_its_own(tmp_path):
     out = tmp_path / "r.json"
-    options = bench.Options(only=["policy_loss", "group_advantage"], out=out, **QUICK)
+    chosen = ["policy_loss", "group_advantage"]
+    options = bench.Options(only=chosen, out=out, processes=2, **QUICK)
     result = bench.run(options)
     assert set(result) >= HEAD and result["wrong"] == []
+    rows = [(row["op"], row["mode"], row["provider"]) for row in result["rows"]]
+    assert len(rows) == len(set(rows)) and result["processes"] == 2
     assert {row["op"] for row in result["rows"]} == {"policy_loss", "group_advantage"}
     assert json.loads(out.read_text()) == result
+
+
+def test_processes_count_alike_whatever_their_rounds():
+    slow, fast = {"copy": [2.0, 2.0], "ours": [4.0, 4.0]}, {"copy": [1.0] * 9, "ours": [1.0] * 9}
+    (one,) = bench._pooled([[bench.Timed({"op": "x"}, 8, {"ours": 0}, t)] for t in (slow, fast)])
+    assert one.times_ms == {"copy": [2.0, 2.0, 1.0, 1.0], "ours": [4.0, 4.0, 1.0, 1.0]}
+    (row,) = bench._rows(one)
+    assert (row["ms_p20"], row["ms_p50"], row["ms_p80"]) == (1.0, 2.5, 4.0)
+    assert row["pct_copy"] == 60.0 and row["speedup_vs_eager"] is None
 
 
 def test_fault_sees_nan_shape_and_dtype():
