@@ -95,7 +95,8 @@ def _run(
 ) -> Tensor:
     """x quantised by that backend of fp8_quantize, then the GEMM."""
     if xq is None or xs is None:
-        xq, xs = QUANTIZE.choose_for(backend, x).run(x, granularity, e5m2, False)
+        name = QUANTIZE.choose(backend, x.device, x.dtype)
+        xq, xs = QUANTIZE.backends[name].run(x, granularity, e5m2, False)
     xq = xq.reshape(-1, xq.shape[-1]).contiguous()
     xs = xs if granularity == "tensor" else xs.reshape(len(xq), -1)
     gemm = _gemm_cuda if x.device.type == "cuda" else _gemm_cpu

@@ -123,10 +123,28 @@ def test_what_every_check_lets_pass_is_seen_at_once() -> None:
     assert not any(_cpu.plain_rows(*groups) for groups in wrong)
 
 
+def kinds(*tensors: object) -> int | None:
+    return _cpu.kinds(tensors, tuple(range(len(tensors))))
+
+
 def test_kinds_tell_devices_and_dtypes_apart() -> None:
     x, half = torch.ones(2), torch.ones(2).bfloat16()
     given = [(x,), (half,), (x, half), (half, x), (x, None), (None, x), (x, x, None), (x.double(),)]
     given += [(x.to(torch.float8_e4m3fn),), (x.to(torch.float8_e5m2),)]
-    assert len({_cpu.kinds(*tensors) for tensors in given}) == len(given)
-    assert _cpu.kinds(x[:1]) == _cpu.kinds(x.view(1, 2)), "sizes do not count"
-    assert _cpu.kinds(x.to_sparse()) is _cpu.kinds(3) is _cpu.empty_like("x") is None
+    assert len({kinds(*tensors) for tensors in given}) == len(given)
+    assert kinds(x[:1]) == kinds(x.view(1, 2)) == kinds(nn.Parameter(x)), "sizes do not count"
+    assert kinds(x) == _cpu.kinds((x, half, [half, x], 3, "s", None), (0,))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_what_does_not_lie_in_memory_as_it_reads_goes_to_the_dispatcher() -> None:
+    x = torch.ones(2)
+    negated = torch.ones(2, dtype=torch.complex64).conj().imag
+    zeros = torch._efficientzerotensor((2,))
+    for odd in (x.to_sparse(), x.to("meta"), x.as_subclass(Subclass), negated, zeros):
+        for arguments in ((odd,), (x, odd), (x, [x, odd]), (x, (odd,))):
+            assert _cpu.kinds(arguments, (0,)) is None
+    assert _cpu.kinds((3,), (0,)) is _cpu.empty_like("x") is None

@@ -9,6 +9,11 @@ import sys
 
 import pytest
 import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qirl_fast import _cpu, ops
 from qirl_fast.ops import dispatch, flow_logp, flow_step, group_advantage, guide, policy_loss
@@ -48,7 +53,7 @@ def test_every_op_has_reference_and_cpu_and_a_default_per_device():
 
 def test_the_default_follows_the_device():
     op = make_op()
-    assert op.choose("", CPU, torch.float32).run() == "r"
+    assert op.choose("", CPU, torch.float32) == "reference"
     with pytest.raises(BackendError, match=r"toy: no backend for device type 'xpu'; it serves cpu"):
         op.choose("", torch.device("xpu"), torch.float32)
 
@@ -113,6 +118,87 @@ def test_forcing_is_seen_by_compiled_code():
     assert before != ""
     with ops.use_backend("triton"), pytest.raises(BackendError, match="triton"):
         compiled(x)
+
+
+class Toy:
+    """The op `qirl::toy`; way: how its last tensor came to the kernel."""
+
+    def __init__(self) -> None:
+        op = Op("toy", {"cpu": Backend(self.run, ("cpu",), FLOATS)}, {"cpu": "cpu"})
+        self.registered = op.register("(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape))
+        self.way = ""
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        called_by = sys._getframe(1).f_code.co_name
+        self.way = {"call": "at once", "run": "by the dispatcher"}[called_by]
+        return x.clone()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.registered(x, "")
+
+    def way_of(self, x: torch.Tensor) -> str:
+        assert torch.equal(self(x), x.clone())
+        return self.way
+
+
+@pytest.fixture(scope="module")
+def toy() -> Toy:
+    return Toy()
+
+
+def test_a_second_call_needs_no_dispatcher(toy):
+    x = torch.randn(3)
+    toy(x)
+    assert toy.way_of(x) == toy.way_of(nn.Parameter(x)) == toy.way_of(torch.ones(2, 2)) == "at once"
+    with torch.no_grad(), torch.autocast("cpu"):
+        assert toy.way_of(x) == "at once"
+
+
+def test_what_has_to_see_ops_sees_them(toy):
+    """Modes, transforms, traces, the profiler; and the dispatcher what is no plain tensor."""
+    x = torch.randn(3)
+    toy(x)
+    seen = []
+
+    class Dispatch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    class Function(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    for mode in (Dispatch, Function):
+        seen.clear()
+        with mode():
+            assert toy.way_of(x) == "by the dispatcher"
+        assert "qirl.toy.default" in seen
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        toy(x)
+    assert "qirl::toy" in {event.key for event in profile.key_averages()}
+    assert "qirl.toy" in make_fx(toy)(x).code
+    assert "qirl::toy" in str(torch.jit.trace(lambda t: toy(t), x).graph)
+    assert torch.equal(torch.vmap(toy)(x), x) and toy.way == "by the dispatcher"
+    assert torch.compile(lambda t: toy.registered(t, ""), fullgraph=True, backend="eager")(x).equal(
+        x
+    )
+    negated = torch.complex(x, x).conj().imag
+    assert negated.is_neg() and toy.way_of(negated) == "by the dispatcher"
+    assert toy.way_of(torch._efficientzerotensor((3,))) == "by the dispatcher"
+    assert toy(x.to("meta")).device.type == "meta"
+    assert toy.way_of(x) == "at once"
+
+
+def test_a_tangent_is_refused_not_zeroed(toy):
+    x = torch.randn(2, 8)
+    for function in (toy, ops.gelu, lambda t: ops.guide(t, -t, 2.0)):
+        for _ in range(2):
+            with pytest.raises(NotImplementedError, match=r"no forward-mode derivative \(jvp\)"):
+                torch.func.jvp(function, (x,), (x,))
+    with forward_ad.dual_level():
+        assert ops.gelu(x).equal(ops.gelu(x.clone())), "nobody asks for the derivative to x"
 
 
 def test_the_choice_is_logged_once(caplog):

@@ -63,17 +63,41 @@ bool plain_rows(const py::tuple& same, const py::tuple& like, const py::tuple& p
   return true;
 }
 
-// A number for the device type of the first tensor and the dtypes of all, another for others; None
-// where that cannot be told.
-py::object kinds(const py::args& tensors) {
+// Whether a kernel may be handed this argument as it is: no tensor, or one of torch.Tensor itself or
+// a parameter, looked at as `t`, whose elements are those in memory.
+bool as_it_lies(py::handle argument, DLTensor& t) {
+  static const py::handle parameter =
+      py::object(py::module_::import("torch.nn").attr("Parameter")).release();
+  static const py::handle is_negated = py::str("is_neg").release();
+  if (!is_tensor(argument)) return true;
+  const py::handle type = py::type::handle_of(argument);
+  if (!type.is(tensor_type()) && !type.is(parameter)) return false;
+  if (!look(argument, t) || t.data == nullptr || t.dtype.lanes != 1) return false;
+  const auto negated = py::reinterpret_steal<py::object>(
+      PyObject_CallMethodNoArgs(argument.ptr(), is_negated.ptr()));
+  if (!negated) throw py::error_already_set();
+  return negated.ptr() == Py_False;
+}
+
+// A number for the device type of the first of an op's large tensors and the dtypes of all, another
+// for others; None where a kernel cannot be handed the op's arguments as they are.
+py::object kinds(const py::tuple& arguments, const py::tuple& large) {
   constexpr uint64_t kAbsent = 1000, kOthers = 1024;
+  if (large.size() > 5) return py::none();
   DLTensor t;
+  for (const py::handle& argument : arguments) {
+    if (!as_it_lies(argument, t)) return py::none();
+    if (!PyList_Check(argument.ptr()) && !PyTuple_Check(argument.ptr())) continue;
+    for (const py::handle& one : py::reinterpret_borrow<py::sequence>(argument)) {
+      if (!as_it_lies(one, t)) return py::none();
+    }
+  }
   uint64_t number = 0, device = 0;
-  if (tensors.size() > 5) return py::none();
-  for (const py::handle& tensor : tensors) {
+  for (const py::handle& place : large) {
+    const py::object tensor = arguments[place.cast<size_t>()];
     uint64_t kind = kAbsent;
     if (!tensor.is_none()) {
-      if (!look(tensor, t) || t.dtype.lanes != 1 || t.dtype.code > 30) return py::none();
+      if (!look(tensor, t) || t.dtype.code > 30) return py::none();
       kind = 32 * (t.dtype.bits / 8) + t.dtype.code + 1;
       if (device == 0) device = static_cast<uint64_t>(t.device.type);
     }
