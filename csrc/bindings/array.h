@@ -22,12 +22,11 @@ struct Array {
   int64_t count = 0;                             // elements
   int64_t last = 1;                              // size of the last dimension
   int64_t size[kDims] = {}, stride[kDims] = {};  // of the first dimensions; strides in elements
+  bool dense = true;                             // contiguous
+  bool dense_rows = true;                        // each t[r] is, at any row stride
 
   // Throws TypeError for a dtype without a code.
   int dtype() const;
-  bool dense = true;       // contiguous
-  bool dense_rows = true;  // each t[r] is, at any row stride
-
   int64_t rows() const { return size[0]; }
   int64_t row_size() const { return count / size[0]; }
 };

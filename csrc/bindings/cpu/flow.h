@@ -3,14 +3,14 @@
 
 #include "bindings/cpu/ops.h"
 #include "bindings/cpu/outputs.h"
+#include "bindings/flow.h"
 #include "cpu/flow_step.h"
 
 namespace qirl {
 
 constexpr int64_t kFlowGrain = 16;  // blocks a thread should at least have
 
-// Fills the inputs common to all flow kernels; `a_c_w` are the coefficients every one of them
-// needs.
+// The inputs common to all flow kernels, their coefficients checked.
 FlowArgs flow_inputs(const char* op, const Array& x, const Array& v, const Array& delta,
                      const Array& a_B, const Array& c_B, const Array& w_B);
 

@@ -11,20 +11,7 @@ namespace qirl {
 FlowArgs flow_inputs(const char* op, const Array& x, const Array& v, const Array& delta,
                      const Array& a_B, const Array& c_B, const Array& w_B) {
   const int64_t rows = x.rows();
-  FlowArgs args{};
-  args.x = x.data;
-  args.v = v.data;
-  args.delta = delta.data;
-  args.x_stride = x.stride[0];
-  args.v_stride = v.stride[0];
-  args.delta_stride = delta.stride[0];
-  args.x_dtype = x.dtype();
-  args.v_dtype = v.dtype();
-  args.delta_dtype = delta.dtype();
-  args.a_B = as_pointer<float>(a_B);
-  args.c_B = as_pointer<float>(c_B);
-  args.w_B = as_pointer<float>(w_B);
-  args.row_size = x.row_size();
+  const FlowArgs args = flow_args<FlowArgs>(x, v, delta, a_B, c_B, w_B);
   require_finite(op, "a", args.a_B, rows);
   require_finite(op, "c", args.c_B, rows);
   require_finite(op, "w", args.w_B, rows);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "bindings/cuda/ops.h"
+#include "bindings/flow.h"
 #include "cuda/flow_step.h"
 
 namespace qirl::cuda {
@@ -11,22 +12,9 @@ using Coefficients = std::tuple<Whole, Whole, Whole, Whole>;  // a, c, w, b
 inline FlowArgs flow_inputs(const Array& x, const Array& v, const Array& delta,
                             const Coefficients& coefficients) {
   const auto [a, c, w, b] = coefficients;
-  FlowArgs args{};
-  args.x = x.data;
-  args.v = v.data;
-  args.delta = delta.data;
-  args.x_stride = x.stride[0];
-  args.v_stride = v.stride[0];
-  args.delta_stride = delta.stride[0];
-  args.x_dtype = x.dtype();
-  args.v_dtype = v.dtype();
-  args.delta_dtype = delta.dtype();
-  args.a_B = as_pointer<float>(a);
-  args.c_B = as_pointer<float>(c);
-  args.w_B = as_pointer<float>(w);
+  FlowArgs args = flow_args<FlowArgs>(x, v, delta, a, c, w);
   args.b_B = as_pointer<float>(b);
   args.rows = x.rows();
-  args.row_size = x.row_size();
   return args;
 }
 
