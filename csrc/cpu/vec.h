@@ -129,6 +129,30 @@ QIRL_HD void store(bf16* p, F value, bool stream) {
 #endif
 }
 
+// Two vectors one behind the other, rounded as round_own() does it.
+QIRL_HD void store_two(float* p, F first, F second, bool stream) {
+  store(p, first, stream);
+  store(p + kLanes, second, stream);
+}
+
+QIRL_HD void store_two(bf16* p, F first, F second, bool stream) {
+#if QIRL_ISA_LEVEL == 2
+  const U at = lane_index() * 4;  // above 31: words of the second
+  const __m512i a = (__m512i)first, b = (__m512i)second;
+  const __m512i low = _mm512_permutex2var_epi16(a, words(at, at + 2), b);
+  const __m512i high = _mm512_permutex2var_epi16(a, words(at + 1, at + 3), b);
+  const __m512i one = _mm512_set1_epi16(1), odd = _mm512_and_si512(high, one);
+  const __mmask32 up =
+      _mm512_cmpgt_epu16_mask(low, _mm512_sub_epi16(_mm512_set1_epi16(-0x8000), odd));
+  const __m512i rounded = _mm512_mask_add_epi16(high, up, high, one);
+  if (stream) return _mm512_stream_si512((__m512i*)p, rounded);
+  _mm512_storeu_si512(p, rounded);
+#else
+  store(p, round_own(p, first), stream);
+  store(p + kLanes, round_own(p, second), stream);
+#endif
+}
+
 // The low byte of each lane; the lanes hold values below 256.
 QIRL_HD void store_bytes(uint8_t* p, U value) {
 #if QIRL_ISA_LEVEL == 2
