@@ -63,8 +63,8 @@ bool plain_rows(const py::tuple& same, const py::tuple& like, const py::tuple& p
   return true;
 }
 
-// Whether a kernel may be handed this argument as it is: no tensor, or one of torch.Tensor itself or
-// a parameter, looked at as `t`, whose elements are those in memory.
+// Whether a kernel may be handed this argument as it is: no tensor, or one of torch.Tensor itself
+// or a parameter, looked at as `t`, whose elements are those in memory.
 bool as_it_lies(py::handle argument, DLTensor& t) {
   static const py::handle parameter =
       py::object(py::module_::import("torch.nn").attr("Parameter")).release();
