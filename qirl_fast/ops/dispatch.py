@@ -148,7 +148,7 @@ def _watched() -> bool:
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
+        or torch.autograd.profiler._is_profiler_enabled  # in any thread
     )
 
 

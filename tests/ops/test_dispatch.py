@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -177,6 +178,8 @@ def test_what_has_to_see_ops_sees_them(toy):
         assert "qirl.toy.default" in seen
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         toy(x)
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(toy.way_of, x).result() == "by the dispatcher"
     assert "qirl::toy" in {event.key for event in profile.key_averages()}
     assert "qirl.toy" in make_fx(toy)(x).code
     assert "qirl::toy" in str(torch.jit.trace(lambda t: toy(t), x).graph)
