@@ -200,6 +200,12 @@ def test_a_tangent_is_refused_not_zeroed(toy):
         for _ in range(2):
             with pytest.raises(NotImplementedError, match=r"no forward-mode derivative \(jvp\)"):
                 torch.func.jvp(function, (x,), (x,))
+
+    def by_factor(a: torch.Tensor) -> torch.Tensor:
+        return ops.lora_linear(x, torch.ones(8, 8), None, [(a, torch.ones(8, 2), 1.0)])
+
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(by_factor, (torch.ones(2, 8),), (torch.ones(2, 8),))
     with forward_ad.dual_level():
         assert ops.gelu(x).equal(ops.gelu(x.clone())), "nobody asks for the derivative to x"
 
