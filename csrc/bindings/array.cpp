@@ -42,17 +42,25 @@ template <class Size, class Stride>
 void set_dims(Array& a, int dims, Size size, Stride stride) {
   a.dims = dims;
   a.count = 1;
+  if (dims > 0) a.last = size(dims - 1);
+  a.step = a.last;
+  int64_t vectors = 1;  // in t[r] of a dimension but the last
   for (int dim = dims; dim-- > 0;) {
     if (size(dim) != 1 && stride(dim) != a.count) {
       a.dense = false;
       if (dim > 0) a.dense_rows = false;
+      if (dim == dims - 1) a.dense_vectors = a.even = false;
+    }
+    if (size(dim) != 1 && dim < dims - 1) {
+      if (vectors == 1) a.step = stride(dim);
+      if (stride(dim) != vectors * a.step) a.even = false;
+      vectors *= size(dim);
     }
     a.count *= size(dim);
     if (dim >= Array::kDims) continue;
     a.size[dim] = size(dim);
     a.stride[dim] = stride(dim);
   }
-  if (dims > 0) a.last = size(dims - 1);
 }
 
 Array by_attributes(py::handle tensor) {

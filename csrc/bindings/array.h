@@ -24,6 +24,9 @@ struct Array {
   int64_t size[kDims] = {}, stride[kDims] = {};  // of the first dimensions; strides in elements
   bool dense = true;                             // contiguous
   bool dense_rows = true;                        // each t[r] is, at any row stride
+  bool dense_vectors = true;                     // each vector of the last dimension is
+  bool even = true;                              // so, at one `step` from each to the next
+  int64_t step = 0;                              // elements
 
   // Throws TypeError for a dtype without a code.
   int dtype() const;
@@ -34,15 +37,17 @@ struct Array {
 // Throws TypeError for what is neither a tensor nor None.
 Array look_at(py::handle tensor);
 
-// One that is dense, or whose rows are; another is copied to be so.
-template <bool kWhole>
+// One of which this much is dense; another is copied to be so.
+template <bool Array::* kDense>
 struct Dense : Array {
   py::object copy;
 
-  bool fits() const { return kWhole ? dense : dense_rows; }
+  bool fits() const { return this->*kDense; }
 };
-using Whole = Dense<true>;
-using Rows = Dense<false>;
+using Whole = Dense<&Array::dense>;
+using Rows = Dense<&Array::dense_rows>;
+using Vectors = Dense<&Array::dense_vectors>;
+using Matrix = Dense<&Array::even>;  // [..., K] as [count / K, K]
 
 // The class torch.Tensor.
 py::handle tensor_type();
@@ -70,9 +75,9 @@ struct type_caster<qirl::Array> {
   }
 };
 
-template <bool kWhole>
-struct type_caster<qirl::Dense<kWhole>> {
-  PYBIND11_TYPE_CASTER(qirl::Dense<kWhole>, const_name("torch.Tensor | None"));
+template <bool qirl::Array::* kDense>
+struct type_caster<qirl::Dense<kDense>> {
+  PYBIND11_TYPE_CASTER(qirl::Dense<kDense>, const_name("torch.Tensor | None"));
 
   bool load(handle from, bool) {
     static_cast<qirl::Array&>(value) = qirl::look_at(from);

@@ -5,7 +5,14 @@
 
 namespace qirl {
 
-enum DLTypeCode : uint8_t { kDLInt = 0, kDLUInt = 1, kDLFloat = 2, kDLBfloat = 4 };
+enum DLTypeCode : uint8_t {
+  kDLUInt = 1,
+  kDLFloat = 2,
+  kDLBfloat = 4,
+  kDLComplex = 5,
+  kDLFloat8_e4m3fn = 10,
+  kDLFloat8_e5m2 = 12
+};
 constexpr int32_t kDLCPU = 1;
 
 struct DLTensor {

@@ -1,6 +1,8 @@
 // How qk_norm_rope crosses from Python, for the CPU and the GPU alike.
 #pragma once
 
+#include <string>
+
 #include "bindings/bind.h"
 #include "math/qk_args.h"
 
@@ -8,8 +10,15 @@ namespace qirl {
 
 // q, k, v; weights of q and k; rope. A stream without q is absent.
 using Stream = std::tuple<Array, Array, Array, Array, Array, Array>;
-using QkOutputs = std::tuple<Array, Array, Array>;
-using QkGradients = std::tuple<Array, Array, Array, Array>;  // text q, k; q, k
+
+// The code of a weight's dtype; ValueError for one that the kernels do not read.
+inline int qk_weight_dtype(const Array& weight) {
+  if (weight.code >= 0) return weight.code;
+  throw py::value_error(
+      "qk_norm_rope: weights must be float32 or bfloat16 for a compiled backend; got " +
+      py::str(weight.tensor.attr("dtype")).cast<std::string>() +
+      ". Cast, or use_backend('reference').");
+}
 
 inline QkHeads qk_heads(const Array& h) { return {h.data, h.stride[0], h.stride[1], h.stride[2]}; }
 
@@ -21,8 +30,8 @@ inline QkStream qk_stream(const Stream& from, int64_t first) {
   s.in[2] = qk_heads(v);
   s.weight[0] = q_weight.data;
   s.weight[1] = k_weight.data;
-  s.weight_dtype[0] = q_weight.dtype();
-  s.weight_dtype[1] = k_weight.dtype();
+  s.weight_dtype[0] = qk_weight_dtype(q_weight);
+  s.weight_dtype[1] = qk_weight_dtype(k_weight);
   s.rope = as_pointer<float>(rope);  // complex: two floats an element
   s.rope_strides[0] = rope.dims == 3 ? 2 * rope.stride[0] : 0;
   s.rope_strides[1] = 2 * rope.stride[rope.dims == 3];
@@ -43,31 +52,6 @@ inline QkArgs qk_args(const Stream& text, const Stream& image, float eps) {
   a.width = q.last;
   a.eps = eps;
   a.dtype = q.dtype();
-  return a;
-}
-
-inline QkArgs qk_forward_args(const Stream& text, const Stream& image, const QkOutputs& out,
-                              float eps) {
-  QkArgs a = qk_args(text, image, eps);
-  a.out[0] = as_pointer(std::get<0>(out));
-  a.out[1] = as_pointer(std::get<1>(out));
-  a.out[2] = as_pointer(std::get<2>(out));
-  return a;
-}
-
-// partials, dw: absent when not wanted.
-inline QkArgs qk_backward_args(const Stream& text, const Stream& image, const Array& dQ,
-                               const Array& dK, const QkGradients& dx, const Array& partials,
-                               const Array& dw, float eps) {
-  QkArgs a = qk_args(text, image, eps);
-  a.dy[0] = qk_heads(dQ);
-  a.dy[1] = qk_heads(dK);
-  a.stream[0].dx[0] = as_pointer(std::get<0>(dx));
-  a.stream[0].dx[1] = as_pointer(std::get<1>(dx));
-  a.stream[1].dx[0] = as_pointer(std::get<2>(dx));
-  a.stream[1].dx[1] = as_pointer(std::get<3>(dx));
-  a.partials = as_pointer<float>(partials);
-  a.dw = as_pointer<float>(dw);
   return a;
 }
 

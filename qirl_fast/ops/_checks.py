@@ -44,7 +44,7 @@ def require_operands(
     groups = tuple(same.values()), tuple(like.values()), tuple(per_row.values())
     # All of it in one call, as a tensor's attributes cost one each; what it says no to is looked
     # at again below. Not traced: Dynamo sees only the rest.
-    if not is_dynamo_compiling() and _cpu.plain_rows(*groups):
+    if not is_dynamo_compiling() and _cpu.plain_rows(*groups, ()):
         return
     (first, x), *rest = same.items()
     require_rows(op, first, x)

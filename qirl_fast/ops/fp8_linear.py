@@ -45,7 +45,6 @@ from qirl_fast.ops._fp8_checks import (
     require_linear,
     require_quantized,
 )
-from qirl_fast.ops._recycled import empty
 from qirl_fast.ops._triton import missing_triton
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 from qirl_fast.ops.fp8_quantize import BLOCK, Quantized, fp8_quantize_reference
@@ -124,7 +123,7 @@ def _gemm_cpu(
     tile = rows if granularity == "tensor" else TILE
     w_KN = _widened(wq, ws).t()
     start = w_KN.new_zeros(len(wq)) if bias is None else bias.float()
-    y = empty(xq, (rows, len(wq)), dtype)
+    y = _cpu.new_output((rows, len(wq)), LARGE_DTYPES.index(dtype))
     for first in range(0, rows, tile):
         last = min(first + tile, rows)
         part = _widened(xq[first:last], xs if granularity == "tensor" else xs[first:last])
@@ -138,12 +137,8 @@ def _gemm_cpu(
 
 def _widened(q: Tensor, scale: Tensor) -> Tensor:
     """q scale in float32 [rows, K], dense, on a CPU: C++, csrc/cpu/fp8_linear.inl.cpp."""
-    out = empty(q, q.shape, torch.float32)
     unit = {1: 0, 2: q.shape[1] if scale.shape[-1] == 1 else BLOCK}[scale.ndim]
-    threads = torch.get_num_threads()
-    scale = scale.contiguous()
-    _cpu.fp8_widen(q, scale, out, unit, q.dtype == torch.float8_e5m2, threads)
-    return out
+    return _cpu.fp8_widen(q, scale, unit, q.dtype == torch.float8_e5m2, torch.get_num_threads())
 
 
 def _gemm_cuda(

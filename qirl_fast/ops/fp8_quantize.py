@@ -29,16 +29,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qirl_fast import _cpu
 from qirl_fast.ops._checks import (
     LARGE_DTYPES,
     REFERENCE_DTYPES,
     matrix,
     require_no_grad,
-    require_rows,
+    require_operands,
 )
+from qirl_fast.ops._cpp import cpu_launcher
 from qirl_fast.ops._cuda import cuda_module, device_of, missing_cuda, stream_of
-from qirl_fast.ops._recycled import New, empty
 from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 
@@ -87,35 +86,17 @@ def fp8_quantize_reference(
     return q.reshape(x.shape).contiguous(), scale.contiguous()
 
 
-# ---- cpu, cuda ----------------------------------------------------------------------------------
+# ---- cuda ---------------------------------------------------------------------------------------
 def empty_outputs(
-    x: Tensor, granularity: str, e5m2: bool, transpose: bool, new: New = Tensor.new_empty
+    x: Tensor, granularity: str, e5m2: bool, transpose: bool
 ) -> tuple[Tensor, Tensor, int]:
     """Empty q and scale, and the elements a scale (0: all)."""
     width = x.shape[-1]
     shape = (width, x.numel() // width) if transpose else tuple(x.shape)
     unit = {"row": shape[-1], "tensor": 0, "block": BLOCK}[granularity]
     scales = (1,) if unit == 0 else (*shape[:-1], (shape[-1] + unit - 1) // unit)
-    q = new(x, shape, dtype=_dtype(e5m2))
+    q = x.new_empty(shape, dtype=_dtype(e5m2))
     return q, x.new_empty(scales, dtype=torch.float32), unit
-
-
-def fp8_quantize_cpu(
-    x: Tensor, granularity: str, e5m2: bool, transpose: bool
-) -> tuple[Tensor, Tensor]:
-    """C++ kernel, csrc/cpu/fp8_quantize.inl.cpp."""
-    q, scale, unit = empty_outputs(x, granularity, e5m2, transpose, empty)
-    x = matrix(x)
-    _cpu.fp8_quantize(
-        x,
-        q,
-        scale,
-        unit,
-        int(e5m2),
-        transpose,
-        torch.get_num_threads(),
-    )
-    return q, scale
 
 
 def fp8_quantize_cuda(
@@ -144,7 +125,7 @@ OP = Op(
     "fp8_quantize",
     {
         "reference": Backend(fp8_quantize_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
-        "cpu": Backend(fp8_quantize_cpu, ("cpu",), LARGE_DTYPES),
+        "cpu": Backend(cpu_launcher("fp8_quantize"), ("cpu",), LARGE_DTYPES),
         "triton": Backend(
             triton_launcher("fp8_quantize", "fp8_quantize"),
             ("cuda",),
@@ -182,7 +163,7 @@ def fp8_quantize(
     transpose: quantise x^T instead, q [K, M] contiguous.
     Raises ValueError for anything outside this, and where x requires grad in grad mode.
     """
-    require_rows("fp8_quantize", "x", x)
+    require_operands("fp8_quantize", {"x": x})
     if granularity not in GRANULARITIES:
         raise ValueError(
             f"fp8_quantize: granularity must be {', '.join(GRANULARITIES)}; got {granularity!r}."

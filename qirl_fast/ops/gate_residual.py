@@ -22,19 +22,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qirl_fast.ops._checks import LARGE_DTYPES, REFERENCE_DTYPES, require_like
+from qirl_fast.ops._checks import LARGE_DTYPES, REFERENCE_DTYPES
+from qirl_fast.ops._cpp import cpu_launcher
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._norm_checks import (
     as_tokens,
+    from_tokens,
     gradient_for,
-    require_modulation,
-    require_tokens,
-    tokens_at_t0,
+    require_modulated,
 )
-from qirl_fast.ops._norm_compiled import (
-    gate_residual_backward_cpu,
+from qirl_fast.ops._norm_cuda import (
     gate_residual_backward_cuda,
-    gate_residual_cpu,
     gate_residual_cuda,
 )
 from qirl_fast.ops._norm_reference import rows_of_tokens, sums_over_tokens, widened
@@ -88,7 +86,7 @@ OP = Op(
     "gate_residual",
     {
         "reference": Backend(gate_residual_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
-        "cpu": Backend(gate_residual_cpu, ("cpu",), LARGE_DTYPES),
+        "cpu": Backend(cpu_launcher("gate_residual"), ("cpu",), LARGE_DTYPES),
         "triton": Backend(
             triton_launcher("gate_residual", "gate_residual"),
             ("cuda",),
@@ -103,7 +101,7 @@ OP_BACKWARD = Op(
     "gate_residual_backward",
     {
         "reference": Backend(gate_residual_backward_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
-        "cpu": Backend(gate_residual_backward_cpu, ("cpu",), LARGE_DTYPES),
+        "cpu": Backend(cpu_launcher("gate_residual_backward"), ("cpu",), LARGE_DTYPES),
         "triton": Backend(
             triton_launcher("gate_residual", "gate_residual_backward"),
             ("cuda",),
@@ -204,14 +202,14 @@ def gate_residual(
     Raises ValueError for shapes, dtypes or devices outside this.
     """
     op = "gate_residual"
-    require_tokens(op, "residual", residual)
-    require_like(op, "u", u, "residual", residual, dtype=False)
-    require_modulation(op, t0, residual, gate=gate, gate_t0=gate_t0)
-    t0 = tokens_at_t0(op, t0, residual)
+    large = {"residual": residual, "u": u}
+    t0 = require_modulated(op, large, {"gate": gate}, t0, {"gate_t0": gate_t0})
     args = (as_tokens(residual), as_tokens(u), gate, t0, gate_t0, tanh)
     backend = forced_backend()
     rows = (residual, u, gate, gate_t0)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in rows):
         trains_gate = any(t is not None and t.requires_grad for t in (gate, gate_t0))
-        return _GateResidual.apply(*args, backend, trains_gate).reshape(residual.shape)
-    return _gate_residual(*args, backend).reshape(residual.shape)
+        out = _GateResidual.apply(*args, backend, trains_gate)
+    else:
+        out = _gate_residual(*args, backend)
+    return from_tokens(out, residual)

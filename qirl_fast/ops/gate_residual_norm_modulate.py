@@ -25,20 +25,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qirl_fast.ops._checks import LARGE_DTYPES, REFERENCE_DTYPES, require_like
+from qirl_fast.ops._checks import LARGE_DTYPES, REFERENCE_DTYPES
+from qirl_fast.ops._cpp import cpu_launcher
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._norm_checks import (
     as_tokens,
+    from_tokens,
     gradient_for,
-    require_modulation,
+    require_modulated,
     require_norm,
-    require_tokens,
-    tokens_at_t0,
 )
-from qirl_fast.ops._norm_compiled import (
-    gate_residual_norm_modulate_backward_cpu,
+from qirl_fast.ops._norm_cuda import (
     gate_residual_norm_modulate_backward_cuda,
-    gate_residual_norm_modulate_cpu,
     gate_residual_norm_modulate_cuda,
 )
 from qirl_fast.ops._norm_reference import (
@@ -125,7 +123,7 @@ OP = Op(
         "reference": Backend(
             and_quantized(gate_residual_norm_modulate_reference), ("cpu", "cuda"), REFERENCE_DTYPES
         ),
-        "cpu": Backend(gate_residual_norm_modulate_cpu, ("cpu",), LARGE_DTYPES),
+        "cpu": Backend(cpu_launcher("gate_residual_norm_modulate"), ("cpu",), LARGE_DTYPES),
         "triton": Backend(
             triton_launcher("gate_residual_norm_modulate", "gate_residual_norm_modulate"),
             ("cuda",),
@@ -142,7 +140,9 @@ OP_BACKWARD = Op(
         "reference": Backend(
             gate_residual_norm_modulate_backward_reference, ("cpu", "cuda"), REFERENCE_DTYPES
         ),
-        "cpu": Backend(gate_residual_norm_modulate_backward_cpu, ("cpu",), LARGE_DTYPES),
+        "cpu": Backend(
+            cpu_launcher("gate_residual_norm_modulate_backward"), ("cpu",), LARGE_DTYPES
+        ),
         "triton": Backend(
             triton_launcher("gate_residual_norm_modulate", "gate_residual_norm_modulate_backward"),
             ("cuda",),
@@ -313,13 +313,10 @@ def gate_residual_norm_modulate(
     Raises ValueError for shapes, dtypes, devices or names outside this.
     """
     op = "gate_residual_norm_modulate"
-    require_tokens(op, "residual", residual)
-    require_like(op, "u", u, "residual", residual, dtype=False)
-    require_norm(op, norm, eps)
     firsts = {"gate": gate, "scale": scale, "shift": shift}
     at_t0 = {"gate_t0": gate_t0, "scale_t0": scale_t0, "shift_t0": shift_t0}
-    require_modulation(op, t0, residual, **firsts, **at_t0)
-    t0 = tokens_at_t0(op, t0, residual)
+    t0 = require_modulated(op, {"residual": residual, "u": u}, firsts, t0, at_t0)
+    require_norm(op, norm, eps)
     rows = (gate, scale, shift, t0, gate_t0, scale_t0, shift_t0)
     granularity = require_quantize(op, quantize)
     options = (tanh, norm == "rms", eps, granularity, forced_backend())
@@ -331,5 +328,5 @@ def gate_residual_norm_modulate(
         y, out, q, q_scale = _GateResidualNormModulate.apply(*args, trains_gate)
     else:
         y, out, _, _, q, q_scale = _forward(*args)
-    y, out = y.reshape(residual.shape), out.reshape(residual.shape)
+    y, out = from_tokens(y, residual), from_tokens(out, residual)
     return (quantized(y, q, q_scale) if granularity else y), out

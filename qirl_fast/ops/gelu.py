@@ -25,23 +25,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qirl_fast import _cpu
 from qirl_fast.ops._act_cuda import gelu_backward_cuda, gelu_cuda
 from qirl_fast.ops._checks import (
     LARGE_DTYPES,
     REFERENCE_DTYPES,
-    matrices,
-    matrix,
-    require_rows,
+    require_operands,
 )
+from qirl_fast.ops._cpp import cpu_launcher
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._quantized import (
     and_quantized,
-    fp8_of,
     fp8_outputs,
     require_quantize,
 )
-from qirl_fast.ops._recycled import empty
 from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 from qirl_fast.ops.fp8_quantize import Quantized
@@ -65,32 +61,13 @@ def gelu_backward_reference(grad: Tensor, x: Tensor) -> Tensor:
     return (dy * (0.5 * (1 + tanh) + 0.5 * wide * (1 - tanh**2) * slope)).to(x.dtype)
 
 
-# ---- cpu ----------------------------------------------------------------------------------------
-def gelu_cpu(x: Tensor, quantize: str) -> tuple[Tensor, Tensor, Tensor]:
-    """C++ kernel, csrc/cpu/gelu.inl.cpp."""
-    y = empty(x)
-    q, scale = fp8_outputs(y, quantize)
-    (x,) = [matrix(x)] if quantize else matrices(x)
-    fp8 = fp8_of(q, scale, quantize)
-    _cpu.gelu(x, y, fp8, torch.get_num_threads())
-    return y, q, scale
-
-
-def gelu_backward_cpu(grad: Tensor, x: Tensor) -> Tensor:
-    """C++ kernel, csrc/cpu/gelu.inl.cpp."""
-    dx = empty(x)
-    grad, x = matrices(grad, x)
-    _cpu.gelu_backward(grad, x, dx, torch.get_num_threads())
-    return dx
-
-
 # ---- registration -------------------------------------------------------------------------------
 _DEFAULT = {"cpu": "cpu", "cuda": "reference"}
 OP = Op(
     "gelu",
     {
         "reference": Backend(and_quantized(gelu_reference), ("cpu", "cuda"), REFERENCE_DTYPES),
-        "cpu": Backend(gelu_cpu, ("cpu",), LARGE_DTYPES),
+        "cpu": Backend(cpu_launcher("gelu"), ("cpu",), LARGE_DTYPES),
         "triton": Backend(triton_launcher("gelu", "gelu"), ("cuda",), LARGE_DTYPES, missing_triton),
         "cuda": Backend(gelu_cuda, ("cuda",), LARGE_DTYPES, missing_cuda),
     },
@@ -100,7 +77,7 @@ OP_BACKWARD = Op(
     "gelu_backward",
     {
         "reference": Backend(gelu_backward_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
-        "cpu": Backend(gelu_backward_cpu, ("cpu",), LARGE_DTYPES),
+        "cpu": Backend(cpu_launcher("gelu_backward"), ("cpu",), LARGE_DTYPES),
         "triton": Backend(
             triton_launcher("gelu", "gelu_backward"), ("cuda",), LARGE_DTYPES, missing_triton
         ),
@@ -154,7 +131,7 @@ def gelu(x: Tensor, quantize: str | None = None) -> Tensor | Quantized:
         scale float32 [..., 1] or [..., ceil(K / 128)].
     Raises ValueError for shapes, dtypes or names outside this.
     """
-    require_rows("gelu", "x", x)
+    require_operands("gelu", {"x": x})
     granularity = require_quantize("gelu", quantize)
     run = _Gelu.apply if torch.is_grad_enabled() and x.requires_grad else _gelu
     y, q, scale = run(x, granularity, forced_backend())

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qirl_fast import _cpu
 from qirl_fast.ops._checks import (
     LARGE_DTYPES,
     REFERENCE_DTYPES,
@@ -30,6 +29,7 @@ from qirl_fast.ops._checks import (
     require_operands,
     require_per_row,
 )
+from qirl_fast.ops._cpp import cpu_launcher
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._guide_cuda import guide_backward_cuda, guide_cuda
 from qirl_fast.ops._triton import missing_triton, triton_launcher
@@ -79,26 +79,13 @@ def _norm_factor(c: Tensor, g: Tensor) -> Tensor:
     return _divide_or_zero(norm_c, norm_g)
 
 
-# ---- cpu ----------------------------------------------------------------------------------------
-def guide_cpu(v_cond: Tensor, v_uncond: Tensor, scale_B: Tensor, rescale: bool) -> Tensor:
-    """C++ kernel, csrc/cpu/guide.inl.cpp."""
-    return _cpu.guide(v_cond, v_uncond, scale_B, rescale, torch.get_num_threads())
-
-
-def guide_backward_cpu(
-    grad: Tensor, v_cond: Tensor, v_uncond: Tensor, scale_B: Tensor, rescale: bool
-) -> tuple[Tensor, Tensor]:
-    """C++ kernel, csrc/cpu/guide.inl.cpp."""
-    return _cpu.guide_backward(grad, v_cond, v_uncond, scale_B, rescale, torch.get_num_threads())
-
-
 # ---- registration -------------------------------------------------------------------------------
 _DEFAULT = {"cpu": "cpu", "cuda": "reference"}
 OP = Op(
     "guide",
     {
         "reference": Backend(guide_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
-        "cpu": Backend(guide_cpu, ("cpu",), LARGE_DTYPES),
+        "cpu": Backend(cpu_launcher("guide"), ("cpu",), LARGE_DTYPES),
         "triton": Backend(
             triton_launcher("guide", "guide"), ("cuda",), LARGE_DTYPES, missing_triton
         ),
@@ -110,7 +97,7 @@ OP_BACKWARD = Op(
     "guide_backward",
     {
         "reference": Backend(guide_backward_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
-        "cpu": Backend(guide_backward_cpu, ("cpu",), LARGE_DTYPES),
+        "cpu": Backend(cpu_launcher("guide_backward"), ("cpu",), LARGE_DTYPES),
         "triton": Backend(
             triton_launcher("guide", "guide_backward"), ("cuda",), LARGE_DTYPES, missing_triton
         ),

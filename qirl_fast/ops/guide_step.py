@@ -25,13 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qirl_fast import _cpu
 from qirl_fast.ops._checks import (
     LARGE_DTYPES,
     REFERENCE_DTYPES,
     require_operands,
     require_per_row,
 )
+from qirl_fast.ops._cpp import cpu_launcher
 from qirl_fast.ops._cuda import cuda_module, device_of, missing_cuda, stream_of
 from qirl_fast.ops._flow_cuda import flow_scratch
 from qirl_fast.ops._triton import missing_triton, triton_launcher
@@ -67,15 +67,7 @@ def guide_step_reference(
     return *flow_step_reference(x, v_cond, a, c, s, w, b, seed, offset, delta), delta
 
 
-# ---- cpu, cuda ----------------------------------------------------------------------------------
-def guide_step_cpu(
-    x: Tensor, v_cond: Tensor, v_uncond: Tensor, scale_B: Tensor, rescale: bool, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """C++ kernel, csrc/cpu/guide_step.inl.cpp; `rest`: as the reference's."""
-    threads = torch.get_num_threads()
-    return _cpu.guide_step(x, v_cond, v_uncond, scale_B, rescale, *rest, threads)
-
-
+# ---- cuda ---------------------------------------------------------------------------------------
 def guide_step_cuda(
     x: Tensor, v_cond: Tensor, v_uncond: Tensor, scale_B: Tensor, rescale: bool, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,7 +99,7 @@ OP = Op(
     "guide_step",
     {
         "reference": Backend(guide_step_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
-        "cpu": Backend(guide_step_cpu, ("cpu",), LARGE_DTYPES),
+        "cpu": Backend(cpu_launcher("guide_step"), ("cpu",), LARGE_DTYPES),
         "triton": Backend(
             triton_launcher("guide_step", "guide_step"), ("cuda",), LARGE_DTYPES, missing_triton
         ),

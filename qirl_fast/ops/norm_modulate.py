@@ -32,19 +32,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qirl_fast.ops._checks import LARGE_DTYPES, REFERENCE_DTYPES
+from qirl_fast.ops._cpp import cpu_launcher
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._norm_checks import (
     as_tokens,
+    from_tokens,
     gradient_for,
-    require_modulation,
+    require_modulated,
     require_norm,
-    require_tokens,
-    tokens_at_t0,
 )
-from qirl_fast.ops._norm_compiled import (
-    norm_modulate_backward_cpu,
+from qirl_fast.ops._norm_cuda import (
     norm_modulate_backward_cuda,
-    norm_modulate_cpu,
     norm_modulate_cuda,
 )
 from qirl_fast.ops._norm_reference import (
@@ -120,7 +118,7 @@ OP = Op(
         "reference": Backend(
             and_quantized(norm_modulate_reference), ("cpu", "cuda"), REFERENCE_DTYPES
         ),
-        "cpu": Backend(norm_modulate_cpu, ("cpu",), LARGE_DTYPES),
+        "cpu": Backend(cpu_launcher("norm_modulate"), ("cpu",), LARGE_DTYPES),
         "triton": Backend(
             triton_launcher("norm_modulate", "norm_modulate"),
             ("cuda",),
@@ -135,7 +133,7 @@ OP_BACKWARD = Op(
     "norm_modulate_backward",
     {
         "reference": Backend(norm_modulate_backward_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
-        "cpu": Backend(norm_modulate_backward_cpu, ("cpu",), LARGE_DTYPES),
+        "cpu": Backend(cpu_launcher("norm_modulate_backward"), ("cpu",), LARGE_DTYPES),
         "triton": Backend(
             triton_launcher("norm_modulate", "norm_modulate_backward"),
             ("cuda",),
@@ -299,10 +297,10 @@ def norm_modulate(
     Raises ValueError for shapes, dtypes, devices or names outside this.
     """
     op = "norm_modulate"
-    require_tokens(op, "x", x)
+    firsts = {"scale": scale, "shift": shift}
+    at_t0 = {"scale_t0": scale_t0, "shift_t0": shift_t0}
+    t0 = require_modulated(op, {"x": x}, firsts, t0, at_t0)
     require_norm(op, norm, eps)
-    require_modulation(op, t0, x, scale=scale, shift=shift, scale_t0=scale_t0, shift_t0=shift_t0)
-    t0 = tokens_at_t0(op, t0, x)
     granularity = require_quantize(op, quantize)
     options = (norm == "rms", eps, granularity, forced_backend())
     args = (as_tokens(x), scale, shift, t0, scale_t0, shift_t0, *options)
@@ -311,5 +309,5 @@ def norm_modulate(
         y, q, q_scale = _NormModulate.apply(*args)
     else:
         y, _, _, q, q_scale = _norm_modulate(*args)
-    y = y.reshape(x.shape)
+    y = from_tokens(y, x)
     return quantized(y, q, q_scale) if granularity else y

@@ -29,12 +29,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qirl_fast.ops._checks import LARGE_DTYPES, REFERENCE_DTYPES
+from qirl_fast.ops._cpp import cpu_launcher
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._qk_checks import Stream, require_eps, require_joint, require_stream
-from qirl_fast.ops._qk_compiled import (
-    qk_norm_rope_backward_cpu,
+from qirl_fast.ops._qk_cuda import (
     qk_norm_rope_backward_cuda,
-    qk_norm_rope_cpu,
     qk_norm_rope_cuda,
 )
 from qirl_fast.ops._triton import missing_triton, triton_launcher
@@ -144,7 +143,7 @@ OP = Op(
     "qk_norm_rope",
     {
         "reference": Backend(qk_norm_rope_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
-        "cpu": Backend(qk_norm_rope_cpu, ("cpu",), LARGE_DTYPES),
+        "cpu": Backend(cpu_launcher("qk_norm_rope"), ("cpu",), LARGE_DTYPES),
         "triton": Backend(
             triton_launcher("qk_norm_rope", "qk_norm_rope"), ("cuda",), LARGE_DTYPES, missing_triton
         ),
@@ -156,7 +155,7 @@ OP_BACKWARD = Op(
     "qk_norm_rope_backward",
     {
         "reference": Backend(qk_norm_rope_backward_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
-        "cpu": Backend(qk_norm_rope_backward_cpu, ("cpu",), LARGE_DTYPES),
+        "cpu": Backend(cpu_launcher("qk_norm_rope_backward"), ("cpu",), LARGE_DTYPES),
         "triton": Backend(
             triton_launcher("qk_norm_rope_backward", "qk_norm_rope_backward"),
             ("cuda",),

@@ -23,24 +23,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qirl_fast import _cpu
 from qirl_fast.ops._act_cuda import swiglu_backward_cuda, swiglu_cuda
 from qirl_fast.ops._checks import (
     LARGE_DTYPES,
     REFERENCE_DTYPES,
-    matrices,
-    matrix,
-    require_like,
-    require_rows,
+    require_operands,
 )
+from qirl_fast.ops._cpp import cpu_launcher
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._quantized import (
     and_quantized,
-    fp8_of,
     fp8_outputs,
     require_quantize,
 )
-from qirl_fast.ops._recycled import empty
 from qirl_fast.ops._triton import missing_triton, triton_launcher
 from qirl_fast.ops.dispatch import Backend, Op, forced_backend
 from qirl_fast.ops.fp8_quantize import Quantized
@@ -63,44 +58,13 @@ def swiglu_backward_reference(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[T
     return dgate.to(gate.dtype), (dy * g * s).to(up.dtype)
 
 
-# ---- cpu ----------------------------------------------------------------------------------------
-def swiglu_cpu(gate: Tensor, up: Tensor, quantize: str) -> tuple[Tensor, Tensor, Tensor]:
-    """C++ kernel, csrc/cpu/swiglu.inl.cpp."""
-    y = empty(gate)
-    q, scale = fp8_outputs(y, quantize)
-    gate, up = [matrix(gate), matrix(up)] if quantize else matrices(gate, up)
-    _cpu.swiglu(
-        gate,
-        up,
-        y,
-        fp8_of(q, scale, quantize),
-        torch.get_num_threads(),
-    )
-    return y, q, scale
-
-
-def swiglu_backward_cpu(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """C++ kernel, csrc/cpu/swiglu.inl.cpp."""
-    dgate, dup = empty(gate), empty(up)
-    grad, gate, up = matrices(grad, gate, up)
-    _cpu.swiglu_backward(
-        grad,
-        gate,
-        up,
-        dgate,
-        dup,
-        torch.get_num_threads(),
-    )
-    return dgate, dup
-
-
 # ---- registration -------------------------------------------------------------------------------
 _DEFAULT = {"cpu": "cpu", "cuda": "reference"}
 OP = Op(
     "swiglu",
     {
         "reference": Backend(and_quantized(swiglu_reference), ("cpu", "cuda"), REFERENCE_DTYPES),
-        "cpu": Backend(swiglu_cpu, ("cpu",), LARGE_DTYPES),
+        "cpu": Backend(cpu_launcher("swiglu"), ("cpu",), LARGE_DTYPES),
         "triton": Backend(
             triton_launcher("swiglu", "swiglu"), ("cuda",), LARGE_DTYPES, missing_triton
         ),
@@ -112,7 +76,7 @@ OP_BACKWARD = Op(
     "swiglu_backward",
     {
         "reference": Backend(swiglu_backward_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
-        "cpu": Backend(swiglu_backward_cpu, ("cpu",), LARGE_DTYPES),
+        "cpu": Backend(cpu_launcher("swiglu_backward"), ("cpu",), LARGE_DTYPES),
         "triton": Backend(
             triton_launcher("swiglu", "swiglu_backward"), ("cuda",), LARGE_DTYPES, missing_triton
         ),
@@ -174,8 +138,7 @@ def swiglu(gate: Tensor, up: Tensor, quantize: str | None = None) -> Tensor | Qu
         scale float32 [..., 1] or [..., ceil(F / 128)].
     Raises ValueError for shapes, dtypes, devices or names outside this.
     """
-    require_rows("swiglu", "gate", gate)
-    require_like("swiglu", "up", up, "gate", gate, dtype=True)
+    require_operands("swiglu", {"gate": gate, "up": up})
     granularity = require_quantize("swiglu", quantize)
     trains = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
     run = _Swiglu.apply if trains else _swiglu

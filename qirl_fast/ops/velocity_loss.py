@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qirl_fast import _cpu
 from qirl_fast.ops._checks import (
     LARGE_DTYPES,
     REFERENCE_DTYPES,
@@ -37,6 +36,7 @@ from qirl_fast.ops._checks import (
     require_operands,
     row_sizes,
 )
+from qirl_fast.ops._cpp import cpu_launcher
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._gradient import scaled
 from qirl_fast.ops._loss_cuda import velocity_loss_cuda
@@ -71,29 +71,12 @@ def velocity_loss_reference(
     return (weight * mse).mean(), mse, dv.to(v.dtype).reshape(v.shape)
 
 
-# ---- cpu ----------------------------------------------------------------------------------------
-def velocity_loss_cpu(
-    v: Tensor, target: Tensor, weight_B: Tensor | None, want_grad: bool
-) -> _Outputs:
-    """C++ kernel, csrc/cpu/velocity_loss.inl.cpp."""
-    return _cpu.velocity_loss(v, target, weight_B, want_grad, torch.get_num_threads())
-
-
-def _empty_outputs(v: Tensor, want_grad: bool) -> _Outputs:
-    real = torch.promote_types(v.dtype, torch.float32)
-    return (
-        v.new_empty((), dtype=real),
-        v.new_empty(v.shape[:1], dtype=real),
-        v.new_empty(v.shape if want_grad else 0),
-    )
-
-
 # ---- registration -------------------------------------------------------------------------------
 OP = Op(
     "velocity_loss",
     {
         "reference": Backend(velocity_loss_reference, ("cpu", "cuda"), REFERENCE_DTYPES),
-        "cpu": Backend(velocity_loss_cpu, ("cpu",), LARGE_DTYPES),
+        "cpu": Backend(cpu_launcher("velocity_loss"), ("cpu",), LARGE_DTYPES),
         "triton": Backend(
             triton_launcher("velocity_loss", "velocity_loss"),
             ("cuda",),
@@ -104,6 +87,15 @@ OP = Op(
     },
     {"cpu": "cpu", "cuda": "reference"},
 )
+
+
+def _empty_outputs(v: Tensor, want_grad: bool) -> _Outputs:
+    real = torch.promote_types(v.dtype, torch.float32)
+    return (
+        v.new_empty((), dtype=real),
+        v.new_empty(v.shape[:1], dtype=real),
+        v.new_empty(v.shape if want_grad else 0),
+    )
 
 
 _velocity_loss = OP.register(

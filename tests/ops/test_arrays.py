@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from qirl_fast import _cpu, ops
-from qirl_fast.ops._recycled import empty
 
 FLOATS = torch.arange(240, dtype=torch.float32)
 TENSORS = {
@@ -18,6 +17,11 @@ TENSORS = {
     "transposed": FLOATS.view(3, 80).t(),
     "a slice": FLOATS.view(4, 60)[1:, 8:],
     "expanded": FLOATS[:4].view(4, 1).expand(4, 5),
+    "expanded rows": FLOATS[:5].expand(3, 4, 5),
+    "half of a projection": FLOATS.view(4, 6, 10)[..., 5:],
+    "every other token": FLOATS.view(4, 6, 10)[:, ::2],
+    "heads before tokens": FLOATS.view(2, 6, 4, 5).transpose(1, 2),
+    "one token each": FLOATS.view(4, 6, 10)[:, 2:3],
     "five dimensions": FLOATS.view(2, 3, 4, 5, 2),
     "a number": torch.tensor(3.0),
     "a leaf": FLOATS.clone().requires_grad_(),
@@ -47,6 +51,18 @@ def test_what_is_seen(hidden: bool, name: str) -> None:
     last = t.shape[-1] if t.ndim else 1
     address = t.data_ptr() if t.numel() else 0
     assert _cpu.look_at(t) == (address, code, t.numel(), last, sizes, strides)
+
+
+@pytest.mark.parametrize("name", [n for n, t in TENSORS.items() if t.ndim and t.numel()])
+def test_what_can_be_read_without_a_copy(hidden: bool, name: str) -> None:
+    """`even` is what reshape(-1, K) gives as a view, with a dense last dimension."""
+    t = TENSORS[name]
+    dense, rows, vectors, even, step = _cpu.layout_of(t)
+    matrix = t.reshape(-1, t.shape[-1])
+    assert dense == t.is_contiguous() and rows == all(r.is_contiguous() for r in t)
+    assert vectors == (t.stride(-1) == 1 or t.shape[-1] == 1)
+    assert even == (vectors and matrix.data_ptr() == t.data_ptr())
+    assert not even or len(matrix) == 1 or step == matrix.stride(0)
 
 
 def test_none_is_absent_and_nothing_else_is_taken(hidden: bool) -> None:
@@ -80,15 +96,27 @@ def test_the_ops_give_the_same_bits_either_way(hidden: bool, dtype: torch.dtype)
 
 
 def test_outputs(hidden: bool) -> None:
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        for shape in ((), (3,), (2, 3, 70), (4, 512, 1024)):
-            y = empty(torch.empty(shape, dtype=dtype))
+    for code, dtype in enumerate((torch.float32, torch.bfloat16)):
+        for shape in ((), (3,), (2, 3, 70), (4, 512, 1024), (2, 1, 3, 1, 5, 1)):
+            y = _cpu.new_output(shape, code)
             assert (y.shape, y.dtype, y.is_contiguous()) == (shape, dtype, True)
             assert type(y) is Tensor and not y.requires_grad and y.data_ptr() % 64 == 0
             assert torch.equal(y.fill_(3), torch.full(shape, 3.0, dtype=dtype))
-    assert empty(TENSORS["a parameter"]).shape == (3, 4)
-    assert empty(TENSORS["transposed"]).stride() == (3, 1)
-    assert empty(TENSORS["no elements"]).shape == (0, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 70), (1100, 1024), (2, 1, 3, 1, 2, 4)])
+def test_outputs_in_8_bits(hidden: bool, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    q, scale = ops.fp8_quantize(x, dtype=dtype)
+    assert (type(q), q.dtype, q.shape, q.is_contiguous()) == (Tensor, dtype, shape, True)
+    with ops.use_backend("reference"):
+        wanted, wanted_scale = ops.fp8_quantize(x, dtype=dtype)
+    assert torch.equal(q.view(torch.uint8), wanted.view(torch.uint8))
+    assert torch.equal(scale, wanted_scale)
+    y, nothing, no_scale = torch.ops.qirl.gelu(x, "", "")
+    assert (nothing.dtype, nothing.shape, no_scale.shape) == (torch.float8_e4m3fn, (0,), (0,))
+    assert torch.equal(y, ops.gelu(x))
 
 
 @pytest.mark.parametrize("name", ["a slice", "expanded", "transposed"])
@@ -102,23 +130,33 @@ def test_what_is_not_dense_is_copied(hidden: bool, name: str) -> None:
 
 def test_what_every_check_lets_pass_is_seen_at_once() -> None:
     x, half, row = torch.ones(2, 3, 4), torch.ones(2, 3, 4).bfloat16(), torch.ones(2)
-    assert _cpu.plain_rows((x, x), (half, x), (row,))
-    assert _cpu.plain_rows((x.transpose(1, 2),), (), ())
+    shift = torch.ones(2, 8).bfloat16()[:, 4:]
+    assert _cpu.plain_rows((x, x), (half, x), (row,), (shift, None, shift.float()))
+    assert _cpu.plain_rows((x.transpose(1, 2),), (), (), ())
+    assert _cpu.plain_rows((x[:, 0],), (), (), (shift,))
     wrong = [
-        ((x, half), (), ()),
-        ((x,), (x[:1],), ()),
-        ((x,), (x[0],), ()),
-        ((x,), (None,), ()),
-        ((x,), (), (torch.ones(3),)),
-        ((x,), (), (row.double(),)),
-        ((x,), (), (row.view(2, 1),)),
-        ((x.double(),), (), ()),
-        ((x.to("meta"),), (), ()),
-        ((nn.Parameter(x),), (), ()),
-        ((torch.empty(0, 4),), (), ()),
-        ((torch.tensor(1.0),), (), ()),
-        ((x.to_sparse(),), (), ()),
-        ((3,), (), ()),
+        ((x, half), (), (), ()),
+        ((x,), (x[:1],), (), ()),
+        ((x,), (x[0],), (), ()),
+        ((x,), (None,), (), ()),
+        ((x,), (), (torch.ones(3),), ()),
+        ((x,), (), (row.double(),), ()),
+        ((x,), (), (row.view(2, 1),), ()),
+        ((x,), (), (None,), ()),
+        ((x,), (), (), (shift[:1],)),
+        ((x,), (), (), (shift[:, 1:],)),
+        ((x,), (), (), (shift.half(),)),
+        ((x,), (), (), (shift[:, None],)),
+        ((x,), (), (), (3,)),
+        ((x[None],), (), (), (shift,)),
+        ((row,), (), (), (None,)),
+        ((x.double(),), (), (), ()),
+        ((x.to("meta"),), (), (), ()),
+        ((nn.Parameter(x),), (), (), ()),
+        ((torch.empty(0, 4),), (), (), ()),
+        ((torch.tensor(1.0),), (), (), ()),
+        ((x.to_sparse(),), (), (), ()),
+        ((3,), (), (), ()),
     ]
     assert not any(_cpu.plain_rows(*groups) for groups in wrong)
 
@@ -144,7 +182,9 @@ def test_what_does_not_lie_in_memory_as_it_reads_goes_to_the_dispatcher() -> Non
     x = torch.ones(2)
     negated = torch.ones(2, dtype=torch.complex64).conj().imag
     zeros = torch._efficientzerotensor((2,))
-    for odd in (x.to_sparse(), x.to("meta"), x.as_subclass(Subclass), negated, zeros):
+    conjugated = torch.ones(2, dtype=torch.complex64).conj()
+    odds = (x.to_sparse(), x.to("meta"), x.as_subclass(Subclass), negated, conjugated, zeros)
+    for odd in odds:
         for arguments in ((odd,), (x, odd), (x, [x, odd]), (x, (odd,))):
             assert _cpu.kinds(arguments, (0,)) is None
-    assert _cpu.kinds((3,), (0,)) is _cpu.empty_like("x") is None
+    assert _cpu.kinds((3,), (0,)) is None

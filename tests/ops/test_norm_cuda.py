@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qirl_fast import ops
-from qirl_fast.ops import _norm_compiled as compiled
+from qirl_fast.ops import _norm_cuda as compiled
 from qirl_fast.ops.gate_residual import gate_residual_backward_reference, gate_residual_reference
 from qirl_fast.ops.gate_residual_norm_modulate import (
     gate_residual_norm_modulate_backward_reference,

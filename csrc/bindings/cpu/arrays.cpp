@@ -31,8 +31,10 @@ bool look(py::handle tensor, DLTensor& t) {
 
 // Whether these are plain tensors on the CPU, no subclass's, that every check of rows lets pass:
 // `same` of one shape [B, ...] and dtype, float32 or bfloat16; `like` of that shape, each in one of
-// the two; `per_row` float32 [B]. False says nothing.
-bool plain_rows(const py::tuple& same, const py::tuple& like, const py::tuple& per_row) {
+// the two; `per_row` float32 [B]; `modulation` [B, D] in one of the two or absent, for rows of
+// [B, D] or [B, S, D]. False says nothing.
+bool plain_rows(const py::tuple& same, const py::tuple& like, const py::tuple& per_row,
+                const py::tuple& modulation) {
   const auto plain = [](py::handle tensor, DLTensor& t) {
     return py::type::handle_of(tensor).is(tensor_type()) && look(tensor, t) &&
            t.device.type == kDLCPU && t.dtype.lanes == 1;
@@ -45,8 +47,11 @@ bool plain_rows(const py::tuple& same, const py::tuple& like, const py::tuple& p
   for (int dim = 0; dim < first.ndim; ++dim) {
     if (first.shape[dim] == 0) return false;
   }
+  const auto is_large = [&](const DLTensor& t) {
+    return is_float(t, kDLFloat, 32) || is_float(t, kDLBfloat, 16);
+  };
   const auto of_its_shape = [&](const DLTensor& t) {
-    return (is_float(t, kDLFloat, 32) || is_float(t, kDLBfloat, 16)) && t.ndim == first.ndim &&
+    return is_large(t) && t.ndim == first.ndim &&
            std::equal(t.shape, t.shape + t.ndim, first.shape);
   };
   for (const py::handle& tensor : same) {
@@ -60,7 +65,22 @@ bool plain_rows(const py::tuple& same, const py::tuple& like, const py::tuple& p
                       t.shape[0] == first.shape[0];
     if (!fits) return false;
   }
+  for (const py::handle& tensor : modulation) {
+    if (first.ndim != 2 && first.ndim != 3) return false;
+    if (tensor.is_none()) continue;
+    const bool fits = plain(tensor, t) && is_large(t) && t.ndim == 2 &&
+                      t.shape[0] == first.shape[0] && t.shape[1] == first.shape[first.ndim - 1];
+    if (!fits) return false;
+  }
   return true;
+}
+
+// What `tensor` answers to a question without arguments.
+bool says_yes(py::handle tensor, py::handle question) {
+  const auto answer =
+      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), question.ptr()));
+  if (!answer) throw py::error_already_set();
+  return answer.ptr() != Py_False;
 }
 
 // Whether a kernel may be handed this argument as it is: no tensor, or one of torch.Tensor itself
@@ -69,14 +89,13 @@ bool as_it_lies(py::handle argument, DLTensor& t) {
   static const py::handle parameter =
       py::object(py::module_::import("torch.nn").attr("Parameter")).release();
   static const py::handle is_negated = py::str("is_neg").release();
+  static const py::handle is_conjugated = py::str("is_conj").release();
   if (!is_tensor(argument)) return true;
   const py::handle type = py::type::handle_of(argument);
   if (!type.is(tensor_type()) && !type.is(parameter)) return false;
   if (!look(argument, t) || t.data == nullptr || t.dtype.lanes != 1) return false;
-  const auto negated = py::reinterpret_steal<py::object>(
-      PyObject_CallMethodNoArgs(argument.ptr(), is_negated.ptr()));
-  if (!negated) throw py::error_already_set();
-  return negated.ptr() == Py_False;
+  if (t.dtype.code == kDLComplex && says_yes(argument, is_conjugated)) return false;
+  return !says_yes(argument, is_negated);
 }
 
 // A number for the device type of the first of an op's large tensors and the dtypes of all, another
@@ -177,26 +196,15 @@ Output new_tensor(std::vector<int64_t> shape, uint8_t code, uint8_t bits) {
   return {py::module_::import("torch.utils.dlpack").attr("from_dlpack")(capsule), data};
 }
 
-py::object empty(const py::tuple& sizes, uint8_t code, uint8_t bits) {
-  std::vector<int64_t> shape;
-  for (const py::handle& size : sizes) shape.push_back(size.cast<int64_t>());
-  return new_tensor(std::move(shape), code, bits).tensor;
-}
-
-// None where `like` is not on the CPU, not of a floating dtype, or cannot be looked at.
-py::object empty_like(py::handle like) {
-  DLTensor t;
-  const bool served = look(like, t) && t.device.type == kDLCPU && t.dtype.lanes == 1 &&
-                      (t.dtype.code == kDLFloat || t.dtype.code == kDLBfloat);
-  if (!served) return py::none();
-  return new_tensor({t.shape, t.shape + t.ndim}, t.dtype.code, t.dtype.bits).tensor;
-}
-
 const Binding binding([](py::module_& m) {
   m.def("plain_rows", &plain_rows);
   m.def("kinds", &kinds);
-  m.def("empty", &empty, "An uninitialised tensor: sizes, DLPack's dtype code, bits.");
-  m.def("empty_like", &empty_like, "The same in the sizes and dtype of another, or None.");
+  m.def(
+      "new_output",
+      [](std::vector<int64_t> sizes, int dtype) {
+        return new_output(std::move(sizes), dtype).tensor;
+      },
+      "An uninitialised output: sizes, 0 for float32 or 1 for bfloat16.");
   m.def("kept_bytes", &kept_bytes, "Bytes of earlier outputs that wait for a next one.");
   m.def("poison", [](bool on) { poisoned = on; }, "Outputs start as NaN, for the tests.");
   m.def("hide_exchange", &hide_exchange, "As with a PyTorch before 2.11, for the tests.");
@@ -209,6 +217,9 @@ const Binding binding([](py::module_& m) {
     return py::make_tuple(reinterpret_cast<uintptr_t>(a.data), a.code, a.count, a.last, sizes,
                           strides);
   });
+  m.def("layout_of", [](const Array& a) {
+    return py::make_tuple(a.dense, a.dense_rows, a.dense_vectors, a.even, a.step);
+  });
 });
 
 }  // namespace
@@ -218,11 +229,38 @@ Output new_output(std::vector<int64_t> sizes, int dtype) {
                            : new_tensor(std::move(sizes), kDLBfloat, 16);
 }
 
-Output output_like(const Array& like, int dtype) {
-  if (like.dims <= Array::kDims) return new_output({like.size, like.size + like.dims}, dtype);
-  return new_output(like.tensor.attr("shape").cast<std::vector<int64_t>>(), dtype);
+Output new_fp8_output(std::vector<int64_t> sizes, bool e5m2) {
+  if (exchange() != nullptr) {
+    return new_tensor(std::move(sizes), e5m2 ? kDLFloat8_e5m2 : kDLFloat8_e4m3fn, 8);
+  }
+  Output bytes = new_tensor(std::move(sizes), kDLUInt, 8);
+  const char* name = e5m2 ? "float8_e5m2" : "float8_e4m3fn";
+  bytes.tensor = bytes.tensor.attr("view")(py::module_::import("torch").attr(name));
+  return bytes;
 }
 
+std::vector<int64_t> sizes_of(const Array& array) {
+  if (array.dims <= Array::kDims) return {array.size, array.size + array.dims};
+  return array.tensor.attr("shape").cast<std::vector<int64_t>>();
+}
+
+Output output_like(const Array& like, int dtype) { return new_output(sizes_of(like), dtype); }
+
 Output no_output(int dtype) { return {new_output({0}, dtype).tensor, nullptr}; }
+
+Fp8Outputs::Fp8Outputs(std::vector<int64_t> sizes, const std::string& granularity, bool e5m2)
+    : out{} {
+  if (granularity.empty()) {
+    q = {new_fp8_output({0}, e5m2).tensor, nullptr};
+    scale = no_output(kFloat32);
+    return;
+  }
+  const int64_t width = sizes.back(), unit = granularity == "block" ? kFp8Block : width;
+  q = new_fp8_output(sizes, e5m2);
+  sizes.back() = (width + unit - 1) / unit;
+  scale =
+      granularity == "tensor" ? new_output({1}, kFloat32) : new_output(std::move(sizes), kFloat32);
+  out = {q.as<uint8_t>(), scale.as<float>(), unit};
+}
 
 }  // namespace qirl

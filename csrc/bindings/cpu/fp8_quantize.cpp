@@ -1,9 +1,11 @@
 #include "cpu/fp8_quantize.h"
 
 #include <algorithm>
+#include <string>
 #include <vector>
 
 #include "bindings/cpu/ops.h"
+#include "bindings/cpu/outputs.h"
 #include "cpu/dtype.h"
 #include "math/fp8.h"
 
@@ -21,30 +23,35 @@ void whole_scale(Fp8Args& a, int64_t grain, int threads) {
   a.scale[0] = a.format == kE4m3fn ? fp8_scale<E4m3fn>(most) : fp8_scale<E5m2>(most);
 }
 
-// unit: elements a scale along a row of q; 0: one scale for everything.
-void quantize(const Array& x, const Array& q, const Array& scale, int64_t unit, int format,
-              bool transposed, int threads) {
-  const int64_t rows = x.size[0], width = x.size[1];
+// Returns q and scale; granularity: "row", "block" or "tensor".
+py::tuple quantize(const Matrix& x, const std::string& granularity, bool e5m2, bool transposed,
+                   int threads) {
+  const int64_t width = x.last, rows = x.count / width;
   Fp8Args a{};
   a.x = x.data;
-  a.x_stride = x.stride[0];
+  a.x_stride = x.step;
   a.dtype = x.dtype();
-  a.q = as_pointer<uint8_t>(q);
-  a.scale = as_pointer<float>(scale);
   a.rows = rows;
   a.width = width;
-  a.whole = unit == 0;
-  a.unit = a.whole ? (transposed ? rows : width) : unit;
-  a.format = format;
-  py::gil_scoped_release released;
-  const int64_t grain = std::max<int64_t>(1, kGrainElements / width);
-  if (a.whole) whole_scale(a, grain, threads);
-  if (transposed) {
-    run_kernel(fp8_quantize_transposed_kernels, &a, (width + kFp8Columns - 1) / kFp8Columns, 1,
-               threads);
-  } else {
-    run_kernel(fp8_quantize_kernels, &a, rows, grain, threads);
+  a.format = e5m2 ? kE5m2 : kE4m3fn;
+  const Fp8Outputs made(transposed ? std::vector<int64_t>{width, rows} : sizes_of(x), granularity,
+                        e5m2);
+  a.q = made.out.q;
+  a.scale = made.out.scale;
+  a.unit = made.out.unit;
+  a.whole = granularity == "tensor";
+  {
+    py::gil_scoped_release released;
+    const int64_t grain = std::max<int64_t>(1, kGrainElements / width);
+    if (a.whole) whole_scale(a, grain, threads);
+    if (transposed) {
+      run_kernel(fp8_quantize_transposed_kernels, &a, (width + kFp8Columns - 1) / kFp8Columns, 1,
+                 threads);
+    } else {
+      run_kernel(fp8_quantize_kernels, &a, rows, grain, threads);
+    }
   }
+  return py::make_tuple(made.q.tensor, made.scale.tensor);
 }
 
 const Binding binding([](py::module_& m) { m.def("fp8_quantize", &quantize); });

@@ -5,12 +5,14 @@
 namespace qirl {
 namespace {
 
-void forward(const Array& x, const Array& y, const Fp8& fp8, int threads) {
-  run_pointwise(gelu_kernels, {x}, {y}, threads, fp8);
+py::tuple forward(const Matrix& x, const std::string& quantize, int threads) {
+  return run_quantizing(gelu_kernels, {x}, quantize, threads);
 }
 
-void backward(const Array& dy, const Array& x, const Array& dx, int threads) {
+py::object backward(const Matrix& dy, const Matrix& x, int threads) {
+  const Output dx = output_like(x, x.dtype());
   run_pointwise(gelu_backward_kernels, {dy, x}, {dx}, threads);
+  return dx.tensor;
 }
 
 const Binding binding([](py::module_& m) {

@@ -5,13 +5,15 @@
 namespace qirl {
 namespace {
 
-void forward(const Array& gate, const Array& up, const Array& y, const Fp8& fp8, int threads) {
-  run_pointwise(swiglu_kernels, {gate, up}, {y}, threads, fp8);
+py::tuple forward(const Matrix& gate, const Matrix& up, const std::string& quantize, int threads) {
+  return run_quantizing(swiglu_kernels, {gate, up}, quantize, threads);
 }
 
-void backward(const Array& dy, const Array& gate, const Array& up, const Array& dgate,
-              const Array& dup, int threads) {
+// Returns dgate and dup.
+py::tuple backward(const Matrix& dy, const Matrix& gate, const Matrix& up, int threads) {
+  const Output dgate = output_like(gate, gate.dtype()), dup = output_like(up, up.dtype());
   run_pointwise(swiglu_backward_kernels, {dy, gate, up}, {dgate, dup}, threads);
+  return py::make_tuple(dgate.tensor, dup.tensor);
 }
 
 const Binding binding([](py::module_& m) {

@@ -1,5 +1,7 @@
 #include "bindings/qk_norm_rope.h"
 
+#include <pybind11/stl.h>
+
 #include <string>
 
 #include "bindings/cuda/ops.h"
@@ -15,18 +17,25 @@ void require_width(const QkArgs& a) {
                         ". use_backend('triton') or 'reference' takes any even width.");
 }
 
-void forward(const Stream& text, const Stream& image, const QkOutputs& out, float eps,
+void forward(const Stream& text, const Stream& image, const std::array<Array, 3>& out, float eps,
              uintptr_t stream) {
-  const QkArgs a = qk_forward_args(text, image, out, eps);
+  QkArgs a = qk_args(text, image, eps);
   require_width(a);
+  for (int i = 0; i < 3; ++i) a.out[i] = as_pointer(out[i]);
   check("qk_norm_rope", qk_norm_rope(a, as_pointer(stream)));
 }
 
+// dx: of the text's q and k, of q and k. partials, dw: absent when not wanted.
 void backward(const Stream& text, const Stream& image, const Array& dQ, const Array& dK,
-              const QkGradients& dx, const Array& partials, const Array& dw, float eps,
+              const std::array<Array, 4>& dx, const Array& partials, const Array& dw, float eps,
               uintptr_t stream) {
-  const QkArgs a = qk_backward_args(text, image, dQ, dK, dx, partials, dw, eps);
+  QkArgs a = qk_args(text, image, eps);
   require_width(a);
+  a.dy[0] = qk_heads(dQ);
+  a.dy[1] = qk_heads(dK);
+  for (int i = 0; i < 4; ++i) a.stream[i / 2].dx[i % 2] = as_pointer(dx[i]);
+  a.partials = as_pointer<float>(partials);
+  a.dw = as_pointer<float>(dw);
   check("qk_norm_rope_backward", qk_norm_rope_backward(a, as_pointer(stream)));
 }
 

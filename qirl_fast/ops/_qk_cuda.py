@@ -1,18 +1,11 @@
-"""Launchers of csrc/cpu/qk_norm_rope.inl.cpp and csrc/cuda/qk_norm_rope.cu.
-
-The bindings of both modules take the same arguments, the last one apart: threads or the stream.
-"""
+"""Launchers of csrc/cuda/qk_norm_rope.cu."""
 
 from __future__ import annotations
-
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from qirl_fast.ops._checks import LARGE_DTYPES
-from qirl_fast.ops._compiled import CPU, CUDA, Compiled
-from qirl_fast.ops._recycled import empty
+from qirl_fast.ops._cuda import cuda_module, device_of, stream_of
 
 Maybe = Tensor | None
 Six = tuple[Maybe, Maybe, Maybe, Maybe, Maybe, Maybe]  # q, k, v, weights of q and k, rope
@@ -28,21 +21,11 @@ def dense_rope(rope: Tensor | None) -> Tensor | None:
     return None if rope is None else dense_heads(rope.resolve_conj())
 
 
-def dense_weight(weight: Tensor) -> Tensor:
-    """weight, contiguous; ValueError for a dtype that the kernels do not read."""
-    if weight.dtype not in LARGE_DTYPES:
-        raise ValueError(
-            f"qk_norm_rope: weights must be float32 or bfloat16 for a compiled backend; got "
-            f"{weight.dtype}. Cast, or use_backend('reference')."
-        )
-    return weight.contiguous()
-
-
 def dense_stream(*stream: Tensor | None) -> Six:
     """The same six, copied where a last dimension is not contiguous."""
     *heads, q_weight, k_weight, rope = stream
     q, k, v = (None if t is None else dense_heads(t) for t in heads)
-    q_weight, k_weight = (None if t is None else dense_weight(t) for t in (q_weight, k_weight))
+    q_weight, k_weight = (None if t is None else t.contiguous() for t in (q_weight, k_weight))
     return q, k, v, q_weight, k_weight, dense_rope(rope)
 
 
@@ -53,13 +36,12 @@ def joint_buffers(
     length = q.shape[1] + (0 if text_q is None else text_q.shape[1])
 
     def buffer(t: Tensor) -> Tensor:
-        return empty(t, (t.shape[0], length, *t.shape[2:]))
+        return t.new_empty((t.shape[0], length, *t.shape[2:]))
 
     return buffer(q), buffer(k), None if text_q is None else buffer(k)
 
 
-def _qk_norm_rope(
-    on: Compiled,
+def qk_norm_rope_cuda(
     q: Tensor,
     k: Tensor,
     v: Tensor | None,
@@ -74,16 +56,17 @@ def _qk_norm_rope(
     text_rope: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """CUDA kernel, csrc/cuda/qk_norm_rope.cu."""
     image = dense_stream(q, k, v, q_weight, k_weight, rope)
     text = dense_stream(text_q, text_k, text_v, text_q_weight, text_k_weight, text_rope)
     Q, K, V = joint_buffers(q, k, text_q)
-    with on.device(q):
-        on.module().qk_norm_rope(
+    with device_of(q):
+        cuda_module().qk_norm_rope(
             text,
             image,
             (Q, K, V),
             eps,
-            on.last(q),
+            stream_of(q),
         )
     return Q, K, q.new_empty(0) if V is None else V
 
@@ -93,7 +76,7 @@ def gradient_buffers(
 ) -> tuple[Tensor, ...]:
     """dq, dk, text_dq, text_dk to write to, contiguous; empty where there is no text."""
     none = q.new_empty(0)
-    return tuple(none if t is None else empty(t) for t in (q, k, text_q, text_k))
+    return tuple(none if t is None else t.new_empty(t.shape) for t in (q, k, text_q, text_k))
 
 
 def weight_gradients(
@@ -111,8 +94,7 @@ def weight_gradients(
     )
 
 
-def _qk_norm_rope_backward(
-    on: Compiled,
+def qk_norm_rope_backward_cuda(
     dQ: Tensor,
     dK: Tensor,
     q: Tensor,
@@ -128,6 +110,7 @@ def _qk_norm_rope_backward(
     eps: float,
     want_weights: bool,
 ) -> tuple[Tensor, ...]:
+    """CUDA kernel, csrc/cuda/qk_norm_rope.cu."""
     image = dense_stream(q, k, None, q_weight, k_weight, rope)
     text = dense_stream(text_q, text_k, None, text_q_weight, text_k_weight, text_rope)
     dQ, dK = dense_heads(dQ), dense_heads(dK)
@@ -135,11 +118,11 @@ def _qk_norm_rope_backward(
     partials = dw = None
     if want_weights:
         lengths = (q.shape[1], 0 if text_q is None else text_q.shape[1])
-        chunks = sum(-(-length // on.module().qk_chunk) for length in lengths)
+        chunks = sum(-(-length // cuda_module().qk_chunk) for length in lengths)
         partials = dQ.new_empty((q.shape[0], chunks, 2, q.shape[3]), dtype=torch.float32)
         dw = dQ.new_empty((4, q.shape[3]), dtype=torch.float32)
-    with on.device(q):
-        on.module().qk_norm_rope_backward(
+    with device_of(q):
+        cuda_module().qk_norm_rope_backward(
             text,
             image,
             dQ,
@@ -148,14 +131,8 @@ def _qk_norm_rope_backward(
             partials,
             dw,
             eps,
-            on.last(q),
+            stream_of(q),
         )
     rows = (text_q_weight, text_k_weight, q_weight, k_weight)
     text_dqw, text_dkw, dqw, dkw = weight_gradients(dq, dw, *rows)
     return dq, dk, dqw, dkw, text_dq, text_dk, text_dqw, text_dkw
-
-
-qk_norm_rope_cpu = partial(_qk_norm_rope, CPU)
-qk_norm_rope_cuda = partial(_qk_norm_rope, CUDA)
-qk_norm_rope_backward_cpu = partial(_qk_norm_rope_backward, CPU)
-qk_norm_rope_backward_cuda = partial(_qk_norm_rope_backward, CUDA)

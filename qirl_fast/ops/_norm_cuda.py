@@ -1,31 +1,15 @@
-"""Launchers of csrc/cpu/norm_forward.inl.cpp, csrc/cpu/norm_backward.inl.cpp, csrc/cuda/norm.cu.
-
-The bindings of both modules take the same arguments, the last one apart: threads or the stream.
-"""
+"""Launchers of csrc/cuda/norm.cu."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from qirl_fast.ops._compiled import CPU, CUDA, Compiled
+from qirl_fast.ops._cuda import cuda_module, device_of, stream_of
 from qirl_fast.ops._quantized import fp8_of, fp8_outputs
-from qirl_fast.ops._recycled import empty
 
-
-@dataclass(frozen=True)
-class _Kernels:
-    on: Compiled
-    chunk: int  # tokens of one sample that a task of the backward adds up
-    chunk_alone: int  # tokens of a task that makes no sums
-    widest: int | None = None  # elements of a row under a norm
-
-
-_CPU = _Kernels(CPU, chunk=32, chunk_alone=64)
-_CUDA = _Kernels(CUDA, chunk=16, chunk_alone=1, widest=8192)  # kNormWidest of csrc/cuda/norm.h
+CHUNK = 16  # tokens of one sample that a block of the backward adds up; 1 where there are no sums
+WIDEST = 8192  # elements of a row under a norm, kNormWidest of csrc/cuda/norm.h
 
 Three = tuple[Tensor | None, Tensor | None, Tensor | None]  # gate, scale, shift
 _ABSENT: Three = (None, None, None)
@@ -39,16 +23,15 @@ def _ready(rows: Three) -> Three:
     return a, b, c
 
 
-def _require_width(kernels: _Kernels, norm: bool, width: int) -> None:
-    if norm and kernels.widest is not None and width > kernels.widest:
+def _require_width(norm: bool, width: int) -> None:
+    if norm and width > WIDEST:
         raise ValueError(
-            f"norm_modulate, gate_residual_norm_modulate: the {kernels.on.name} backend takes rows "
-            f"of at most {kernels.widest}; got {width}."
+            f"norm_modulate, gate_residual_norm_modulate: the cuda backend takes rows "
+            f"of at most {WIDEST}; got {width}."
         )
 
 
 def _forward(
-    kernels: _Kernels,
     x: Tensor,
     u: Tensor | None,
     rows: Three,
@@ -62,17 +45,16 @@ def _forward(
     quantize: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, out, mean, rstd, q, scale of q; those the op does not have are empty."""
-    _require_width(kernels, norm, x.shape[-1])
+    _require_width(norm, x.shape[-1])
     x, u = x.contiguous(), None if u is None else u.contiguous()
     rows, rows_t0 = _ready(rows), _ready(rows_t0)
-    y = empty(x, x.shape if norm else 0)
-    out = empty(x, 0 if u is None else x.shape)
+    y = x.new_empty(x.shape if norm else 0)
+    out = x.new_empty(0 if u is None else x.shape)
     mean = x.new_empty(x.shape[:2] if norm and not rms else 0, dtype=torch.float32)
     rstd = x.new_empty(x.shape[:2] if norm else 0, dtype=torch.float32)
     q, q_scale = fp8_outputs(y, quantize)
-    on = kernels.on
-    with on.device(x):
-        on.module().norm_forward(
+    with device_of(x):
+        cuda_module().norm_forward(
             x,
             u,
             rows,
@@ -83,16 +65,15 @@ def _forward(
             mean,
             rstd,
             fp8_of(q, q_scale, quantize),
-            kernels.chunk_alone,
+            1,
             tanh,
             eps,
-            on.last(x),
+            stream_of(x),
         )
     return y, out, mean, rstd, q, q_scale
 
 
 def _backward(
-    kernels: _Kernels,
     dy: Tensor | None,
     dout: Tensor | None,
     x: Tensor | None,
@@ -114,21 +95,20 @@ def _backward(
     x, u = (None if t is None else t.contiguous() for t in (x, u))
     rows, rows_t0 = _ready(rows), _ready(rows_t0)
     samples, tokens, width = given.shape
-    _require_width(kernels, dy is not None, width)
-    chunk = kernels.chunk if any(wanted) else kernels.chunk_alone
-    dx = empty(given, 0 if x is None else given.shape, dtype)
-    du = dx.new_empty(0) if u is None else empty(u, u.shape if want_du else 0)
+    _require_width(dy is not None, width)
+    chunk = CHUNK if any(wanted) else 1
+    dx = given.new_empty(0 if x is None else given.shape, dtype=dtype)
+    du = dx.new_empty(0) if u is None else u.new_empty(u.shape if want_du else 0)
     chunks = (samples, (tokens + chunk - 1) // chunk, width)
     wants = (wanted, tuple(w and t0 is not None for w in wanted))
 
     def arrays(shape: tuple[int, ...]) -> list[list[Tensor]]:
-        return [[empty(dx, shape if w else 0, torch.float32) for w in ws] for ws in wants]
+        return [[dx.new_empty(shape if w else 0, dtype=torch.float32) for w in ws] for ws in wants]
 
     parts, sums = arrays(chunks), arrays((samples, width))
     mean, rstd = (None, None) if stats is None else (t.contiguous() for t in stats)
-    on = kernels.on
-    with on.device(given):
-        on.module().norm_backward(
+    with device_of(given):
+        cuda_module().norm_backward(
             (dy, dout),
             x,
             u,
@@ -143,14 +123,13 @@ def _backward(
             sums,
             chunk,
             tanh,
-            on.last(given),
+            stream_of(given),
         )
     return dx, du, sums[0], sums[1]
 
 
 # ---- norm_modulate ------------------------------------------------------------------------------
-def _norm_modulate(
-    kernels: _Kernels,
+def norm_modulate_cuda(
     x: Tensor,
     scale: Tensor,
     shift: Tensor | None,
@@ -161,15 +140,15 @@ def _norm_modulate(
     eps: float,
     quantize: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """CUDA kernel, csrc/cuda/norm.cu."""
     rows, rows_t0 = (None, scale, shift), (None, scale_t0, shift_t0)
     y, _, mean, rstd, q, q_scale = _forward(
-        kernels, x, None, rows, rows_t0, t0, norm=True, rms=rms, eps=eps, quantize=quantize
+        x, None, rows, rows_t0, t0, norm=True, rms=rms, eps=eps, quantize=quantize
     )
     return y, mean, rstd, q, q_scale
 
 
-def _norm_modulate_backward(
-    kernels: _Kernels,
+def norm_modulate_backward_cuda(
     grad: Tensor,
     x: Tensor,
     mean: Tensor,
@@ -181,8 +160,8 @@ def _norm_modulate_backward(
     want_mod: bool,
     has_shift: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """CUDA kernel, csrc/cuda/norm.cu."""
     dx, _, (_, dscale, dshift), (_, dscale_t0, dshift_t0) = _backward(
-        kernels,
         grad,
         None,
         x,
@@ -199,8 +178,7 @@ def _norm_modulate_backward(
 
 
 # ---- gate_residual ------------------------------------------------------------------------------
-def _gate_residual(
-    kernels: _Kernels,
+def gate_residual_cuda(
     residual: Tensor,
     u: Tensor,
     gate: Tensor,
@@ -208,12 +186,12 @@ def _gate_residual(
     gate_t0: Tensor | None,
     tanh: bool,
 ) -> Tensor:
+    """CUDA kernel, csrc/cuda/norm.cu."""
     rows, rows_t0 = (gate, None, None), (gate_t0, None, None)
-    return _forward(kernels, residual, u, rows, rows_t0, t0, norm=False, tanh=tanh)[1]
+    return _forward(residual, u, rows, rows_t0, t0, norm=False, tanh=tanh)[1]
 
 
-def _gate_residual_backward(
-    kernels: _Kernels,
+def gate_residual_backward_cuda(
     grad: Tensor,
     u: Tensor,
     gate: Tensor,
@@ -223,8 +201,8 @@ def _gate_residual_backward(
     want_du: bool,
     want_dgate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """CUDA kernel, csrc/cuda/norm.cu."""
     _, du, (dgate, _, _), (dgate_t0, _, _) = _backward(
-        kernels,
         None,
         grad,
         None,
@@ -241,8 +219,7 @@ def _gate_residual_backward(
 
 
 # ---- gate_residual_norm_modulate ----------------------------------------------------------------
-def _gate_residual_norm_modulate(
-    kernels: _Kernels,
+def gate_residual_norm_modulate_cuda(
     residual: Tensor,
     u: Tensor,
     gate: Tensor,
@@ -257,9 +234,9 @@ def _gate_residual_norm_modulate(
     eps: float,
     quantize: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """CUDA kernel, csrc/cuda/norm.cu."""
     rows, rows_t0 = (gate, scale, shift), (gate_t0, scale_t0, shift_t0)
     return _forward(
-        kernels,
         residual,
         u,
         rows,
@@ -273,8 +250,7 @@ def _gate_residual_norm_modulate(
     )
 
 
-def _gate_residual_norm_modulate_backward(
-    kernels: _Kernels,
+def gate_residual_norm_modulate_backward_cuda(
     grad_y: Tensor,
     grad_out: Tensor | None,
     out: Tensor,
@@ -293,8 +269,8 @@ def _gate_residual_norm_modulate_backward(
     want_mod: bool,
     has_shift: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """CUDA kernel, csrc/cuda/norm.cu."""
     dresidual, du, (dgate, dscale, dshift), (dgate_t0, dscale_t0, dshift_t0) = _backward(
-        kernels,
         grad_y,
         grad_out,
         out,
@@ -308,18 +284,3 @@ def _gate_residual_norm_modulate_backward(
         want_du=want_du,
     )
     return dresidual, du, dgate, dgate_t0, dscale, dshift, dscale_t0, dshift_t0
-
-
-# ---- the backends' functions --------------------------------------------------------------------
-norm_modulate_cpu = partial(_norm_modulate, _CPU)
-norm_modulate_cuda = partial(_norm_modulate, _CUDA)
-norm_modulate_backward_cpu = partial(_norm_modulate_backward, _CPU)
-norm_modulate_backward_cuda = partial(_norm_modulate_backward, _CUDA)
-gate_residual_cpu = partial(_gate_residual, _CPU)
-gate_residual_cuda = partial(_gate_residual, _CUDA)
-gate_residual_backward_cpu = partial(_gate_residual_backward, _CPU)
-gate_residual_backward_cuda = partial(_gate_residual_backward, _CUDA)
-gate_residual_norm_modulate_cpu = partial(_gate_residual_norm_modulate, _CPU)
-gate_residual_norm_modulate_cuda = partial(_gate_residual_norm_modulate, _CUDA)
-gate_residual_norm_modulate_backward_cpu = partial(_gate_residual_norm_modulate_backward, _CPU)
-gate_residual_norm_modulate_backward_cuda = partial(_gate_residual_norm_modulate_backward, _CUDA)
