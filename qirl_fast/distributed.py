@@ -12,6 +12,7 @@ each other is unpickled: tensors, and JSON.
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -263,6 +264,18 @@ def process_threads(threads: int | None) -> int | None:
     return threads and max(1, threads // here)
 
 
+def leave() -> None:
+    """Destroy the process groups, so that the interpreter may end.
+
+    A group lives on where a DeviceMesh or sharded weights still look at it, and gloo's threads drop
+    the tensors of its last work under the GIL. A thread that comes for it while the interpreter
+    ends aborts the process ("terminate called without an active exception",
+    github.com/pytorch/pytorch/pull/179291); here it gets it.
+    """
+    dist.destroy_process_group()
+    time.sleep(0.1)
+
+
 @contextmanager
 def joined(timeout_s: float, cuda: bool, sequence: int = 1, apart: int = 0) -> Iterator[World]:
     """Inside, the processes that torchrun started know each other; without it there is one.
@@ -289,4 +302,4 @@ def joined(timeout_s: float, cuda: bool, sequence: int = 1, apart: int = 0) -> I
     try:
         yield World(rank, size, sequence, store)
     finally:
-        dist.destroy_process_group()
+        leave()

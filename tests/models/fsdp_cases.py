@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import qirl_fast
+from qirl_fast.distributed import leave
 from qirl_fast.models.qwenimage import QwenImage
 from qirl_fast.tiny import packaged
 
@@ -86,7 +87,7 @@ def main(rank: int, size: int, store: str) -> None:
         stock_forward(lambda: qwen(zero_cond_t=True), inputs(condition=True), mesh)
         packed_forward(mesh)
     finally:
-        dist.destroy_process_group()
+        leave()
 
 
 if __name__ == "__main__":

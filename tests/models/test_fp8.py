@@ -333,6 +333,7 @@ import sys, torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 sys.path.insert(0, {tests!r})
 from test_fp8 import convert, forward, make
+from qirl_fast.distributed import leave
 dist.init_process_group("gloo", init_method="file://{store}", rank=0, world_size=1)
 plain, model = make("2.1"), make("2.1")
 switches = [convert(m, "2.1") for m in (plain, model)]
@@ -347,7 +348,7 @@ for _ in range(2):
         for p in m.parameters():
             with torch.no_grad():
                 p.mul_(0.9)
-dist.destroy_process_group()
+leave()
 """
 
 
