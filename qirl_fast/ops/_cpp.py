@@ -12,9 +12,9 @@ from qirl_fast import _cpu
 
 def cpu_launcher(kernel: str) -> Callable[..., Any]:
     """A function of qirl_fast._cpu that takes the backend's arguments and a number of threads."""
-    run = getattr(_cpu, kernel)
+    run, threads = getattr(_cpu, kernel), torch.get_num_threads
 
     def launch(*args: Any) -> Any:
-        return run(*args, torch.get_num_threads())
+        return run(*args, threads())
 
     return launch

@@ -19,10 +19,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 from torch.compiler import is_dynamo_compiling
 
 from qirl_fast import _cpu
+
+# Named once: looking one up in torch costs as much as calling it.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transform = torch._C._functorch.peek_interpreter_stack
+_trace = torch._C._get_tracing_state
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 logger = logging.getLogger("qirl_fast.ops")
@@ -132,7 +138,7 @@ class Op:
                 return overload(*args)
             if forward_ad._current_level >= 0:
                 _refuse_tangents(self.name, args)
-            if not _watched():
+            if not watched():
                 name = served.get((args[-1], _cpu.kinds(args, large)))
                 if name is not None:
                     return self.backends[name].run(*args[:-1])
@@ -141,14 +147,14 @@ class Op:
         return call
 
 
-def _watched() -> bool:
+def watched() -> bool:
     """Whether a mode, a transform, a trace or the profiler has to see the ops that are called."""
     return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd.profiler._is_profiler_enabled  # in any thread
+        _dispatch_modes() > 0
+        or _function_modes() > 0
+        or _transform() is not None
+        or _trace() is not None
+        or profiler._is_profiler_enabled  # in any thread
     )
 
 

@@ -20,20 +20,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_dynamo_compiling
 
+from qirl_fast import _cpu
 from qirl_fast.ops._checks import (
     LARGE_DTYPES,
     REFERENCE_DTYPES,
     require_finite,
     require_no_grad,
     require_operands,
-    require_per_row,
 )
 from qirl_fast.ops._cpp import cpu_launcher
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._guide_cuda import guide_backward_cuda, guide_cuda
 from qirl_fast.ops._triton import missing_triton, triton_launcher
-from qirl_fast.ops.dispatch import Backend, Op, forced_backend
+from qirl_fast.ops.dispatch import Backend, Op, forced_backend, watched
 
 
 # ---- reference ----------------------------------------------------------------------------------
@@ -147,14 +148,16 @@ def guidance_rows(op: str, scale: float | Tensor, v_cond: Tensor, rescale: bool)
     if rescale and v_cond.ndim < 2:
         raise ValueError(f"{op}: rescale needs shape [B, ..., D]; got {tuple(v_cond.shape)}.")
     if isinstance(scale, Tensor):
-        require_per_row(op, "scale", scale, v_cond, torch.float32)
+        require_operands(op, {"v_cond": v_cond}, per_row={"scale": scale})
         require_no_grad(op, "the guidance strength has no gradient", scale=scale)
         return scale
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise ValueError(f"{op}: scale must be a number or a tensor [B]; got {scale!r}.")
     if not -math.inf < scale < math.inf:
         raise ValueError(f"{op}: scale must be finite; got {scale}.")
-    return v_cond.new_full((v_cond.shape[0],), scale, dtype=torch.float32)
+    seen = is_dynamo_compiling() or watched()
+    rows = None if seen else _cpu.filled_rows(v_cond, scale)
+    return v_cond.new_full(v_cond.shape[:1], scale, dtype=torch.float32) if rows is None else rows
 
 
 # ---- public -------------------------------------------------------------------------------------

@@ -172,6 +172,8 @@ def test_kinds_tell_devices_and_dtypes_apart() -> None:
     assert len({kinds(*tensors) for tensors in given}) == len(given)
     assert kinds(x[:1]) == kinds(x.view(1, 2)) == kinds(nn.Parameter(x)), "sizes do not count"
     assert kinds(x) == _cpu.kinds((x, half, [half, x], 3, "s", None), (0,))
+    assert kinds(*[x] * 8) is not None, "as many as gate_residual_norm_modulate has"
+    assert kinds(*[x] * 9) is None and _cpu.kinds((x, *[3] * 32), (0,)) is None, "too many to tell"
 
 
 class Subclass(torch.Tensor):

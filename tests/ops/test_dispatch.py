@@ -194,6 +194,14 @@ def test_what_has_to_see_ops_sees_them(toy):
     assert toy.way_of(x) == "at once"
 
 
+def test_a_trace_of_a_number_for_guidance_serves_other_batches():
+    """The number becomes a tensor in the graph, not one of the traced batch's size."""
+    v, more = torch.randn(2, 3, 8), torch.randn(5, 3, 8)
+    for trace in (torch.jit.trace, lambda f, x: make_fx(f, tracing_mode="symbolic")(x)):
+        graph = trace(lambda t: ops.guide(t, -t, 3.0), v)
+        assert torch.equal(graph(more), ops.guide(more, -more, 3.0))
+
+
 def test_a_tangent_is_refused_not_zeroed(toy):
     x = torch.randn(2, 8)
     for function in (toy, ops.gelu, lambda t: ops.guide(t, -t, 2.0)):

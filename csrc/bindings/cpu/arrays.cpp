@@ -98,14 +98,29 @@ bool as_it_lies(py::handle argument, DLTensor& t) {
   return !says_yes(argument, is_negated);
 }
 
+// A tensor's dtype in seven bits; kAbsent for one that has none there, and for no tensor.
+constexpr uint64_t kAbsent = 127;
+
+uint64_t kind_of(const DLTensor& t) {
+  for (uint64_t size = 0; size < 5; ++size) {
+    if (t.dtype.bits == 8 << size && t.dtype.code < 15) return size << 4 | t.dtype.code;
+  }
+  return kAbsent;
+}
+
 // A number for the device type of the first of an op's large tensors and the dtypes of all, another
 // for others; None where a kernel cannot be handed the op's arguments as they are.
 py::object kinds(const py::tuple& arguments, const py::tuple& large) {
-  constexpr uint64_t kAbsent = 1000, kOthers = 1024;
-  if (large.size() > 5) return py::none();
-  DLTensor t;
+  constexpr size_t kArguments = 32, kLarge = 8;
+  struct Seen {
+    uint64_t kind, device;
+  } seen[kArguments];
+  if (arguments.size() > kArguments || large.size() > kLarge) return py::none();
+  size_t count = 0;
   for (const py::handle& argument : arguments) {
+    DLTensor t{};
     if (!as_it_lies(argument, t)) return py::none();
+    seen[count++] = {kind_of(t), static_cast<uint64_t>(t.device.type)};
     if (!PyList_Check(argument.ptr()) && !PyTuple_Check(argument.ptr())) continue;
     for (const py::handle& one : py::reinterpret_borrow<py::sequence>(argument)) {
       if (!as_it_lies(one, t)) return py::none();
@@ -113,16 +128,13 @@ py::object kinds(const py::tuple& arguments, const py::tuple& large) {
   }
   uint64_t number = 0, device = 0;
   for (const py::handle& place : large) {
-    const py::object tensor = arguments[place.cast<size_t>()];
-    uint64_t kind = kAbsent;
-    if (!tensor.is_none()) {
-      if (!look(tensor, t) || t.dtype.code > 30) return py::none();
-      kind = 32 * (t.dtype.bits / 8) + t.dtype.code + 1;
-      if (device == 0) device = static_cast<uint64_t>(t.device.type);
-    }
-    number = number * kOthers + kind;
+    const size_t at = place.cast<size_t>();
+    const Seen& tensor = seen[at];
+    if (tensor.kind == kAbsent && !arguments[at].is_none()) return py::none();
+    if (device == 0) device = tensor.device;
+    number = number << 7 | tensor.kind;
   }
-  return py::int_(number * 64 + device);
+  return py::int_(number << 8 | device);
 }
 
 // ---- outputs ------------------------------------------------------------------------------------
@@ -196,8 +208,21 @@ Output new_tensor(std::vector<int64_t> shape, uint8_t code, uint8_t bits) {
   return {py::module_::import("torch.utils.dlpack").attr("from_dlpack")(capsule), data};
 }
 
+// `value` for each row of a tensor [B, ...]: float32 [B]; None where that is not a plain tensor on
+// the CPU, with memory of its own.
+py::object filled_rows(py::handle like, float value) {
+  DLTensor t;
+  const bool plain = py::type::handle_of(like).is(tensor_type()) && look(like, t) &&
+                     t.device.type == kDLCPU && t.ndim > 0 && t.data != nullptr;
+  if (!plain) return py::none();
+  const Output rows = new_output({t.shape[0]}, kFloat32);
+  std::fill_n(rows.as<float>(), t.shape[0], value);
+  return rows.tensor;
+}
+
 const Binding binding([](py::module_& m) {
   m.def("plain_rows", &plain_rows);
+  m.def("filled_rows", &filled_rows);
   m.def("kinds", &kinds);
   m.def(
       "new_output",
