@@ -67,6 +67,7 @@ Array by_attributes(py::handle tensor) {
   Array a;
   const py::object dtype = tensor.attr("dtype");
   a.code = dtype.is(torch().float32) ? kFloat32 : dtype.is(torch().bfloat16) ? kBFloat16 : -1;
+  a.item = tensor.attr("itemsize").cast<int64_t>();
   const py::tuple shape = tensor.attr("shape"), strides = tensor.attr("stride")();
   set_dims(
       a, static_cast<int>(shape.size()), [&](int dim) { return shape[dim].cast<int64_t>(); },
@@ -103,6 +104,7 @@ Array look_at(py::handle tensor) {
     DLTensor t;
     if (from->look(tensor.ptr(), &t) != 0) throw py::error_already_set();
     a.code = code_of(t);
+    a.item = t.dtype.bits / 8;
     set_dims(
         a, t.ndim, [&](int dim) { return t.shape[dim]; }, [&](int dim) { return t.strides[dim]; });
     a.data = static_cast<char*>(t.data) + t.byte_offset;

@@ -19,6 +19,7 @@ struct Array {
   void* data = nullptr;  // null: absent
   int code = 0;          // of csrc/cpu/dtype.h; -1: a dtype that has none
   int dims = 0;
+  int64_t item = 0;                              // bytes an element
   int64_t count = 0;                             // elements
   int64_t last = 1;                              // size of the last dimension
   int64_t size[kDims] = {}, stride[kDims] = {};  // of the first dimensions; strides in elements

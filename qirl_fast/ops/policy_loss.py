@@ -24,9 +24,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_dynamo_compiling
 
 from qirl_fast import _cpu
 from qirl_fast.ops._checks import require_no_grad, require_tensor
+from qirl_fast.ops._cpp import cpu_launcher
 from qirl_fast.ops._cuda import missing_cuda
 from qirl_fast.ops._loss_cuda import policy_loss_cuda
 from qirl_fast.ops._triton import missing_triton, triton_launcher
@@ -64,22 +66,20 @@ def policy_loss_reference(
     return loss, ratio, fraction, kl, grad
 
 
-# ---- cpu ----------------------------------------------------------------------------------------
-def policy_loss_cpu(
-    logp: Tensor, logp_old: Tensor, advantage: Tensor, clip_low: float, clip_high: float
-) -> _Outputs:
-    """C++ kernel, csrc/cpu/policy_loss.inl.cpp."""
-    outputs = _empty_outputs(logp)
-    _cpu.policy_loss(
-        logp,
-        logp_old,
-        advantage,
-        *outputs,
-        1.0 - clip_low,
-        1.0 + clip_high,
-        logp.dtype == torch.float64,
-    )
-    return outputs
+# ---- registration -------------------------------------------------------------------------------
+_REALS = (torch.float32, torch.float64)
+OP = Op(
+    "policy_loss",
+    {
+        "reference": Backend(policy_loss_reference, ("cpu", "cuda"), _REALS),
+        "cpu": Backend(cpu_launcher("policy_loss"), ("cpu",), _REALS),
+        "triton": Backend(
+            triton_launcher("policy_loss", "policy_loss"), ("cuda",), _REALS, missing_triton
+        ),
+        "cuda": Backend(policy_loss_cuda, ("cuda",), _REALS, missing_cuda),
+    },
+    {"cpu": "cpu", "cuda": "reference"},
+)
 
 
 def _empty_outputs(logp: Tensor) -> _Outputs:
@@ -91,22 +91,6 @@ def _empty_outputs(logp: Tensor) -> _Outputs:
         logp.new_empty(()),
         logp.new_empty(shape),
     )
-
-
-# ---- registration -------------------------------------------------------------------------------
-_REALS = (torch.float32, torch.float64)
-OP = Op(
-    "policy_loss",
-    {
-        "reference": Backend(policy_loss_reference, ("cpu", "cuda"), _REALS),
-        "cpu": Backend(policy_loss_cpu, ("cpu",), _REALS),
-        "triton": Backend(
-            triton_launcher("policy_loss", "policy_loss"), ("cuda",), _REALS, missing_triton
-        ),
-        "cuda": Backend(policy_loss_cuda, ("cuda",), _REALS, missing_cuda),
-    },
-    {"cpu": "cpu", "cuda": "reference"},
-)
 
 
 _policy_loss = OP.register(
@@ -141,17 +125,7 @@ class _PolicyLoss(torch.autograd.Function):
         return grad_loss * grad_B, None, None, None, None, None
 
 
-# ---- public -------------------------------------------------------------------------------------
-def policy_loss(
-    logp: Tensor, logp_old: Tensor, advantage: Tensor, *, clip_low: float, clip_high: float
-) -> PolicyLoss:
-    """Clipped policy loss of B rows; see the module docstring for the math.
-
-    logp, logp_old, advantage: [B] with B >= 1, float32 or float64, same dtype and device.
-    clip_low in (0, 1], clip_high in (0, inf]: the clip interval is [1 - clip_low, 1 + clip_high].
-    Raises ValueError for shapes, dtypes, devices or clip ranges outside this, and when logp_old or
-    advantage asks for a gradient.
-    """
+def _require_rows(logp: Tensor, logp_old: Tensor, advantage: Tensor) -> None:
     for name, t in (("logp", logp), ("logp_old", logp_old), ("advantage", advantage)):
         require_tensor("policy_loss", name, t)
     if logp.ndim != 1 or logp.shape[0] == 0:
@@ -166,13 +140,29 @@ def policy_loss(
                 f"policy_loss: {name} must be like logp, {logp.dtype} of shape {tuple(logp.shape)} "
                 f"on {logp.device}; got {t.dtype} of shape {tuple(t.shape)} on {t.device}."
             )
+
+
+# ---- public -------------------------------------------------------------------------------------
+def policy_loss(
+    logp: Tensor, logp_old: Tensor, advantage: Tensor, *, clip_low: float, clip_high: float
+) -> PolicyLoss:
+    """Clipped policy loss of B rows; see the module docstring for the math.
+
+    logp, logp_old, advantage: [B] with B >= 1, float32 or float64, same dtype and device.
+    clip_low in (0, 1], clip_high in (0, inf]: the clip interval is [1 - clip_low, 1 + clip_high].
+    Raises ValueError for shapes, dtypes, devices or clip ranges outside this, and when logp_old or
+    advantage asks for a gradient.
+    """
+    rows = logp, logp_old, advantage
+    if is_dynamo_compiling() or not _cpu.plain_rows((logp,), (), rows, ()):
+        _require_rows(*rows)
     if not 0 < clip_low <= 1:
         raise ValueError(f"policy_loss: clip_low is {clip_low}; want 0 < clip_low <= 1.")
     if not 0 < clip_high <= math.inf:
         raise ValueError(f"policy_loss: clip_high is {clip_high}; want clip_high > 0.")
     why = "the loss is differentiable in logp only"
     require_no_grad("policy_loss", why, logp_old=logp_old, advantage=advantage)
-    arguments = (logp, logp_old, advantage, clip_low, clip_high, forced_backend())
+    arguments = (*rows, clip_low, clip_high, forced_backend())
     if torch.is_grad_enabled() and logp.requires_grad:
         return PolicyLoss(*_PolicyLoss.apply(*arguments))
     return PolicyLoss(*_policy_loss(*arguments)[:4])

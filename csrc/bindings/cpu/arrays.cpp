@@ -254,6 +254,10 @@ Output new_output(std::vector<int64_t> sizes, int dtype) {
                            : new_tensor(std::move(sizes), kDLBfloat, 16);
 }
 
+Output new_real_output(std::vector<int64_t> sizes, bool is_double) {
+  return new_tensor(std::move(sizes), kDLFloat, is_double ? 64 : 32);
+}
+
 Output new_fp8_output(std::vector<int64_t> sizes, bool e5m2) {
   if (exchange() != nullptr) {
     return new_tensor(std::move(sizes), e5m2 ? kDLFloat8_e5m2 : kDLFloat8_e4m3fn, 8);

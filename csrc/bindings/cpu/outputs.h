@@ -25,6 +25,9 @@ struct Output {
 // earlier one has given back, see cpu/recycled.h. Throws MemoryError where there is none.
 Output new_output(std::vector<int64_t> sizes, int dtype);
 
+// The same of float64 or float32.
+Output new_real_output(std::vector<int64_t> sizes, bool is_double);
+
 // The same of float8_e4m3fn or float8_e5m2.
 Output new_fp8_output(std::vector<int64_t> sizes, bool e5m2);
 
