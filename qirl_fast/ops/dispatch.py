@@ -134,10 +134,10 @@ class Op:
         overload = getattr(torch.ops.qirl, self.name).default
 
         def call(*args: Any) -> Any:
-            if is_dynamo_compiling():
-                return overload(*args)
             if forward_ad._current_level >= 0:
                 _refuse_tangents(self.name, args)
+            if is_dynamo_compiling():
+                return overload(*args)
             if not watched():
                 name = served.get((args[-1], _cpu.kinds(args, large)))
                 if name is not None:

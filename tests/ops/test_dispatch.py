@@ -214,6 +214,8 @@ def test_a_tangent_is_refused_not_zeroed(toy):
 
     with pytest.raises(NotImplementedError, match="jvp"):
         torch.func.jvp(by_factor, (torch.ones(2, 8),), (torch.ones(2, 8),))
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.compile(lambda t: torch.func.jvp(ops.gelu, (t,), (t,)), backend="eager")(x)
     with forward_ad.dual_level():
         assert ops.gelu(x).equal(ops.gelu(x.clone())), "nobody asks for the derivative to x"
 
