@@ -194,7 +194,7 @@ Output new_tensor(std::vector<int64_t> shape, uint8_t code, uint8_t bits) {
   DLManagedTensorVersioned* managed = take(std::move(shape), code, bits);
   const DLTensor& t = managed->tensor;
   void* data = t.data;
-  if (poisoned) {
+  if (poisoned && data != nullptr) {
     size_t bytes = bits / 8;
     for (int dim = 0; dim < t.ndim; ++dim) bytes *= static_cast<size_t>(t.shape[dim]);
     memset(data, 0xff, bytes);
