@@ -13,6 +13,12 @@ T* as_pointer(const Array& array) {
   return static_cast<T*>(array.data);
 }
 
+// Throws TypeError where a tensor that is there has not the dtype that the kernel reads it in.
+inline void require_dtype(const Array& tensor, int dtype) {
+  if (tensor.data == nullptr || tensor.code == dtype) return;
+  throw py::type_error("a kernel takes its large tensors in one dtype; got another one too.");
+}
+
 // A stream's handle.
 inline void* as_pointer(uintptr_t handle) { return reinterpret_cast<void*>(handle); }
 

@@ -78,6 +78,28 @@ def test_a_kernel_refuses_a_dtype_it_would_read_wrongly(hidden: bool) -> None:
         _cpu.guide(x, x, torch.ones(2), False, 1)
 
 
+def test_a_gradient_of_another_dtype_is_refused_or_cast() -> None:
+    """The registered backward ops may be called by anyone; autograd casts before it calls them."""
+    x, half, scale = torch.randn(2, 3, 8), torch.randn(2, 3, 8).bfloat16(), torch.zeros(2, 8)
+    heads, rest = x[..., None, :], (None,) * 8
+    ops_of = torch.ops.qirl
+    for call in (
+        lambda: ops_of.gelu_backward(half, x, ""),
+        lambda: ops_of.swiglu_backward(x, x, half, ""),
+        lambda: ops_of.guide_backward(half, x, x, torch.ones(2), False, ""),
+        lambda: ops_of.qk_norm_rope_backward(
+            half[..., None, :], heads, heads, heads, *rest, 1e-6, False, ""
+        ),
+    ):
+        with pytest.raises(TypeError, match="in one dtype; got another one too"):
+            call()
+    norm = ops_of.norm_modulate_backward
+    _, mean, rstd, *_ = ops_of.norm_modulate(x, scale, None, None, None, None, False, 1e-6, "", "")
+    got = norm(half, x, mean, rstd, scale, None, None, False, True, False, "")
+    wanted = norm(half.float(), x, mean, rstd, scale, None, None, False, True, False, "")
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_ops_give_the_same_bits_either_way(hidden: bool, dtype: torch.dtype) -> None:
     wide = torch.randn(3, 2, 70, generator=torch.Generator().manual_seed(0)).to(dtype)

@@ -14,6 +14,7 @@ GuideArgs inputs(const Rows& c, const Rows& u, const Whole& scale_B, bool rescal
   a.c_stride = c.stride[0];
   a.u_stride = u.stride[0];
   a.dtype = c.dtype();
+  require_dtype(u, a.dtype);
   a.scale_B = as_pointer<float>(scale_B);
   a.row_size = c.row_size();
   a.width = c.last;
@@ -44,6 +45,7 @@ py::tuple backward(const Rows& dy, const Rows& c, const Rows& u, const Whole& sc
                    int threads) {
   GuideArgs a = inputs(c, u, scale_B, rescale);
   const Output dc = output_like(c, a.dtype), du = output_like(c, a.dtype);
+  require_dtype(dy, a.dtype);
   a.dy = dy.data;
   a.dy_stride = dy.stride[0];
   a.out = dc.data;

@@ -20,16 +20,17 @@ inline void run_pointwise(const Kernel (&table)[kIsaCount], std::initializer_lis
   bool one_row = fp8.q == nullptr;
   for (const Array& in : inputs) one_row = one_row && in.dense;
   PointwiseArgs a{};
+  a.dtype = first.dtype();
   a.rows = one_row ? 1 : first.count / first.last;
   a.width = first.count / a.rows;
   int count = 0;
   for (const Array& in : inputs) {
+    require_dtype(in, a.dtype);
     a.in[count] = in.data;
     a.in_stride[count++] = one_row ? a.width : in.step;
   }
   a.fp8 = fp8;
   a.block = fp8.q != nullptr && fp8.unit == a.width ? a.width : kPointwiseBlock;
-  a.dtype = first.dtype();
   a.stream = true;
   count = 0;
   for (const Output& out : outputs) {

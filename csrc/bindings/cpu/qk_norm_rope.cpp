@@ -86,6 +86,8 @@ py::tuple backward(const Vectors& dQ, const Vectors& dK, const Vectors& q, const
   QkArgs a = qk_args({text_q, text_k, {}, text_q_weight, text_k_weight, text_rope},
                      {q, k, {}, q_weight, k_weight, rope}, eps);
   require_width(a);
+  require_dtype(dQ, a.dtype);
+  require_dtype(dK, a.dtype);
   a.dy[0] = qk_heads(dQ);
   a.dy[1] = qk_heads(dK);
   const Array* const heads[2][2] = {{&text_q, &text_k}, {&q, &k}};

@@ -30,6 +30,7 @@ void forward(const Rows& c, const Rows& u, const Whole& scale_B, const Array& ou
 void backward(const Rows& dy, const Rows& c, const Rows& u, const Whole& scale_B, const Array& dc,
               const Array& du, bool rescale, uintptr_t stream) {
   GuideArgs args = inputs(c, u, scale_B, rescale);
+  require_dtype(dy, c.dtype());
   args.dy = dy.data;
   args.dy_stride = dy.stride[0];
   args.out = as_pointer(dc);

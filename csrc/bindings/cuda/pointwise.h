@@ -12,8 +12,10 @@ namespace qirl::cuda {
 inline PointwiseArgs pointwise_args(std::initializer_list<Array> inputs,
                                     std::initializer_list<Array> outputs, const Fp8& fp8 = {}) {
   PointwiseArgs args{};
+  args.dtype = inputs.begin()->dtype();
   int count = 0;
   for (const Array& in : inputs) {
+    require_dtype(in, args.dtype);
     args.in[count] = in.data;
     args.in_stride[count++] = in.stride[0];
   }
@@ -22,7 +24,6 @@ inline PointwiseArgs pointwise_args(std::initializer_list<Array> inputs,
   args.rows = inputs.begin()->size[0];
   args.width = inputs.begin()->size[1];
   args.fp8 = fp8_out(fp8);
-  args.dtype = inputs.begin()->dtype();
   return args;
 }
 

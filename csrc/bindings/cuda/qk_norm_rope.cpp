@@ -31,6 +31,8 @@ void backward(const Stream& text, const Stream& image, const Array& dQ, const Ar
               uintptr_t stream) {
   QkArgs a = qk_args(text, image, eps);
   require_width(a);
+  require_dtype(dQ, a.dtype);
+  require_dtype(dK, a.dtype);
   a.dy[0] = qk_heads(dQ);
   a.dy[1] = qk_heads(dK);
   for (int i = 0; i < 4; ++i) a.stream[i / 2].dx[i % 2] = as_pointer(dx[i]);
