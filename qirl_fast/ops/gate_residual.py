@@ -8,8 +8,8 @@ Dtypes: residual, u and the gates float32 or bfloat16, each its own; computed in
 once to the dtype of residual.
 Gradients: dresidual = dout itself (no copy), du = f(gate) dout, and
     dgate = f'(gate) sum_S dout u       over the tokens that take the row, f' = 1 - tanh(gate)^2
-in chunks of 64 tokens of one sample in float32, then the chunks in order. Saved: the gates and,
-where a gate trains, u.
+in chunks of 32 tokens (CPU) or 16 (GPU) of one sample in float32, then the chunks in order. Saved:
+the gates and, where a gate trains, u.
 Source: diffusers, transformer_qwenimage.py and transformer_qwenimage21.py (tanh), which round
 tanh(gate) and the product to the storage dtype; here there is one rounding.
 """

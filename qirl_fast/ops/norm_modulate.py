@@ -14,9 +14,9 @@ deviations) and arithmetic in float32, y rounded once to the dtype of x.
 Gradients: to x and to the rows, each in its own dtype. With xhat = n(x), g = dy (1 + scale):
     dx = rstd (g - mean(g) - xhat mean(g xhat))      without mean(g) for "rms"
     dscale = sum_S dy xhat,  dshift = sum_S dy       over the tokens that take the row
-Saved: x, and mean and rstd in float32. Sums over tokens: chunks of 64 tokens of one sample in
-float32, then the chunks in order (compensated on the CPU), so they do not depend on threads or
-batch.
+Saved: x, and mean and rstd in float32. Sums over tokens: chunks of 32 tokens (CPU) or 16 (GPU) of
+one sample in float32, then the chunks in order (compensated on the CPU), so they do not depend on
+threads or batch.
 quantize="row" or "block": y is returned in fp8 (e4m3fn) too, made in the same pass: the bits of
 fp8_quantize(y, granularity=quantize). Gradients flow through y alone.
 Source: diffusers, transformer_qwenimage.py and transformer_qwenimage21.py (_modulate). They round
